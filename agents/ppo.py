@@ -1,0 +1,342 @@
+"""PPO with an exact KL penalty (Schulman et al. 2017, section 4), optionally clipped as well or instead."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from klrl.buffers import RolloutBuffer
+from klrl.config import Count, NonNegative, Positive, PositiveInt, Real, Share
+from klrl.distributions import PolicyDistribution
+from klrl.errors import NonFiniteError, UsageError
+from klrl.kl import Banded, KLReport, Penalty, at_most, kl, measure, reverse_kl, select
+from klrl.networks import Activation, Actor, Critic, Torso
+from klrl.observations import Inputs
+from klrl.parameters import FlatParameters
+from klrl.protocol import Agent, KLConfig, Report, State, chunks
+from klrl.returns import RewardScale, gae
+from klrl.trust_region import project
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    n_steps: PositiveInt = 256
+    """Steps of each environment between two updates."""
+    batch_size: PositiveInt = 256
+    """Rows of a minibatch; must divide n_envs * n_steps."""
+    n_epochs: PositiveInt = 10
+    """Passes over a rollout in each update."""
+    learning_rate: Positive = 3e-4
+    """Adam's step size at the start."""
+    lr_schedule: Literal["constant", "linear", "kl"] = "constant"
+    """Keep the learning rate, lower it linearly to 0 over the run, or move it by 1.5 when KL leaves target/2 to 2*target."""
+    gamma: Share = 0.99
+    """Discount factor."""
+    gae_lambda: Share = 0.95
+    """Trade-off between bias (0) and variance (1) of the advantage estimates."""
+    clip_range: NonNegative = 0.0
+    """Clip the probability ratio to 1 +- this; 0 leaves it to the KL penalty."""
+    clip_range_vf: NonNegative = 0.0
+    """Clip a value's change within an update to +- this; 0 does not clip. Depends on the rewards' scale."""
+    normalize_advantage: bool = True
+    """Scale a rollout's advantages to mean 0 and standard deviation 1."""
+    ent_coef: NonNegative = 0.0
+    """Weight of the entropy bonus."""
+    vf_coef: NonNegative = 0.5
+    """Weight of the value loss. The critic has its own optimizer, so this only moves where its gradient is clipped."""
+    max_grad_norm: Positive = 0.5
+    """Longest gradient of the policy, and of the critic; a longer one is scaled down."""
+    normalize_observation: bool = True
+    """Scale Box observations (not images) by their running mean and standard deviation."""
+    normalize_reward: bool = True
+    """Divide rewards by the running standard deviation of the discounted return."""
+    hidden_sizes: tuple[PositiveInt, ...] = (64, 64)
+    """Widths of the hidden layers, of the policy and of the critic."""
+    activation: Activation = "tanh"
+    """Activation of the hidden layers."""
+    log_std_init: Real = 0.0
+    """Logarithm of the initial standard deviation of continuous actions, where a bounded action spans -1 to 1."""
+    kl: KLConfig = field(default_factory=KLConfig)
+
+    def check_rollout(self, n_envs: int) -> None:
+        """Raise UsageError where batch_size does not fit ``n_envs`` environments."""
+        rows = n_envs * self.n_steps
+        if rows % self.batch_size:
+            fits = max(size for size in range(1, min(self.batch_size, rows) + 1) if rows % size == 0)
+            raise UsageError(
+                f"--batch-size {self.batch_size} does not divide the rollout of {rows} rows "
+                f"({n_envs} envs x {self.n_steps} steps); {fits} would do"
+            )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rollout's facts and the agent's beliefs about them, flattened to B = T * N rows."""
+
+    inputs: Inputs
+    old: PolicyDistribution
+    """The policy that acted."""
+    action: Tensor
+    log_prob: Tensor
+    value: Tensor
+    advantage: Tensor
+    returns: Tensor
+    weight: Tensor
+    """[B]: 0 for rows that only reset an environment; ``weight @ x`` over a minibatch is x's mean over the others."""
+
+    def take(self, index: Tensor | slice) -> "Batch":
+        """The rows ``index``, as a batch of its own."""
+        parts = (self.action, self.log_prob, self.value, self.advantage, self.returns, self.weight)
+        inputs = {key: rows[index] for key, rows in self.inputs.items()}
+        return Batch(inputs, select(self.old, index), *(part[index] for part in parts))  # type: ignore[arg-type]
+
+
+def policy_loss(
+    new: PolicyDistribution, batch: Batch, config: PPOConfig, penalty: Penalty | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-E[ratio * A] + beta * E[KL] - c * E[H], to be minimised; the ratio is 1 before an update's first step.
+
+    Clipped (Schulman et al. 2017, equation 7) where ``config.clip_range`` is above 0; beta * KL is equation 8.
+    """
+    ratio = torch.exp(new.log_prob(batch.action) - batch.log_prob)
+    surrogate = ratio * batch.advantage
+    if config.clip_range > 0:
+        clipped = ratio.clamp(1 - config.clip_range, 1 + config.clip_range) * batch.advantage
+        surrogate = torch.minimum(surrogate, clipped)
+    loss = gradient_loss = -(batch.weight @ surrogate)
+    if penalty is not None:
+        divergence = kl if config.kl.direction == "forward" else reverse_kl
+        loss = loss + penalty.term(batch.weight @ divergence(batch.old, new))
+    if config.ent_coef > 0:
+        loss = loss - config.ent_coef * (batch.weight @ new.entropy())
+    return loss, {"train/policy_gradient_loss": gradient_loss.detach()}
+
+
+def value_loss(value: Tensor, batch: Batch, clip_range_vf: float) -> Tensor:
+    """E[(V - return)^2], or the larger of that and its clipped form (Schulman et al. 2016 code, PPO's baselines)."""
+    error = (value - batch.returns) ** 2
+    if clip_range_vf > 0:
+        clipped = batch.value + (value - batch.value).clamp(-clip_range_vf, clip_range_vf)
+        error = torch.maximum(error, (clipped - batch.returns) ** 2)
+    return batch.weight @ error
+
+
+class PPO(Agent):
+    """Proximal policy optimisation for Box, Discrete, MultiDiscrete and MultiBinary actions.
+
+    Policy and critic are two networks with two optimizers: the critic's gradient cannot move the policy, so an
+    update that is stopped or taken back for its KL still fits the critic.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        config: PPOConfig | None = None,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+    ) -> None:
+        self.config = config = config or PPOConfig()
+        super().__init__(observation_space, action_space, device, seed, config.normalize_observation)
+        with torch.random.fork_rng(devices=[]):
+            init = torch.Generator().manual_seed(seed)
+            sizes, activation = config.hidden_sizes, config.activation
+            actor_torso, critic_torso = (Torso(self.encoder, sizes, activation, init) for _ in range(2))
+            self.actor = Actor(actor_torso, action_space, config.log_std_init, init).to(self.device)
+            self.critic = Critic(critic_torso, init).to(self.device)
+        self.actor_parameters = FlatParameters(self.actor)
+        self.critic_parameters = FlatParameters(self.critic)
+        self.reward_scale = RewardScale(config.gamma) if config.normalize_reward else None
+        self.penalty = config.kl.make_penalty()
+        rate = config.learning_rate
+        self.learning_rate = Banded(
+            rate, factor=1 / 1.5, low=0.5, high=2.0, least=min(rate, 1e-5), most=max(rate, 1e-2)
+        )
+        self.n_updates = 0
+
+    def new_buffer(self, n_envs: int) -> RolloutBuffer:
+        """A buffer for one rollout. Raises UsageError where batch_size does not divide it."""
+        self.config.check_rollout(n_envs)
+        return RolloutBuffer(self.observation_space, self.action_space, self.config.n_steps, n_envs)
+
+    def update(self, rollout: RolloutBuffer, progress: float = 0.0) -> Report:
+        """Improve policy and critic on a full rollout, and report how far the policy moved.
+
+        Raises NonFiniteError naming the field where the rollout, a loss or a gradient is not finite; policy, critic
+        and optimizers are then what they were before.
+        """
+        config, limit = self.config, self.config.kl.target
+        batch, valid = self._beliefs(rollout)
+        learning_rate = self.learning_rate.value * (1 - progress if config.lr_schedule == "linear" else 1)
+        actor_before, critic_before = self.actor_parameters.snapshot(), self.critic_parameters.snapshot()
+        sums: dict[str, Tensor] = {}
+        policy_steps = critic_steps = stop_epoch = 0
+
+        for epoch in range(1, config.n_epochs + 1):
+            shuffled = batch.take(torch.randperm(len(batch.weight), generator=self.rng, device=self.device))
+            for start in range(0, len(batch.weight), config.batch_size):
+                minibatch = shuffled.take(slice(start, start + config.batch_size))
+                self.critic_parameters.zero_grad()
+                loss_v = value_loss(self.critic(minibatch.inputs), minibatch, config.clip_range_vf)
+                (config.vf_coef * loss_v).backward()  # type: ignore[no-untyped-call]
+                norm_v = self.critic_parameters.clip_grad(config.max_grad_norm)
+                self.critic_parameters.adam_step(learning_rate)
+                critic_steps += 1
+                add(sums, {"train/value_loss": loss_v.detach(), "health/grad_norm_value": norm_v})
+                if stop_epoch:
+                    continue
+
+                self.actor_parameters.zero_grad()
+                loss, metrics = policy_loss(self.actor(minibatch.inputs), minibatch, config, self.penalty)
+                loss.backward()  # type: ignore[no-untyped-call]
+                norm = self.actor_parameters.clip_grad(config.max_grad_norm)
+                self.actor_parameters.adam_step(learning_rate)
+                policy_steps += 1
+                add(sums, {**metrics, "train/policy_loss": loss.detach(), "health/grad_norm_policy": norm})
+                if config.kl.check == "minibatch" and self._should_stop(batch, valid):
+                    stop_epoch = epoch
+            if config.kl.check == "epoch" and not stop_epoch and epoch < config.n_epochs:
+                stop_epoch = epoch if self._should_stop(batch, valid) else 0
+
+        means = {
+            tag: float(total) / (critic_steps if "value" in tag else policy_steps) for tag, total in sums.items()
+        }
+        for tag, value in means.items():
+            if not np.isfinite(value):
+                self.actor_parameters.restore(actor_before)
+                self.critic_parameters.restore(critic_before)
+                raise NonFiniteError(f"{tag.split('/')[1]} is {value} in update {self.n_updates + 1}")
+
+        report = self._settle(batch, valid, actor_before, limit)
+        report = replace(report, stop_epoch=stop_epoch)
+        reached = report.attempted if report.attempted is not None else report.bounded
+        if self.penalty is not None:
+            self.penalty.adapt(reached)
+        if config.lr_schedule == "kl":
+            self.learning_rate.adapt(reached, at_most(limit))
+        self.encoder.update(_before_step(rollout.obs), valid)
+        self.n_updates += 1
+        return Report(report, means | self._diagnostics(batch, valid, learning_rate))
+
+    def _beliefs(self, rollout: RolloutBuffer) -> tuple[Batch, Tensor]:
+        """What the agent thinks of a rollout, in one batched pass: pi_old, log-probs, values, advantages."""
+        config = self.config
+        if not rollout.full:
+            raise ValueError(f"the rollout holds {rollout.filled} of {rollout.n_steps} steps: fill it before update")
+        config.check_rollout(rollout.n_envs)
+        rollout.check_finite()
+        steps, envs = rollout.n_steps, rollout.n_envs
+        rows = steps * envs
+        inputs = self.encoder(rollout.obs)
+        with torch.no_grad():
+            value = torch.cat([self.critic(chunk) for chunk in chunks(inputs)])
+        inputs = {key: part[:rows] for key, part in inputs.items()}
+        old = self.distribution(inputs)
+        reward = rollout.reward
+        if self.reward_scale is not None:
+            reward = self.reward_scale(reward, rollout.terminated | rollout.truncated, rollout.valid)
+        value_table = value.view(steps + 1, envs).cpu().numpy()
+        advantage_table, returns = gae(
+            reward, value_table, rollout.terminated, rollout.truncated, config.gamma, config.gae_lambda
+        )
+        if config.normalize_advantage:
+            kept = advantage_table[rollout.valid]
+            advantage_table = (advantage_table - kept.mean()) / (kept.std() + 1e-8)
+        advantage, returns_flat, weight, action = (
+            torch.as_tensor(x, device=self.device).flatten(0, 1)
+            for x in (advantage_table, returns, rollout.valid, rollout.action)
+        )
+        valid = weight.clone()
+        scaled = weight.float() * (rows / config.batch_size / float(weight.sum().clamp_min(1)))
+        batch = Batch(inputs, old, action, old.log_prob(action), value[:rows], advantage, returns_flat, scaled)
+        return batch, valid
+
+    def _measure(self, batch: Batch, valid: Tensor) -> KLReport:
+        """The move so far, exactly, on the whole batch."""
+        return measure(
+            batch.old,
+            self.distribution(batch.inputs),
+            at_most(self.config.kl.target),
+            actions=batch.action,
+            valid=valid,
+            direction=self.config.kl.direction,
+        )
+
+    def _mean_kl(self, batch: Batch, valid: Tensor) -> float:
+        """The bounded KL alone: what stopping and projecting need."""
+        divergence = kl if self.config.kl.direction == "forward" else reverse_kl
+        return float(divergence(batch.old, self.distribution(batch.inputs))[valid].double().mean())
+
+    def _should_stop(self, batch: Batch, valid: Tensor) -> bool:
+        factor, limit = self.config.kl.stop, self.config.kl.target
+        return factor > 0 and not self._mean_kl(batch, valid) <= factor * limit
+
+    def _settle(self, batch: Batch, valid: Tensor, before: Any, limit: float) -> KLReport:
+        """Measure the finished update, and take it back as far as ``kl.on_overshoot`` says where it overshot."""
+        coefficient = 0.0 if self.penalty is None else self.penalty.coefficient.value
+        report = replace(self._measure(batch, valid), coefficient=coefficient)
+        if self.config.kl.on_overshoot == "keep" or report.bounded <= limit:
+            return report
+        kept = 0.0
+        if self.config.kl.on_overshoot == "project":
+            weights, old = self.actor_parameters.vector, before[0]
+            kept = project(weights, old, lambda: self._mean_kl(batch, valid), limit, report.bounded)
+        else:
+            self.actor_parameters.restore(before)
+        taken_back = {"rolled_back": 1 - kept, "attempted": report.bounded, "coefficient": coefficient}
+        return replace(self._measure(batch, valid), **taken_back)
+
+    def _diagnostics(self, batch: Batch, valid: Tensor, learning_rate: float) -> dict[str, float]:
+        """SB3's figures, over the whole batch, as the policy now stands."""
+        new = self.distribution(batch.inputs)
+        returns, value = batch.returns[valid].double(), batch.value[valid].double()
+        spread = returns.var(correction=0)
+        outside = (torch.exp(new.log_prob(batch.action) - batch.log_prob) - 1).abs() > self.config.clip_range
+        figures = {
+            "train/explained_variance": float(1 - (returns - value).var(correction=0) / spread) if spread > 0 else 0.0,
+            "train/clip_fraction": float(outside[valid].float().mean()) if self.config.clip_range > 0 else 0.0,
+            "train/learning_rate": learning_rate,
+            "train/ent_coef": self.config.ent_coef,
+            "health/value_mean": float(value.mean()),
+        }
+        if self.actor.continuous:
+            figures["train/std"] = float((self.actor.log_std.detach().exp() / self.actor.scale).mean())  # type: ignore[operator]
+        return figures
+
+    def state_dict(self) -> State:
+        return {
+            "actor": self.actor_parameters.state_dict(),
+            "critic": self.critic_parameters.state_dict(),
+            "encoder": self.encoder.state_dict(),
+            "reward_scale": {} if self.reward_scale is None else self.reward_scale.state_dict(),
+            "penalty": {} if self.penalty is None else self.penalty.coefficient.state_dict(),
+            "learning_rate": self.learning_rate.state_dict(),
+            "rng": self.rng.get_state(),
+            "n_updates": self.n_updates,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        self.actor_parameters.load_state_dict(state["actor"])
+        self.critic_parameters.load_state_dict(state["critic"])
+        self.encoder.load_state_dict(state["encoder"])
+        if self.reward_scale is not None:
+            self.reward_scale.load_state_dict(state["reward_scale"])
+        if self.penalty is not None:
+            self.penalty.coefficient.load_state_dict(state["penalty"])
+        self.learning_rate.load_state_dict(state["learning_rate"])
+        if self.device.type == "cpu":
+            self.rng.set_state(state["rng"])
+        self.n_updates = int(state["n_updates"])
+
+
+def add(sums: dict[str, Tensor], figures: dict[str, Tensor]) -> None:
+    """Add up figures as tensors; reading one inside the loop would wait for the device."""
+    for tag, value in figures.items():
+        sums[tag] = sums[tag] + value if tag in sums else value
+
+
+def _before_step(obs: Any) -> Any:
+    return {key: part[:-1] for key, part in obs.items()} if isinstance(obs, dict) else obs[:-1]

@@ -1,0 +1,44 @@
+"""klrl: reinforcement learning that always knows how far each update moved the policy.
+
+Names are imported on first use, so that ``import klrl`` costs nothing and does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from klrl.agents.ppo import PPO as PPO
+    from klrl.agents.ppo import PPOConfig as PPOConfig
+    from klrl.buffers import RolloutBuffer as RolloutBuffer
+    from klrl.errors import NonFiniteError as NonFiniteError
+    from klrl.errors import UsageError as UsageError
+    from klrl.protocol import KLConfig as KLConfig
+    from klrl.training import Run as Run
+    from klrl.training import load as load
+    from klrl.training import train as train
+
+_HOME = {
+    "KLConfig": "klrl.protocol",
+    "NonFiniteError": "klrl.errors",
+    "PPO": "klrl.agents.ppo",
+    "PPOConfig": "klrl.agents.ppo",
+    "RolloutBuffer": "klrl.buffers",
+    "Run": "klrl.training",
+    "UsageError": "klrl.errors",
+    "load": "klrl.training",
+    "train": "klrl.training",
+}
+
+__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'klrl' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,136 @@
+"""Config dataclasses as plain data: built from a dict, checked, merged, written back to a dict.
+
+A field's annotation carries its range (``Annotated[int, Range(1)]``), so that the command line, a TOML file and a
+Python keyword are all refused by the same line.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from klrl.errors import UsageError
+
+C = TypeVar("C")
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The values a number may take: finite, from ``low`` (exclusive if ``above``) to ``high``."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return math.isfinite(value) and (value > self.low if self.above else value >= self.low) and value <= self.high
+
+    def __str__(self) -> str:
+        words = []
+        if self.low > -math.inf:
+            words.append(f"{'above' if self.above else 'at least'} {self.low:g}")
+        if self.high < math.inf:
+            words.append(f"at most {self.high:g}")
+        return " and ".join(words) or "a finite number"
+
+
+PositiveInt = Annotated[int, Range(1)]
+Count = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+NonNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+Real = Annotated[float, Range()]
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def option(path: str) -> str:
+    """A field's path as the command line spells it: ``kl.on_overshoot`` is ``--kl.on-overshoot``."""
+    return "--" + path.replace("_", "-")
+
+
+def hints(cls: type) -> dict[str, Any]:
+    """The dataclass's fields with their full annotations, in order."""
+    annotations = get_type_hints(cls, include_extras=True)
+    return {f.name: annotations[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+
+def build(cls: type[C], data: Mapping[str, Any], path: str = "") -> C:
+    """An instance of the dataclass ``cls`` from plain values, each checked for type and range.
+
+    Raises UsageError that names the option for an unknown key, a wrong type or a value out of range.
+    """
+    fields = hints(cls)
+    for key in data:
+        if key not in fields:
+            raise UsageError(f"unknown option {path + key!r}{suggest(key, fields)}")
+    return cls(**{key: convert(fields[key], value, path + key) for key, value in data.items()})
+
+
+def convert(annotation: Any, value: Any, path: str) -> Any:
+    """``value`` as ``annotation`` wants it, or UsageError naming ``path``."""
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = to_dict(value)
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{option(path)} must be a table of options, got {value!r}")
+        return build(annotation, value, path + ".")
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        converted = convert(arguments[0], value, path)
+        for limit in arguments[1:]:
+            if isinstance(limit, Range) and converted not in limit:
+                raise UsageError(f"{option(path)} must be {limit}, got {value}")
+        return converted
+    if origin is Literal:
+        if value not in arguments:
+            choices = ", ".join(map(str, arguments))
+            raise UsageError(f"{option(path)} must be one of {choices}, got {value!r}{suggest(str(value), arguments)}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise UsageError(f"{option(path)} must be a list, got {value!r}")
+        return tuple(convert(arguments[0], item, path) for item in value)
+    if origin in (Union, types.UnionType):
+        raise TypeError(f"{path}: optional fields have no TOML form; use a value that means 'off'")
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{option(path)} must be a table of names and values, got {value!r}")
+        return dict(value)
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if annotation is int and isinstance(value, float) and value.is_integer():
+        return int(value)  # 1e5 in a TOML file
+    if not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):
+        raise UsageError(f"{option(path)} must be {_TYPE_NAMES.get(annotation, annotation)}, got {value!r}")
+    return value
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dataclass as plain nested dicts and lists, ready for TOML or JSON."""
+    return {
+        f.name: to_dict(value)
+        if dataclasses.is_dataclass(value := getattr(config, f.name))
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+        for f in dataclasses.fields(config)
+    }
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``over`` laid on top, tables merged key by key."""
+    merged = dict(base)
+    for key, value in over.items():
+        known = merged.get(key)
+        merged[key] = merge(known, value) if isinstance(known, Mapping) and isinstance(value, Mapping) else value
+    return merged

@@ -1,0 +1,40 @@
+"""Monte Carlo estimates of KL(old || new) from log-ratios, each with its standard error.
+
+They stand beside an exact value or take its place where none exists; they never steer an update in klrl.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Estimate(NamedTuple):
+    """A sample mean and its standard error, in nats."""
+
+    value: float
+    stderr: float
+
+
+def kl_estimate(log_ratio: Tensor, kind: Literal["k1", "k2", "k3"] = "k3") -> Estimate:
+    """Estimate KL(old || new) from ``log_ratio`` = log new(a) - log old(a) with a drawn from old, shape [B].
+
+    k1 = -log r is unbiased and may be negative; k2 = (log r)^2 / 2 is biased, small and never negative;
+    k3 = r - 1 - log r is unbiased and never negative. Source: Schulman, "Approximating KL Divergence" (2020).
+
+    Raises ValueError for another kind and for an empty ``log_ratio``.
+    """
+    if log_ratio.numel() == 0:
+        raise ValueError("log_ratio is empty: a KL estimate needs at least one sample")
+    x = log_ratio.detach().double().flatten()
+    match kind:
+        case "k1":
+            samples = -x
+        case "k2":
+            samples = 0.5 * x * x
+        case "k3":
+            samples = torch.expm1(x) - x
+        case _:
+            raise ValueError(f"kind must be 'k1', 'k2' or 'k3', got {kind!r}")
+    stderr = float(samples.std() / samples.numel() ** 0.5) if samples.numel() > 1 else float("inf")
+    return Estimate(float(samples.mean()), stderr)

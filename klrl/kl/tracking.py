@@ -1,0 +1,165 @@
+"""How far an update moved the policy: measured exactly, on the whole batch, after the last step."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch import distributions as td
+
+from klrl.kl.control import Bound
+from klrl.kl.divergence import freeze, kl, reverse_kl
+from klrl.kl.estimators import Estimate, kl_estimate
+
+Direction = Literal["forward", "reverse"]
+
+
+@dataclass(frozen=True)
+class KLReport:
+    """One update, measured. All values in nats, over the states of the batch, action dimensions summed."""
+
+    mean: float
+    """Mean over states of KL(old || new)."""
+    max: float
+    p50: float
+    p95: float
+    p99: float
+    reverse: float
+    """Mean over states of KL(new || old)."""
+    entropy_before: float
+    entropy: float
+    limit: float
+    """What the bounded direction may be at most; inf where nothing bounds it."""
+    direction: Direction = "forward"
+    """Which of the two KLs the limit is about."""
+    k1: Estimate | None = None
+    """The sampled estimates that other packages log, beside the exact value; None where no actions were given."""
+    k3: Estimate | None = None
+    coefficient: float = 0.0
+    """The penalty's coefficient during this update."""
+    stop_epoch: int = 0
+    """The epoch after which the policy's update was stopped early; 0 if it ran to its end."""
+    rolled_back: float = 0.0
+    """The share of the update that was taken back: 0 kept, 1 rolled back, between them projected to the boundary."""
+    attempted: float | None = None
+    """The bounded KL before anything was taken back; None where nothing was."""
+
+    @property
+    def bounded(self) -> float:
+        """The KL that the limit is about, as the policy now stands."""
+        return self.mean if self.direction == "forward" else self.reverse
+
+    @property
+    def of_limit(self) -> float:
+        """The bounded KL as a share of its limit: above 1 the policy moved further than it should."""
+        return self.bounded / self.limit
+
+    def write(self, record: Callable[[str, float], object]) -> None:
+        """Call ``record(tag, value)`` for every figure: a logger's ``record``, a dict's ``__setitem__``."""
+        for tag in ("mean", "max", "p50", "p95", "p99", "reverse", "stop_epoch", "rolled_back"):
+            record(f"kl/{tag}", float(getattr(self, tag)))
+        record("kl/coef", self.coefficient)
+        if self.limit != float("inf"):
+            record("kl/limit", self.limit)
+            record("kl/of_limit", self.of_limit)
+        if self.attempted is not None:
+            record("kl/attempted", self.attempted)
+        for name, estimate in (("k1", self.k1), ("k3", self.k3)):
+            if estimate is not None:
+                record(f"kl/{name}", estimate.value)
+        record("entropy/mean", self.entropy)
+        record("entropy/change", self.entropy - self.entropy_before)
+
+
+def measure(
+    old: td.Distribution,
+    new: td.Distribution,
+    bound: Bound | None = None,
+    *,
+    actions: Tensor | None = None,
+    valid: Tensor | None = None,
+    direction: Direction = "forward",
+) -> KLReport:
+    """Compare two policies on the same B states and return the report of the move from ``old`` to ``new``.
+
+    ``actions``: one action per state drawn from ``old``, for the estimates k1 and k3.
+    ``valid``: bool [B], the states that count (False on an autoreset's filler rows); all by default.
+
+    Raises ValueError where the two have no closed-form KL, or where the result is not one value per state
+    (use ``joint``), or where no state is valid.
+    """
+    with torch.no_grad():
+        forward, backward = kl(old, new), reverse_kl(old, new)
+        if forward.dim() != 1:
+            raise ValueError(
+                f"KL has shape {tuple(forward.shape)}, but a report needs one value per state, shape [B]: "
+                "wrap the distributions in joint(...)"
+            )
+        before, after = old.entropy(), new.entropy()
+        ratio = None if actions is None else new.log_prob(actions) - old.log_prob(actions)
+        if valid is not None:
+            forward, backward, before, after = forward[valid], backward[valid], before[valid], after[valid]
+            ratio = None if ratio is None else ratio[valid]
+        if forward.numel() == 0:
+            raise ValueError("no valid state to measure the KL on")
+        ordered = forward.sort().values
+        last = ordered.numel() - 1
+        ranks = torch.tensor([round(share * last) for share in (0.5, 0.95, 0.99, 1.0)], device=ordered.device)
+        means = torch.stack([x.double().mean() for x in (forward, backward, before, after)])
+        p50, p95, p99, largest = ordered[ranks].tolist()
+        mean, reverse, entropy_before, entropy = means.tolist()
+    return KLReport(
+        mean=mean,
+        max=largest,
+        p50=p50,
+        p95=p95,
+        p99=p99,
+        reverse=reverse,
+        entropy_before=entropy_before,
+        entropy=entropy,
+        limit=float("inf") if bound is None else bound.limit,
+        direction=direction,
+        k1=None if ratio is None else kl_estimate(ratio, "k1"),
+        k3=None if ratio is None else kl_estimate(ratio, "k3"),
+    )
+
+
+class Tracked:
+    """What ``track`` hands out: ``report`` is there once the block has ended."""
+
+    def __init__(self, old: td.Distribution) -> None:
+        self.old = old
+        self._report: KLReport | None = None
+
+    @property
+    def report(self) -> KLReport:
+        """The finished update's KLReport. Raises RuntimeError inside the block, where nothing is measured yet."""
+        if self._report is None:
+            raise RuntimeError("the update has not ended: read the report after the with block")
+        return self._report
+
+
+@contextmanager
+def track(
+    policy_dist: Callable[[], td.Distribution],
+    bound: Bound | None = None,
+    *,
+    actions: Tensor | None = None,
+    direction: Direction = "forward",
+) -> Iterator[Tracked]:
+    """Measure any update, anyone's: old policy frozen on entry, new policy compared with it on exit.
+
+    ``policy_dist()`` returns the policy's distribution on a fixed batch of states; it is called twice, without
+    gradients. Nothing about the update itself changes. If the block raises, nothing is measured.
+
+        with track(lambda: policy(obs), at_most(0.01)) as update:
+            train_one_epoch()
+        print(update.report.mean, update.report.of_limit)
+    """
+    with torch.no_grad():
+        update = Tracked(freeze(policy_dist()))
+    yield update
+    with torch.no_grad():
+        update._report = measure(update.old, policy_dist(), bound, actions=actions, direction=direction)

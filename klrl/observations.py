@@ -1,0 +1,107 @@
+"""From what an environment says to what a network takes: device, float, one-hot, normalised."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from klrl.spaces import check_observation_space, is_image
+
+Observation = np.ndarray[Any, Any] | dict[str, np.ndarray[Any, Any]]
+Inputs = dict[str, Tensor]
+"""A batch of network inputs: float32 "vector" [B, F], and each image under its name as uint8 [B, C, H, W]."""
+
+_LIMIT = 10.0  # normalised observations are cut off here, as in SB3's VecNormalize
+
+
+class ObservationEncoder:
+    """Turns observations of one space into network inputs, with a running normalisation of Box vectors.
+
+    The statistics move only when ``update`` is called: the agent does so once its KL has been measured, so that
+    within a rollout and its update the policy depends on nothing but its weights.
+    """
+
+    def __init__(self, space: spaces.Space[Any], device: torch.device, normalize: bool) -> None:
+        check_observation_space(space)
+        self.device = device
+        self._keyed = isinstance(space, spaces.Dict)
+        self.parts: dict[str, spaces.Space[Any]] = dict(space.spaces) if isinstance(space, spaces.Dict) else {"": space}
+        self.images = {key: _channels_first(part) for key, part in self.parts.items() if is_image(part)}
+        scaled: list[bool] = []
+        for key, part in self.parts.items():
+            if key not in self.images:
+                scaled += [isinstance(part, spaces.Box)] * _features(part)
+        self.features = len(scaled)
+        self._scaled = torch.tensor(scaled, dtype=torch.bool, device=device)
+        self.normalize = normalize and bool(self._scaled.any())
+        self.count = 0.0
+        self.mean = torch.zeros(self.features, device=device)
+        self.var = torch.ones(self.features, device=device)
+        self._refresh()
+
+    def __call__(self, obs: Observation) -> Inputs:
+        """Encode observations with any leading shape [..., *space.shape]; the leading shape becomes one batch [B]."""
+        inputs = self._encode(obs)
+        if self.normalize:
+            vector = inputs["vector"]
+            inputs["vector"] = ((vector - self.mean) * self._inverse_std).clamp_(-_LIMIT, _LIMIT)
+        return inputs
+
+    def update(self, obs: Observation, valid: Tensor) -> None:
+        """Take the observations [..., *space.shape] for which ``valid`` [B] is true into the running statistics."""
+        if not self.normalize:
+            return
+        batch = self._encode(obs)["vector"][valid].double()
+        count = float(len(batch))
+        if count == 0:
+            return
+        # Chan et al. (1983): merge two sets' means and variances.
+        mean, var, total = batch.mean(0), batch.var(0, correction=0), self.count + count
+        delta = mean - self.mean.double()
+        merged_mean = self.mean.double() + delta * (count / total)
+        merged_var = (self.var.double() * self.count + var * count + delta**2 * (self.count * count / total)) / total
+        self.mean = torch.where(self._scaled, merged_mean, 0.0).float()
+        self.var = torch.where(self._scaled, merged_var, 1.0).float()
+        self.count = total
+        self._refresh()
+
+    def state_dict(self) -> dict[str, Tensor | float]:
+        return {"mean": self.mean.clone(), "var": self.var.clone(), "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean, self.var = state["mean"].to(self.device), state["var"].to(self.device)
+        self.count = float(state["count"])
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self._inverse_std = torch.rsqrt(self.var + 1e-8)
+
+    def _encode(self, obs: Observation) -> Inputs:
+        inputs: Inputs = {}
+        vectors: list[Tensor] = []
+        for key, part in self.parts.items():
+            value = torch.as_tensor(obs[key] if self._keyed else obs, device=self.device)  # type: ignore[call-overload]
+            if key in self.images:
+                value = value.reshape(-1, *part.shape or ())
+                inputs[key] = value.permute(0, 3, 1, 2) if part.shape != self.images[key] else value
+            elif isinstance(part, spaces.Discrete):
+                index = value.reshape(-1).long() - int(part.start)
+                vectors.append(torch.nn.functional.one_hot(index, int(part.n)).float())
+            else:
+                vector = value.reshape(-1, _features(part)).float()
+                vectors.append(vector / 255.0 if part.dtype == np.uint8 else vector)
+        if vectors:
+            inputs["vector"] = vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=-1)
+        return inputs
+
+
+def _features(space: spaces.Space[Any]) -> int:
+    return int(space.n) if isinstance(space, spaces.Discrete) else int(np.prod(space.shape or (1,)))
+
+
+def _channels_first(space: spaces.Space[Any]) -> tuple[int, int, int]:
+    assert space.shape is not None
+    first, middle, last = space.shape
+    return (first, middle, last) if first <= last else (last, first, middle)

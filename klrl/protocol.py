@@ -1,0 +1,157 @@
+"""What an agent is: spaces and a config in, actions out, one report per update. No environment, logger or trainer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from klrl.config import NonNegative, Positive
+from klrl.distributions import PolicyDistribution
+from klrl.kl import Banded, Coefficient, Direction, Fixed, KLReport, Penalty, at_most
+from klrl.networks import Actor
+from klrl.observations import Inputs, Observation, ObservationEncoder
+from klrl.spaces import check_action_space
+
+Actions = npt.NDArray[Any]
+State = dict[str, Any]
+_CHUNK = 2048  # rows of a batched pass: their activations stay in cache
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """How far an update may move the policy, and what answers an excess. The same group for every agent."""
+
+    target: Positive = 0.02
+    """Limit on the mean KL(old||new) of an update, in nats, action dimensions summed."""
+    penalty: Literal["adaptive", "fixed", "none"] = "adaptive"
+    """KL penalty in the loss: its coefficient doubles or halves outside a band around the target, stays, or is 0."""
+    coef: NonNegative = 1.0
+    """The penalty's coefficient at the start."""
+    stop: NonNegative = 1.5
+    """Stop the policy's part of an update once its KL exceeds this many times the target; 0 never stops."""
+    check: Literal["update", "epoch", "minibatch"] = "epoch"
+    """When the whole batch's exact KL is measured: after the update, after each epoch too, or after each minibatch."""
+    on_overshoot: Literal["keep", "rollback", "project"] = "keep"
+    """What happens to an update whose KL ends above the target: kept, undone, or moved back to the boundary."""
+    direction: Direction = "forward"
+    """Which KL is bounded: forward KL(old||new) or reverse KL(new||old). Both are always logged."""
+
+    def make_penalty(self) -> Penalty | None:
+        """The penalty that these settings ask for. Where an overshoot is undone, the limit is the band's upper edge."""
+        if self.penalty == "none":
+            return None
+        high = 1.5 if self.on_overshoot == "keep" else 1.0
+        coefficient: Coefficient = (
+            Fixed(self.coef)
+            if self.penalty == "fixed"
+            else Banded(min(max(self.coef, 1e-4), 1e4), high=high, least=1e-4, most=1e4)
+        )
+        return Penalty(at_most(self.target), coefficient)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one update did."""
+
+    kl: KLReport
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def write(self, record: Callable[[str, float], object]) -> None:
+        """Call ``record(tag, value)`` for every figure."""
+        for tag, value in self.metrics.items():
+            record(tag, value)
+        self.kl.write(record)
+
+
+class Agent(ABC):
+    """A policy for one pair of spaces, with what it needs to act, to be saved and to learn."""
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        device: str | torch.device,
+        seed: int,
+        normalize_observation: bool,
+    ) -> None:
+        check_action_space(action_space)
+        self.observation_space, self.action_space = observation_space, action_space
+        self.device = torch.device(device)
+        self.encoder = ObservationEncoder(observation_space, self.device, normalize_observation)
+        self.rng = torch.Generator(self.device).manual_seed(seed)
+        self.actor: Actor
+
+    def act(self, obs: Observation, deterministic: bool = False) -> Actions:
+        """Actions [N, d] for a batch of observations [N, *shape], in the form that buffers hold.
+
+        Give ``env_action(action)`` to the environment: a sample may lie outside a Box's bounds, and its density is
+        that of the sample, not of the clipped action.
+        """
+        with torch.inference_mode():
+            policy = self.actor(self.encoder(obs))
+            action: Tensor = policy.mode if deterministic else policy.sample(generator=self.rng)
+            return action.cpu().numpy()
+
+    def env_action(self, action: Actions) -> Actions:
+        """``act``'s actions [N, d] as the environment takes them: clipped to the bounds, shaped [N, *space.shape]."""
+        space = self.action_space
+        shaped = action.reshape(len(action), *(space.shape or ()))
+        if isinstance(space, spaces.Box):
+            return np.clip(shaped, space.low, space.high).astype(space.dtype, copy=False)
+        if isinstance(space, spaces.MultiBinary):
+            return shaped.astype(space.dtype)
+        return shaped + space.start  # type: ignore[attr-defined, no-any-return]
+
+    def predict(
+        self,
+        observation: Observation,
+        state: Any = None,
+        episode_start: Any = None,
+        deterministic: bool = False,
+    ) -> tuple[Actions, Any]:
+        """SB3's signature: actions ready for the environment, for one observation or a batch, and ``state`` as given."""
+        if isinstance(observation, dict):
+            key = next(iter(observation))
+            single = np.ndim(observation[key]) == len(self.observation_space[key].shape)  # type: ignore[index]
+            batch: Observation = {k: np.asarray(v)[None] if single else v for k, v in observation.items()}
+        else:
+            single = np.ndim(observation) == len(self.observation_space.shape or ())
+            batch = np.asarray(observation)[None] if single else observation
+        action = self.env_action(self.act(batch, deterministic))
+        return (action[0] if single else action), state
+
+    def distribution(self, inputs: Inputs) -> PolicyDistribution:
+        """The policy at encoded observations [B], computed in chunks without gradients."""
+        from klrl.kl import concatenate
+
+        with torch.no_grad():
+            result: PolicyDistribution = concatenate([self.actor(chunk) for chunk in chunks(inputs)])
+        return result
+
+    @abstractmethod
+    def new_buffer(self, n_envs: int) -> Any:
+        """An empty buffer of the kind that ``update`` takes."""
+
+    @abstractmethod
+    def update(self, rollout: Any, progress: float = 0.0) -> Report:
+        """Learn from a full buffer. ``progress``: the share of training that is done, for schedules."""
+
+    @abstractmethod
+    def state_dict(self) -> State:
+        """Everything that decides what happens next, as nested dicts of tensors and JSON values."""
+
+    @abstractmethod
+    def load_state_dict(self, state: State) -> None:
+        """Continue from ``state_dict``'s result. Raises ValueError where it does not fit this agent."""
+
+
+def chunks(inputs: Inputs) -> list[Inputs]:
+    """Encoded observations in pieces of at most 2048 rows."""
+    rows = len(next(iter(inputs.values())))
+    return [{k: v[i : i + _CHUNK] for k, v in inputs.items()} for i in range(0, rows, _CHUNK)]

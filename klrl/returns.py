@@ -1,0 +1,78 @@
+"""Advantages and returns from a rollout's facts and a critic's values."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+
+
+def gae(
+    reward: Floats,
+    value: Floats,
+    terminated: Bools,
+    truncated: Bools,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[Floats, Floats]:
+    """Generalised advantage estimates and the returns (advantage + value) that a critic regresses on.
+
+    reward, terminated, truncated: [T, N]. value: [T + 1, N], of the observation before each step and after the last.
+    Under Gymnasium's NEXT_STEP autoreset, value[t + 1] is that of the true observation after step t even where an
+    episode ended there, so a truncated episode bootstraps from its final value and a terminated one does not.
+    Rows that only reset an environment get a number too; the caller masks them out.
+
+        delta_t = r_t + gamma * V(s_{t+1}) * (1 - terminated_t) - V(s_t)
+        A_t = delta_t + gamma * lambda * (1 - terminated_t) * (1 - truncated_t) * A_{t+1}
+
+    Source: Schulman et al. (2016), equation 16.
+    """
+    delta = reward + gamma * value[1:] * ~terminated - value[:-1]
+    decay = (gamma * gae_lambda) * ~(terminated | truncated)
+    advantage = np.zeros_like(delta)
+    following = np.zeros_like(delta[0])
+    for t in range(len(delta) - 1, -1, -1):
+        following = delta[t] + decay[t] * following
+        advantage[t] = following
+    return advantage.astype(np.float32), (advantage + value[:-1]).astype(np.float32)
+
+
+class RewardScale:
+    """Divides rewards by the running standard deviation of the discounted return, as SB3's VecNormalize does.
+
+    A policy does not depend on it, so unlike the observations' statistics it takes a rollout in before it scales it:
+    the critic never sees raw rewards.
+    """
+
+    def __init__(self, gamma: float) -> None:
+        self.gamma = gamma
+        self.count, self.mean, self.var = 0.0, 0.0, 1.0
+        self.running: npt.NDArray[np.float64] | None = None
+
+    def __call__(self, reward: Floats, ended: Bools, valid: Bools) -> Floats:
+        """Take the rewards [T, N] of a rollout in and return them scaled. ``ended``: terminated or truncated."""
+        running = np.zeros(reward.shape[1]) if self.running is None else self.running
+        discounted = np.empty(reward.shape)
+        for t in range(len(reward)):
+            running = running * self.gamma + reward[t]
+            discounted[t] = running
+            running = running * ~ended[t]
+        self.running = running
+        sample = discounted[valid]
+        if len(sample):
+            total, delta = self.count + len(sample), sample.mean() - self.mean
+            spread = self.var * self.count + sample.var() * len(sample)
+            self.var = float((spread + delta**2 * self.count * len(sample) / total) / total)
+            self.mean = float(self.mean + delta * len(sample) / total)
+            self.count = float(total)
+        return (reward / np.sqrt(self.var + 1e-8)).astype(np.float32)
+
+    def state_dict(self) -> dict[str, float | list[float]]:
+        running = [] if self.running is None else self.running.tolist()
+        return {"count": self.count, "mean": self.mean, "var": self.var, "running": running}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count, self.mean, self.var = state["count"], state["mean"], state["var"]
+        self.running = np.array(state["running"]) if state["running"] else None

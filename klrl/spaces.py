@@ -1,0 +1,90 @@
+"""Which Gymnasium spaces klrl takes, refused in one line otherwise, and their form in a checkpoint."""
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from klrl.errors import UsageError
+
+
+def check_action_space(space: spaces.Space[Any]) -> None:
+    """Raise UsageError unless ``space`` is a Box of floats, Discrete, MultiDiscrete or MultiBinary."""
+    if isinstance(space, spaces.Box):
+        if not np.issubdtype(space.dtype, np.floating):
+            raise UsageError(
+                f"action space {space} holds whole numbers: use a Discrete or MultiDiscrete space "
+                "(gymnasium.wrappers.TransformAction can map it)"
+            )
+        return
+    if not isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        raise UsageError(
+            f"action space {space} is not supported: klrl takes Box, Discrete, MultiDiscrete and MultiBinary; "
+            "gymnasium.wrappers.TransformAction can map yours to one of them"
+        )
+
+
+def check_observation_space(space: spaces.Space[Any]) -> None:
+    """Raise UsageError unless ``space`` is a Box, a Discrete, or a Dict of those."""
+    parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
+    for part in parts:
+        if not isinstance(part, spaces.Box | spaces.Discrete):
+            raise UsageError(
+                f"observation space {part} is not supported: klrl takes Box, Discrete and a Dict of those; "
+                "gymnasium.wrappers.FlattenObservation turns most others into a Box"
+            )
+
+
+def is_image(space: spaces.Space[Any]) -> bool:
+    """Whether ``space`` holds bytes of shape [H, W, C] or [C, H, W] that are large enough for convolutions."""
+    return (
+        isinstance(space, spaces.Box)
+        and space.dtype == np.uint8
+        and len(space.shape) == 3
+        and sorted(space.shape)[1] >= 36
+    )
+
+
+def to_json(space: spaces.Space[Any]) -> dict[str, Any]:
+    """A supported space as JSON; ``from_json`` gives an equal one back."""
+    match space:
+        case spaces.Dict():
+            return {"type": "Dict", "spaces": {key: to_json(part) for key, part in space.spaces.items()}}
+        case spaces.Discrete():
+            return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
+        case spaces.MultiDiscrete():
+            return {"type": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": space.start.tolist()}
+        case spaces.MultiBinary():
+            return {"type": "MultiBinary", "shape": list(space.shape)}
+        case spaces.Box():
+            return {
+                "type": "Box",
+                "shape": list(space.shape),
+                "dtype": str(space.dtype),
+                "low": _bounds_to_json(space.low),
+                "high": _bounds_to_json(space.high),
+            }
+    raise UsageError(f"space {space} is not supported")
+
+
+def from_json(data: dict[str, Any]) -> spaces.Space[Any]:
+    """The space that ``to_json`` wrote. Raises ValueError or KeyError for anything else."""
+    match data["type"]:
+        case "Dict":
+            return spaces.Dict({key: from_json(part) for key, part in data["spaces"].items()})
+        case "Discrete":
+            return spaces.Discrete(data["n"], start=data["start"])
+        case "MultiDiscrete":
+            return spaces.MultiDiscrete(np.array(data["nvec"]), start=np.array(data["start"]))
+        case "MultiBinary":
+            return spaces.MultiBinary(data["shape"])
+        case "Box":
+            dtype, shape = np.dtype(data["dtype"]), tuple(data["shape"])
+            low, high = (np.broadcast_to(np.array(data[k], dtype), shape) for k in ("low", "high"))
+            return spaces.Box(low, high, shape, dtype.type)
+    raise ValueError(f"unknown space type {data['type']!r}")
+
+
+def _bounds_to_json(bounds: np.ndarray[Any, Any]) -> Any:
+    """One number where all bounds are equal, which keeps an image's space short; Python's JSON writes Infinity."""
+    return bounds.flat[0].item() if bounds.size and (bounds == bounds.flat[0]).all() else bounds.tolist()
