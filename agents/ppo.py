@@ -1,9 +1,9 @@
 """PPO with an exact KL penalty (Schulman et al. 2017, section 4), optionally clipped as well or instead."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor
@@ -13,7 +13,7 @@ from klrl.config import Count, NonNegative, Positive, PositiveInt, Real, Share
 from klrl.distributions import PolicyDistribution
 from klrl.errors import NonFiniteError, UsageError
 from klrl.kl import Banded, KLReport, Penalty, at_most, kl, measure, reverse_kl, select
-from klrl.networks import Activation, Actor, Critic, Torso
+from klrl.networks import Activation, Actor, Critic
 from klrl.observations import Inputs
 from klrl.parameters import FlatParameters
 from klrl.protocol import Agent, KLConfig, Report, State, chunks
@@ -46,9 +46,9 @@ class PPOConfig:
     ent_coef: NonNegative = 0.0
     """Weight of the entropy bonus."""
     vf_coef: NonNegative = 0.5
-    """Weight of the value loss. The critic has its own optimizer, so this only moves where its gradient is clipped."""
+    """Weight of the value loss beside the policy's."""
     max_grad_norm: Positive = 0.5
-    """Longest gradient of the policy, and of the critic; a longer one is scaled down."""
+    """Longest gradient, of policy and critic together; a longer one is scaled down."""
     normalize_observation: bool = True
     """Scale Box observations (not images) by their running mean and standard deviation."""
     normalize_reward: bool = True
@@ -70,6 +70,9 @@ class PPOConfig:
                 f"--batch-size {self.batch_size} does not divide the rollout of {rows} rows "
                 f"({n_envs} envs x {self.n_steps} steps); {fits} would do"
             )
+
+
+_TRACED = ("train/policy_gradient_loss", "train/policy_loss", "train/value_loss", "health/grad_norm")
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,11 @@ class Batch:
 
 def policy_loss(
     new: PolicyDistribution, batch: Batch, config: PPOConfig, penalty: Penalty | None
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Tensor]:
     """-E[ratio * A] + beta * E[KL] - c * E[H], to be minimised; the ratio is 1 before an update's first step.
 
     Clipped (Schulman et al. 2017, equation 7) where ``config.clip_range`` is above 0; beta * KL is equation 8.
+    Returns the loss and, detached, its first term.
     """
     ratio = torch.exp(new.log_prob(batch.action) - batch.log_prob)
     surrogate = ratio * batch.advantage
@@ -112,7 +116,7 @@ def policy_loss(
         loss = loss + penalty.term(batch.weight @ divergence(batch.old, new))
     if config.ent_coef > 0:
         loss = loss - config.ent_coef * (batch.weight @ new.entropy())
-    return loss, {"train/policy_gradient_loss": gradient_loss.detach()}
+    return loss, gradient_loss.detach()
 
 
 def value_loss(value: Tensor, batch: Batch, clip_range_vf: float) -> Tensor:
@@ -127,8 +131,8 @@ def value_loss(value: Tensor, batch: Batch, clip_range_vf: float) -> Tensor:
 class PPO(Agent):
     """Proximal policy optimisation for Box, Discrete, MultiDiscrete and MultiBinary actions.
 
-    Policy and critic are two networks with two optimizers: the critic's gradient cannot move the policy, so an
-    update that is stopped or taken back for its KL still fits the critic.
+    Policy and critic are two networks, so the critic's gradient cannot move the policy; their weights lie in one
+    vector with one optimizer. An update that is rolled back for its KL still keeps what the critic learned.
     """
 
     def __init__(
@@ -144,11 +148,10 @@ class PPO(Agent):
         with torch.random.fork_rng(devices=[]):
             init = torch.Generator().manual_seed(seed)
             sizes, activation = config.hidden_sizes, config.activation
-            actor_torso, critic_torso = (Torso(self.encoder, sizes, activation, init) for _ in range(2))
-            self.actor = Actor(actor_torso, action_space, config.log_std_init, init).to(self.device)
-            self.critic = Critic(critic_torso, init).to(self.device)
-        self.actor_parameters = FlatParameters(self.actor)
-        self.critic_parameters = FlatParameters(self.critic)
+            actor = Actor(self.encoder, action_space, sizes, activation, config.log_std_init, init)
+            critic = Critic(self.encoder, sizes, activation, init)
+        self.actor, self.critic = actor.to(self.device), critic.to(self.device)
+        self.parameters = FlatParameters(self.actor, self.critic)
         self.reward_scale = RewardScale(config.gamma) if config.normalize_reward else None
         self.penalty = config.kl.make_penalty()
         rate = config.learning_rate
@@ -171,46 +174,38 @@ class PPO(Agent):
         config, limit = self.config, self.config.kl.target
         batch, valid = self._beliefs(rollout)
         learning_rate = self.learning_rate.value * (1 - progress if config.lr_schedule == "linear" else 1)
-        actor_before, critic_before = self.actor_parameters.snapshot(), self.critic_parameters.snapshot()
-        sums: dict[str, Tensor] = {}
-        policy_steps = critic_steps = stop_epoch = 0
+        parameters, before = self.parameters, self.parameters.snapshot()
+        trace: list[Tensor] = []
+        stop_epoch = 0
 
         for epoch in range(1, config.n_epochs + 1):
-            shuffled = batch.take(torch.randperm(len(batch.weight), generator=self.rng, device=self.device))
+            order = torch.from_numpy(self.rng.permutation(len(batch.weight)))
+            shuffled = batch.take(order.to(self.device))
             for start in range(0, len(batch.weight), config.batch_size):
                 minibatch = shuffled.take(slice(start, start + config.batch_size))
-                self.critic_parameters.zero_grad()
+                loss_pi, surrogate = policy_loss(self.actor(minibatch.inputs), minibatch, config, self.penalty)
                 loss_v = value_loss(self.critic(minibatch.inputs), minibatch, config.clip_range_vf)
-                (config.vf_coef * loss_v).backward()  # type: ignore[no-untyped-call]
-                norm_v = self.critic_parameters.clip_grad(config.max_grad_norm)
-                self.critic_parameters.adam_step(learning_rate)
-                critic_steps += 1
-                add(sums, {"train/value_loss": loss_v.detach(), "health/grad_norm_value": norm_v})
-                if stop_epoch:
-                    continue
-
-                self.actor_parameters.zero_grad()
-                loss, metrics = policy_loss(self.actor(minibatch.inputs), minibatch, config, self.penalty)
-                loss.backward()  # type: ignore[no-untyped-call]
-                norm = self.actor_parameters.clip_grad(config.max_grad_norm)
-                self.actor_parameters.adam_step(learning_rate)
-                policy_steps += 1
-                add(sums, {**metrics, "train/policy_loss": loss.detach(), "health/grad_norm_policy": norm})
+                parameters.zero_grad()
+                (loss_pi + config.vf_coef * loss_v).backward()  # type: ignore[no-untyped-call]
+                norm = parameters.clip_grad(config.max_grad_norm)
+                parameters.adam_step(learning_rate)
+                trace += (surrogate, loss_pi.detach(), loss_v.detach(), norm)  # read once, after the update
                 if config.kl.check == "minibatch" and self._should_stop(batch, valid):
                     stop_epoch = epoch
-            if config.kl.check == "epoch" and not stop_epoch and epoch < config.n_epochs:
-                stop_epoch = epoch if self._should_stop(batch, valid) else 0
+                    break
+            if config.kl.check == "epoch" and epoch < config.n_epochs and self._should_stop(batch, valid):
+                stop_epoch = epoch
+            if stop_epoch:
+                break
 
-        means = {
-            tag: float(total) / (critic_steps if "value" in tag else policy_steps) for tag, total in sums.items()
-        }
-        for tag, value in means.items():
-            if not np.isfinite(value):
-                self.actor_parameters.restore(actor_before)
-                self.critic_parameters.restore(critic_before)
+        means = torch.stack(trace).view(-1, len(_TRACED)).double().mean(0).tolist()
+        metrics = dict(zip(_TRACED, means, strict=True))
+        for tag, value in metrics.items():
+            if not math.isfinite(value):
+                parameters.restore(before)
                 raise NonFiniteError(f"{tag.split('/')[1]} is {value} in update {self.n_updates + 1}")
 
-        report = self._settle(batch, valid, actor_before, limit)
+        report = self._settle(batch, valid, before, limit)
         report = replace(report, stop_epoch=stop_epoch)
         reached = report.attempted if report.attempted is not None else report.bounded
         if self.penalty is not None:
@@ -219,7 +214,7 @@ class PPO(Agent):
             self.learning_rate.adapt(reached, at_most(limit))
         self.encoder.update(_before_step(rollout.obs), valid)
         self.n_updates += 1
-        return Report(report, means | self._diagnostics(batch, valid, learning_rate))
+        return Report(report, metrics | self._diagnostics(batch, valid, learning_rate))
 
     def _beliefs(self, rollout: RolloutBuffer) -> tuple[Batch, Tensor]:
         """What the agent thinks of a rollout, in one batched pass: pi_old, log-probs, values, advantages."""
@@ -280,12 +275,12 @@ class PPO(Agent):
         report = replace(self._measure(batch, valid), coefficient=coefficient)
         if self.config.kl.on_overshoot == "keep" or report.bounded <= limit:
             return report
-        kept = 0.0
+        kept, policy = 0.0, self.parameters.parts[0]
         if self.config.kl.on_overshoot == "project":
-            weights, old = self.actor_parameters.vector, before[0]
+            weights, old = self.parameters.vector[policy], before[0][policy]
             kept = project(weights, old, lambda: self._mean_kl(batch, valid), limit, report.bounded)
         else:
-            self.actor_parameters.restore(before)
+            self.parameters.restore(before, policy)
         taken_back = {"rolled_back": 1 - kept, "attempted": report.bounded, "coefficient": coefficient}
         return replace(self._measure(batch, valid), **taken_back)
 
@@ -308,34 +303,25 @@ class PPO(Agent):
 
     def state_dict(self) -> State:
         return {
-            "actor": self.actor_parameters.state_dict(),
-            "critic": self.critic_parameters.state_dict(),
+            "parameters": self.parameters.state_dict(),
             "encoder": self.encoder.state_dict(),
             "reward_scale": {} if self.reward_scale is None else self.reward_scale.state_dict(),
             "penalty": {} if self.penalty is None else self.penalty.coefficient.state_dict(),
             "learning_rate": self.learning_rate.state_dict(),
-            "rng": self.rng.get_state(),
+            "rng": self.rng.bit_generator.state,
             "n_updates": self.n_updates,
         }
 
     def load_state_dict(self, state: State) -> None:
-        self.actor_parameters.load_state_dict(state["actor"])
-        self.critic_parameters.load_state_dict(state["critic"])
+        self.parameters.load_state_dict(state["parameters"])
         self.encoder.load_state_dict(state["encoder"])
         if self.reward_scale is not None:
             self.reward_scale.load_state_dict(state["reward_scale"])
         if self.penalty is not None:
             self.penalty.coefficient.load_state_dict(state["penalty"])
         self.learning_rate.load_state_dict(state["learning_rate"])
-        if self.device.type == "cpu":
-            self.rng.set_state(state["rng"])
+        self.rng.bit_generator.state = state["rng"]
         self.n_updates = int(state["n_updates"])
-
-
-def add(sums: dict[str, Tensor], figures: dict[str, Tensor]) -> None:
-    """Add up figures as tensors; reading one inside the loop would wait for the device."""
-    for tag, value in figures.items():
-        sums[tag] = sums[tag] + value if tag in sums else value
 
 
 def _before_step(obs: Any) -> Any:

@@ -50,10 +50,9 @@ class Categoricals(td.Distribution):
         log_probs = self.log_probs.clamp_min(torch.finfo(self.logits.dtype).min)
         return -(log_probs.exp() * log_probs).sum((-2, -1))
 
-    def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         """int64 actions of shape [*sample_shape, B, k], by the Gumbel-max rule."""
-        noise = torch.empty((*sample_shape, *self.logits.shape), device=self.logits.device)
-        noise.exponential_(generator=generator)
+        noise = torch.empty((*sample_shape, *self.logits.shape), device=self.logits.device).exponential_()
         return (self.logits - noise.log_()).argmax(dim=-1)
 
     @property
@@ -82,10 +81,10 @@ class DiagonalNormal(td.Distribution):
         """Joint differential entropy in nats, shape [B]."""
         return self.log_std.sum(-1) + self.loc.shape[-1] * (0.5 + _LOG_SQRT_TWO_PI)
 
-    def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         """Actions of shape [*sample_shape, B, d]."""
-        noise = torch.empty((*sample_shape, *self.loc.shape), device=self.loc.device).normal_(generator=generator)
-        return noise.mul_(self.log_std.exp()).add_(self.loc)
+        noise = torch.randn((*sample_shape, *self.loc.shape), device=self.loc.device)
+        return (noise * self.log_std.exp() + self.loc).detach()
 
     @property
     def mode(self) -> Tensor:

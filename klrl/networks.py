@@ -1,4 +1,4 @@
-"""Networks: torsos over encoded observations, a policy head per action space, a critic."""
+"""Networks: an MLP over encoded observations (after convolutions for images), the policy and its head, the critic."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -12,37 +12,110 @@ from klrl.distributions import Categoricals, DiagonalNormal, PolicyDistribution
 from klrl.observations import Inputs, ObservationEncoder
 
 Activation = Literal["tanh", "relu"]
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 _IMAGE_FEATURES = 512
 
 
-class Torso(nn.Module):
-    """Encoded observations to features [B, ``out``]: a convolutional net per image, then an MLP over everything."""
+class MLP(nn.Module):
+    """Linear layers with an activation between them: x [B, inputs] to [B, outputs].
+
+    Forward and backward pass are one autograd node with the derivative written out: for layers this small, the
+    graph's own bookkeeping costs as much as the arithmetic. ``on_host`` is the same function for NumPy arrays.
+    """
 
     def __init__(
-        self, encoder: ObservationEncoder, hidden_sizes: Sequence[int], activation: Activation, rng: torch.Generator
+        self,
+        sizes: Sequence[int],
+        activation: Activation,
+        output_gain: float,
+        rng: torch.Generator,
     ) -> None:
         super().__init__()
-        self.image_nets = nn.ModuleDict({_key(k): image_net(shape, rng) for k, shape in encoder.images.items()})
+        gains = [2**0.5] * (len(sizes) - 2) + [output_gain]
+        self.layers = nn.ModuleList(linear(a, b, g, rng) for a, b, g in zip(sizes, sizes[1:], gains, strict=False))
+        self.activation = activation
+        self._host_weights: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = [p for layer in self.layers for p in (layer.weight, layer.bias)]
+        result: Tensor = _MLPFunction.apply(x, self.activation, *weights)  # type: ignore[no-untyped-call]
+        return result
+
+    def on_host(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The forward pass on views of the weights, which must lie in CPU memory and be laid out for good."""
+        if not self._host_weights:
+            self._host_weights = [(y.weight.detach().numpy().T, y.bias.detach().numpy()) for y in self.layers]  # type: ignore[operator, union-attr]
+        last = len(self._host_weights) - 1
+        for i, (weight, bias) in enumerate(self._host_weights):
+            x = x @ weight
+            x += bias
+            if i < last:
+                x = np.tanh(x, out=x) if self.activation == "tanh" else np.maximum(x, 0.0, out=x)
+        return x
+
+
+class _MLPFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, activation: Activation, *weights: Tensor) -> Tensor:
+        outputs = [x]  # every layer's input; with both activations, the derivative follows from the output alone
+        last = len(weights) // 2 - 1
+        for i in range(last + 1):
+            x = torch.addmm(weights[2 * i + 1], x, weights[2 * i].t())
+            if i < last:
+                x = x.tanh_() if activation == "tanh" else x.relu_()
+                outputs.append(x)
+        ctx.activation = activation
+        ctx.save_for_backward(*outputs, *weights[::2])
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layers = len(ctx.saved_tensors) // 2
+        outputs, weights = ctx.saved_tensors[:layers], ctx.saved_tensors[layers:]
+        grad, to_weights = grads[0], []
+        for i in range(layers - 1, -1, -1):
+            to_weights += [grad.sum(0), grad.t() @ outputs[i]]
+            if i == 0 and not ctx.needs_input_grad[0]:
+                break
+            grad = grad @ weights[i]
+            if i > 0:
+                y = outputs[i]
+                grad = _tanh_backward(grad, y) if ctx.activation == "tanh" else _relu_backward(grad, y, 0)
+        return (grad if ctx.needs_input_grad[0] else None, None, *reversed(to_weights))
+
+
+_tanh_backward = torch.ops.aten.tanh_backward
+_relu_backward = torch.ops.aten.threshold_backward
+
+
+class Network(nn.Module):
+    """Encoded observations to outputs [B, outputs]: a convolutional net per image, then an MLP over everything."""
+
+    def __init__(
+        self,
+        encoder: ObservationEncoder,
+        hidden_sizes: Sequence[int],
+        outputs: int,
+        activation: Activation,
+        output_gain: float,
+        rng: torch.Generator,
+    ) -> None:
+        super().__init__()
         self.image_keys = list(encoder.images)
+        self.image_nets = nn.ModuleList(image_net(shape, rng) for shape in encoder.images.values())
         self.has_vector = encoder.features > 0
         width = encoder.features + _IMAGE_FEATURES * len(self.image_keys)
-        layers: list[nn.Module] = []
-        for size in hidden_sizes:
-            layers += [linear(width, size, 2**0.5, rng), _ACTIVATIONS[activation]()]
-            width = size
-        self.mlp = nn.Sequential(*layers)
-        self.out = width
+        self.mlp = MLP([width, *hidden_sizes, outputs], activation, output_gain, rng)
 
     def forward(self, inputs: Inputs) -> Tensor:
         if not self.image_keys:
-            features: Tensor = self.mlp(inputs["vector"])
-            return features
-        parts = [self.image_nets[_key(key)](inputs[key].float() / 255.0) for key in self.image_keys]
+            result: Tensor = self.mlp(inputs["vector"])
+            return result
+        nets = zip(self.image_nets, self.image_keys, strict=True)
+        parts = [net(inputs[key].float() / 255.0) for net, key in nets]
         if self.has_vector:
             parts.append(inputs["vector"])
-        features = self.mlp(torch.cat(parts, dim=-1))
-        return features
+        result = self.mlp(torch.cat(parts, dim=-1))
+        return result
 
 
 class Actor(nn.Module):
@@ -52,51 +125,82 @@ class Actor(nn.Module):
     bound, so that one initial standard deviation suits every environment. KL does not depend on that scale.
     """
 
-    def __init__(self, torso: Torso, space: spaces.Space[Any], log_std_init: float, rng: torch.Generator) -> None:
+    def __init__(
+        self,
+        encoder: ObservationEncoder,
+        space: spaces.Space[Any],
+        hidden_sizes: Sequence[int],
+        activation: Activation,
+        log_std_init: float,
+        rng: torch.Generator,
+    ) -> None:
         super().__init__()
-        self.torso = torso
         self.continuous = isinstance(space, spaces.Box)
         if isinstance(space, spaces.Box):
             low, high = (torch.as_tensor(x, dtype=torch.float32).flatten() for x in (space.low, space.high))
             bounded = torch.isfinite(low) & torch.isfinite(high)
-            scale = torch.where(bounded, (high - low) / 2, 1.0)
-            self.register_buffer("center", torch.where(bounded, (high + low) / 2, 0.0))
-            self.register_buffer("scale", scale)
-            self.head = linear(torso.out, len(scale), 0.01, rng)
-            self.log_std = nn.Parameter(torch.full((len(scale),), log_std_init) + scale.log())
+            self.center = nn.Buffer(torch.where(bounded, (high + low) / 2, 0.0))
+            self.scale = nn.Buffer(torch.where(bounded, (high - low) / 2, 1.0))
+            self.log_std = nn.Parameter(log_std_init + self.scale.log())
+            outputs = len(low)
         else:
             sizes = choices(space)
-            self.head = linear(torso.out, sum(sizes), 0.01, rng)
             self.shape = (len(sizes), max(sizes))
             # Where the sizes differ, every categorical is padded to the largest with forbidden choices.
+            self.padded = len(set(sizes)) > 1
             starts = np.cumsum([0, *sizes[:-1]])
             index = [[start + min(i, n - 1) for i in range(max(sizes))] for start, n in zip(starts, sizes, strict=True)]
-            padding = [[i >= n for i in range(max(sizes))] for n in sizes]
-            self.padded = len(set(sizes)) > 1
-            self.register_buffer("index", torch.tensor(index).flatten())
-            self.register_buffer("padding", torch.tensor(padding))
+            self.index = nn.Buffer(torch.tensor(index).flatten())
+            self.padding = nn.Buffer(torch.tensor([[i >= n for i in range(max(sizes))] for n in sizes]))
+            outputs = sum(sizes)
+        self.network = Network(encoder, hidden_sizes, outputs, activation, 0.01, rng)
 
     def forward(self, inputs: Inputs) -> PolicyDistribution:
-        output: Tensor = self.head(self.torso(inputs))
+        return self.head(self.network(inputs))
+
+    def head(self, output: Tensor) -> PolicyDistribution:
+        """The network's outputs [B, outputs] as a distribution."""
         if self.continuous:
-            mean = torch.addcmul(self.center, output, self.scale)  # type: ignore[call-overload]
+            mean = torch.addcmul(self.center, output, self.scale)
             return DiagonalNormal(mean, self.log_std.expand_as(mean))
         if self.padded:
-            logits = output[:, self.index].view(-1, *self.shape)  # type: ignore[index]
-            return Categoricals(logits.masked_fill(self.padding, float("-inf")))  # type: ignore[arg-type]
+            logits = output[:, self.index].view(-1, *self.shape)
+            return Categoricals(logits.masked_fill(self.padding, float("-inf")))
         return Categoricals(output.view(-1, *self.shape))
+
+    def act(self, output: np.ndarray[Any, Any], rng: np.random.Generator | None) -> np.ndarray[Any, Any]:
+        """Actions [B, d] from the network's outputs, sampled with ``rng``, or the mode where it is None.
+
+        The same distribution as ``head``, in NumPy: a handful of numbers per step, where torch's calls cost more
+        than their arithmetic.
+        """
+        if self.continuous:
+            center, scale, log_std = (x.detach().cpu().numpy() for x in (self.center, self.scale, self.log_std))
+            mean = center + output * scale
+            if rng is None:
+                return mean
+            noise: np.ndarray[Any, Any] = rng.standard_normal(mean.shape, dtype=np.float32)
+            return mean + noise * np.exp(log_std)
+        logits = output[:, self.index.cpu().numpy()] if self.padded else output
+        logits = logits.reshape(-1, *self.shape)
+        if self.padded:
+            logits = np.where(self.padding.cpu().numpy(), -np.inf, logits)
+        if rng is not None:  # the Gumbel-max rule: -log of an exponential is a standard Gumbel
+            logits = logits - np.log(rng.standard_exponential(logits.shape))
+        return logits.argmax(axis=-1)
 
 
 class Critic(nn.Module):
     """The state value: encoded observations to V(s), shape [B]."""
 
-    def __init__(self, torso: Torso, rng: torch.Generator) -> None:
+    def __init__(
+        self, encoder: ObservationEncoder, hidden_sizes: Sequence[int], activation: Activation, rng: torch.Generator
+    ) -> None:
         super().__init__()
-        self.torso = torso
-        self.head = linear(torso.out, 1, 1.0, rng)
+        self.network = Network(encoder, hidden_sizes, 1, activation, 1.0, rng)
 
     def forward(self, inputs: Inputs) -> Tensor:
-        value: Tensor = self.head(self.torso(inputs))
+        value: Tensor = self.network(inputs)
         return value.squeeze(-1)
 
 
@@ -132,8 +236,3 @@ def image_net(shape: tuple[int, int, int], rng: torch.Generator) -> nn.Sequentia
     with torch.no_grad():
         flat = nn.Sequential(*layers)(torch.zeros(1, *shape)).shape[1]
     return nn.Sequential(*layers, linear(flat, _IMAGE_FEATURES, 2**0.5, rng), nn.ReLU())
-
-
-def _key(name: str) -> str:
-    """A module name for an observation's key: ModuleDict forbids dots and the empty name."""
-    return "image_" + name.replace(".", "_dot_")

@@ -1,4 +1,4 @@
-"""A module's weights as views of one vector, with Adam on that vector.
+"""Modules' weights as views of one vector, with Adam on that vector.
 
 Snapshot, rollback, projection, the gradient's norm and the optimizer's step are then one operation each instead of
 one per weight tensor, which for the small networks of control tasks is most of an update's time.
@@ -13,14 +13,17 @@ Snapshot = tuple[Tensor, Tensor, Tensor, int]
 
 
 class FlatParameters:
-    """``module``'s parameters as views of ``vector`` and their gradients as views of ``grad``, with an Adam state.
+    """The modules' parameters as views of ``vector``, their gradients as views of ``grad``, and an Adam state.
 
-    The module keeps working as before. Move it to its device first: a later ``module.to(...)`` would cut the views.
+    ``parts[i]`` is where the i-th module lies in the vector. The modules keep working as before; move them to their
+    device first, since a later ``module.to(...)`` would cut the views.
     Adam is Kingma and Ba (2015), algorithm 1, and equals torch.optim.Adam with the same betas and eps.
     """
 
-    def __init__(self, module: nn.Module, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-5) -> None:
-        parameters = list(module.parameters())
+    def __init__(self, *modules: nn.Module, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-5) -> None:
+        sizes = [sum(p.numel() for p in module.parameters()) for module in modules]
+        self.parts = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+        parameters = [p for module in modules for p in module.parameters()]
         self.vector = torch.cat([p.detach().flatten() for p in parameters])
         self.grad = torch.zeros_like(self.vector)
         self.first_moment = torch.zeros_like(self.vector)
@@ -50,20 +53,21 @@ class FlatParameters:
         beta1, beta2 = self.betas
         self.first_moment.lerp_(self.grad, 1 - beta1)
         self.second_moment.mul_(beta2).addcmul_(self.grad, self.grad, value=1 - beta2)
-        correction1, correction2 = 1 - beta1**self.steps, 1 - beta2**self.steps
-        denominator = self.second_moment.sqrt().div_(math.sqrt(correction2)).add_(self.eps)
-        self.vector.addcdiv_(self.first_moment, denominator, value=-learning_rate / correction1)
+        # Both bias corrections are folded into the step and into eps, which saves a pass over the vector.
+        correction1, correction2 = 1 - beta1**self.steps, math.sqrt(1 - beta2**self.steps)
+        denominator = self.second_moment.sqrt().add_(self.eps * correction2)
+        self.vector.addcdiv_(self.first_moment, denominator, value=-learning_rate * correction2 / correction1)
 
     def snapshot(self) -> Snapshot:
         """Copies of weights and optimizer state, for ``restore``."""
         return self.vector.clone(), self.first_moment.clone(), self.second_moment.clone(), self.steps
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Weights and optimizer as they were at ``snapshot``, bit for bit."""
-        vector, first_moment, second_moment, self.steps = snapshot
-        self.vector.copy_(vector)
-        self.first_moment.copy_(first_moment)
-        self.second_moment.copy_(second_moment)
+    def restore(self, snapshot: Snapshot, part: slice | None = None) -> None:
+        """Weights and optimizer as they were at ``snapshot``, bit for bit; of one part only where it is given."""
+        if part is None:
+            part, self.steps = slice(None), snapshot[3]
+        for tensor, before in zip((self.vector, self.first_moment, self.second_moment), snapshot[:3], strict=True):
+            tensor[part] = before[part]
 
     def state_dict(self) -> dict[str, Tensor | int]:
         vector, first_moment, second_moment, steps = self.snapshot()

@@ -9,11 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gymnasium import spaces
-from torch import Tensor
 
 from klrl.config import NonNegative, Positive
 from klrl.distributions import PolicyDistribution
-from klrl.kl import Banded, Coefficient, Direction, Fixed, KLReport, Penalty, at_most
+from klrl.kl import Banded, Coefficient, Direction, Fixed, KLReport, Penalty, at_most, concatenate
 from klrl.networks import Actor
 from klrl.observations import Inputs, Observation, ObservationEncoder
 from klrl.spaces import check_action_space
@@ -84,7 +83,7 @@ class Agent(ABC):
         self.observation_space, self.action_space = observation_space, action_space
         self.device = torch.device(device)
         self.encoder = ObservationEncoder(observation_space, self.device, normalize_observation)
-        self.rng = torch.Generator(self.device).manual_seed(seed)
+        self.rng = np.random.default_rng(seed)
         self.actor: Actor
 
     def act(self, obs: Observation, deterministic: bool = False) -> Actions:
@@ -93,10 +92,12 @@ class Agent(ABC):
         Give ``env_action(action)`` to the environment: a sample may lie outside a Box's bounds, and its density is
         that of the sample, not of the clipped action.
         """
-        with torch.inference_mode():
-            policy = self.actor(self.encoder(obs))
-            action: Tensor = policy.mode if deterministic else policy.sample(generator=self.rng)
-            return action.cpu().numpy()
+        if self.encoder.plain and self.device.type == "cpu":
+            output = self.actor.network.mlp.on_host(self.encoder.on_host(obs))  # type: ignore[arg-type]
+        else:
+            with torch.inference_mode():
+                output = self.actor.network(self.encoder(obs)).cpu().numpy()
+        return self.actor.act(output, None if deterministic else self.rng)
 
     def env_action(self, action: Actions) -> Actions:
         """``act``'s actions [N, d] as the environment takes them: clipped to the bounds, shaped [N, *space.shape]."""
@@ -128,8 +129,6 @@ class Agent(ABC):
 
     def distribution(self, inputs: Inputs) -> PolicyDistribution:
         """The policy at encoded observations [B], computed in chunks without gradients."""
-        from klrl.kl import concatenate
-
         with torch.no_grad():
             result: PolicyDistribution = concatenate([self.actor(chunk) for chunk in chunks(inputs)])
         return result

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_NO_MASS = 1e-300  # a probability below this is 0: its products with e^x could overflow before they cancel
+
 
 def phi(x: Tensor) -> Tensor:
     """e^x - 1 - x for float64 ``x``, elementwise, >= 0: the excess of e^x over its tangent at 0."""
@@ -41,25 +43,22 @@ class _CategoricalKL(torch.autograd.Function):
         log_p = torch.log_softmax(logits_old.double(), dim=-1)
         log_q = torch.log_softmax(logits_new.double(), dim=-1)
         p, q, x = log_p.exp(), log_q.exp(), log_q - log_p
-        # Near 0 the phi form is exact; further out (and at x = inf or nan, where one side forbids the action)
-        # q - p - p*x cannot cancel, and its last term is 0 where p is 0, whatever x is.
-        p_x = torch.where(p > 0, p * x, 0.0)
-        terms = torch.where(x.abs() < 1.0, p * phi(x), (q - p - p_x).clamp_min(0.0))
+        # Where old forbids an action (p = 0, x = inf or nan) the term's limit is q; where only new does, it is inf.
+        terms = torch.where(p < _NO_MASS, q, p * phi(x))
         value = terms.sum(dim=-1)
-        ctx.save_for_backward(p, q, p_x, value)
-        ctx.dtype = logits_new.dtype
+        ctx.save_for_backward(p, q, x, value)
         return value.to(logits_new.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        p, q, p_x, value = ctx.saved_tensors
+        p, q, x, value = ctx.saved_tensors
         grad = grads[0].double().unsqueeze(-1)
-        to_old = grad * (-p_x - p * value.unsqueeze(-1)) if ctx.needs_input_grad[0] else None
-        to_new = grad * (q - p) if ctx.needs_input_grad[1] else None
-        return (
-            to_old.to(ctx.dtype) if to_old is not None else None,
-            to_new.to(ctx.dtype) if to_new is not None else None,
-        )
+        to_old = to_new = None
+        if ctx.needs_input_grad[0]:
+            to_old = grad * torch.where(p < _NO_MASS, 0.0, -p * (x + value.unsqueeze(-1)))
+        if ctx.needs_input_grad[1]:
+            to_new = grad * (q - p)
+        return to_old, to_new
 
 
 class _NormalKL(torch.autograd.Function):
