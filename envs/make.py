@@ -1,0 +1,116 @@
+"""From an environment's name or factory to a vector environment, and the presets that go with names."""
+
+import importlib
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, Literal
+
+import gymnasium as gym
+from gymnasium import error
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
+
+import klrl.envs  # registers the probes
+from klrl.config import suggest
+from klrl.envs.wrappers import next_step
+from klrl.errors import UsageError
+
+EnvFactory = Callable[[], gym.Env[Any, Any]]
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments for the environment, as name=value pairs: --env.kwargs continuous=true gravity=-8."""
+    vectorization: Literal["sync", "async"] = "sync"
+    """Step the environments in this process, or in a process each (pays off where a step takes milliseconds)."""
+
+
+def make_vector(env: str | EnvFactory, n_envs: int, config: EnvConfig) -> VectorEnv[Any, Any, Any]:
+    """``n_envs`` copies of ``env`` as one vector environment in NEXT_STEP autoreset mode.
+
+    env: a Gymnasium id (also "module:Env-v0"), or a function that returns a new environment.
+    Raises UsageError for an unknown id, a missing extra or arguments that the environment refuses.
+    """
+    if isinstance(env, str):
+        check(env)
+        if _spec(env).entry_point is None:
+            return next_step(_guard(env, lambda: gym.make_vec(env, n_envs, **config.kwargs)), env)
+        name, kwargs = env, config.kwargs
+
+        def factory() -> gym.Env[Any, Any]:
+            return gym.make(name, **kwargs)
+
+        # One environment made here turns what a worker process would bury into one line.
+        _guard(env, factory).close()
+    else:
+        if config.kwargs:
+            raise UsageError("--env.kwargs goes with an env id; give a factory its arguments yourself")
+        factory = env  # type: ignore[assignment]
+    kind = AsyncVectorEnv if config.vectorization == "async" else SyncVectorEnv
+    return next_step(kind([factory] * n_envs), env_name(env))
+
+
+def env_name(env: str | EnvFactory) -> str:
+    """How the environment is called in folder names and checkpoints."""
+    return env if isinstance(env, str) else getattr(env, "__name__", type(env).__name__).strip("<>")
+
+
+def check(env_id: str) -> None:
+    """Raise UsageError unless ``env_id`` is registered, or can be once its module is imported."""
+    module, _, _ = env_id.rpartition(":")
+    if module:
+        import_module(module)
+    try:
+        _spec(env_id)
+    except (error.UnregisteredEnv, error.Error) as problem:
+        known = suggest(env_id, gym.registry)
+        if isinstance(problem, error.DeprecatedEnv):
+            raise UsageError(f"env {env_id!r} is out of date: {problem}") from None
+        raise UsageError(f"unknown env {env_id!r}{known}; --import PACKAGE registers a package's envs") from None
+
+
+def import_module(name: str) -> None:
+    """Import a module for the environments it registers. Raises UsageError where it cannot be found."""
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as problem:
+        raise UsageError(f"--import {name}: no module named {problem.name!r} is installed") from None
+
+
+def _spec(env_id: str) -> Any:
+    return gym.spec(env_id.rpartition(":")[2])
+
+
+def _guard(env_id: str, make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except error.DependencyNotInstalled as problem:
+        entry_point = str(_spec(env_id).entry_point)
+        for extra in ("mujoco", "box2d"):
+            if extra in entry_point:
+                raise UsageError(f"env {env_id!r} needs an extra: pip install 'klrl[{extra}]'") from None
+        raise UsageError(f"env {env_id!r} needs a package that is not installed: {_line(problem)}") from None
+    except TypeError as problem:
+        raise UsageError(f"--env.kwargs does not fit {env_id}: {_line(problem)}") from None
+
+
+def _line(problem: BaseException) -> str:
+    return " ".join(str(problem).split())
+
+
+def presets() -> dict[str, dict[str, Any]]:
+    """Every preset by env id: a table per agent with "config", "source" and what was "measured"."""
+    folder = resources.files(klrl.envs) / "presets"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".toml"): tomllib.loads(f.read_text()) for f in files}
+
+
+def preset(agent: str, env: str | EnvFactory) -> dict[str, Any]:
+    """The options that suit ``agent`` on ``env``; empty where there is no preset, so that the defaults hold."""
+    path = resources.files(klrl.envs) / "presets" / f"{env.rpartition(':')[2]}.toml" if isinstance(env, str) else None
+    if path is None or "/" in str(env) or not path.is_file():
+        return {}
+    config: dict[str, Any] = tomllib.loads(path.read_text()).get(agent, {}).get("config", {})
+    return config

@@ -1,0 +1,127 @@
+"""Where a run's figures go: TensorBoard, metrics.jsonl and the terminal."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+# Custom Scalars: what belongs together in one chart, for every agent.
+_LAYOUT = {
+    "KL": {
+        "KL and its limit": ["kl/mean", "kl/p95", "kl/max", "kl/limit"],
+        "share of the limit": ["kl/of_limit"],
+        "coefficient": ["kl/coef"],
+        "forward and reverse": ["kl/mean", "kl/reverse"],
+        "exact and sampled": ["kl/mean", "kl/k1", "kl/k3"],
+    },
+    "policy": {"return": ["rollout/ep_rew_mean", "eval/mean_reward"], "entropy": ["entropy/mean"]},
+}
+
+
+class Logger:
+    """Writes each update's figures once: one TensorBoard event that holds them all, and one line of JSON."""
+
+    def __init__(self, folder: Path, hparams: dict[str, Any]) -> None:
+        self._events = EventFileWriter(str(folder))
+        self._lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._start = time.time()
+        self._add(Summary(value=[_layout_summary()]), 0)
+        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hparams.items()}
+        self._add(hparams_pb(plain, trial_id=folder.name), 0)
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """Record ``figures`` (tag to value) at ``step``."""
+        self._add(Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in figures.items()]), step)
+        # Infinity and NaN are not JSON: they are written as text.
+        safe = {k: v if abs(v) < float("inf") else str(v) for k, v in figures.items()}
+        self._lines.write(json.dumps({"step": step, "wall": round(time.time() - self._start, 3), **safe}) + "\n")
+        self._lines.flush()
+
+    def close(self) -> None:
+        self._events.close()
+        self._lines.close()
+
+    def _add(self, summary: Summary, step: int) -> None:
+        self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+
+def _layout_summary() -> Any:
+    layout = layout_pb2.Layout(
+        category=[
+            layout_pb2.Category(
+                title=title,
+                chart=[
+                    layout_pb2.Chart(
+                        title=name, multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag}$" for tag in tags])
+                    )
+                    for name, tags in charts.items()
+                ],
+            )
+            for title, charts in _LAYOUT.items()
+        ]
+    )
+    return Summary.Value(
+        tag="custom_scalars__config__",
+        tensor=TensorProto(dtype=DT_STRING, tensor_shape=TensorShapeProto(), string_val=[layout.SerializeToString()]),
+        metadata=SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="custom_scalars")),
+    )
+
+
+class Console:
+    """A run's progress: one live line on a terminal, a plain line every few seconds elsewhere."""
+
+    def __init__(self, total: int, quiet: bool, every: float = 5.0) -> None:
+        self._total, self._quiet, self._every = total, quiet, every
+        self._next = 0.0
+        self._progress: Any = None
+        if not quiet and sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+            self._progress = Progress(
+                BarColumn(20), TaskProgressColumn(), TimeRemainingColumn(compact=True), TextColumn("{task.description}")
+            )
+            self._task = self._progress.add_task("", total=total)
+            self._progress.start()
+
+    def update(self, step: int, figures: dict[str, float]) -> None:
+        """Show where the run stands."""
+        if self._quiet:
+            return
+        if self._progress is not None:
+            self._progress.update(self._task, completed=min(step, self._total), description=_line(step, figures))
+        elif time.monotonic() >= self._next:
+            self._next = time.monotonic() + self._every
+            self.say(f"{100 * min(step / self._total, 1):3.0f}%  {_line(step, figures)}")
+
+    def say(self, text: str) -> None:
+        """A line that stays, also with ``--quiet``."""
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leave the live line as it is and give the terminal back."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _line(step: int, figures: dict[str, float]) -> str:
+    parts = [f"{step:>9,} steps", f"{figures['time/fps']:>7,.0f}/s"]
+    if "rollout/ep_rew_mean" in figures:
+        parts.append(f"return {figures['rollout/ep_rew_mean']:>8.1f}")
+    limit = f" of {figures['kl/limit']:g}" if "kl/limit" in figures else ""
+    parts.append(f"KL {figures['kl/mean']:.4f}{limit}")
+    parts.append(f"coef {figures['kl/coef']:.3g}")
+    return "  ".join(parts)
