@@ -12,7 +12,7 @@ from klrl.buffers import RolloutBuffer
 from klrl.config import Count, NonNegative, Positive, PositiveInt, Real, Share
 from klrl.distributions import PolicyDistribution
 from klrl.errors import NonFiniteError, UsageError
-from klrl.kl import Banded, KLReport, Penalty, at_most, kl, measure, reverse_kl, select
+from klrl.kl import Banded, KLReport, Penalty, at_most, freeze, kl, measure, reverse_kl, select
 from klrl.networks import Activation, Actor, Critic
 from klrl.observations import Inputs
 from klrl.parameters import FlatParameters
@@ -94,7 +94,7 @@ class Batch:
         """The rows ``index``, as a batch of its own."""
         parts = (self.action, self.log_prob, self.value, self.advantage, self.returns, self.weight)
         inputs = {key: rows[index] for key, rows in self.inputs.items()}
-        return Batch(inputs, select(self.old, index), *(part[index] for part in parts))  # type: ignore[arg-type]
+        return Batch(inputs, select(self.old, index), *(part[index] for part in parts))
 
 
 def policy_loss(
@@ -229,7 +229,7 @@ class PPO(Agent):
         with torch.no_grad():
             value = torch.cat([self.critic(chunk) for chunk in chunks(inputs)])
         inputs = {key: part[:rows] for key, part in inputs.items()}
-        old = self.distribution(inputs)
+        old = freeze(self.distribution(inputs))  # the weights that it may be a view of are about to move
         reward = rollout.reward
         if self.reward_scale is not None:
             reward = self.reward_scale(reward, rollout.terminated | rollout.truncated, rollout.valid)

@@ -12,7 +12,7 @@ forbid (logit -inf) drop out. KL >= 0 always and KL(p||p) = 0 exactly.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import distributions as td
 
 from klrl.kl import closed_form
 
+D = TypeVar("D", bound=td.Distribution)
 
 def kl(old: td.Distribution, new: td.Distribution) -> Tensor:
     """KL(old || new) in closed form, shape ``batch_shape``, in nats.
@@ -58,17 +59,17 @@ def joint(dist: td.Distribution) -> td.Distribution:
     return td.Independent(dist, extra) if extra > 0 else dist
 
 
-def freeze(dist: td.Distribution) -> td.Distribution:
+def freeze(dist: D) -> D:
     """``dist`` as data: the same distribution on detached copies of its parameters."""
     return _map_parameters(dist, lambda parameter: parameter.detach().clone())
 
 
-def select(dist: td.Distribution, index: Tensor | slice) -> td.Distribution:
+def select(dist: D, index: Tensor | slice) -> D:
     """``dist`` on a minibatch: every parameter indexed along the first batch dimension."""
     return _map_parameters(dist, lambda parameter: parameter[index])
 
 
-def concatenate(dists: list[Any]) -> Any:
+def concatenate(dists: list[D]) -> D:
     """The distributions of consecutive chunks of states as one distribution. All must be of one type."""
     if len(dists) == 1:
         return dists[0]
@@ -86,10 +87,9 @@ def concatenate(dists: list[Any]) -> Any:
     return _map_parameters(dists[0], lambda _: next(whole))
 
 
-def _map_parameters(dist: td.Distribution, function: Callable[[Tensor], Tensor]) -> td.Distribution:
+def _map_parameters(dist: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if hasattr(dist, "map_parameters"):
-        mapped: td.Distribution = dist.map_parameters(function)
-        return mapped
+        return dist.map_parameters(function)
     if isinstance(dist, td.Independent):
         return td.Independent(_map_parameters(dist.base_dist, function), dist.reinterpreted_batch_ndims)
     if isinstance(dist, td.Normal):
