@@ -4,15 +4,16 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor
 
 from klrl.buffers import RolloutBuffer
-from klrl.config import Count, NonNegative, Positive, PositiveInt, Real, Share
+from klrl.config import NonNegative, Positive, PositiveInt, Real, Share
 from klrl.distributions import PolicyDistribution
 from klrl.errors import NonFiniteError, UsageError
-from klrl.kl import Banded, KLReport, Penalty, at_most, freeze, kl, measure, reverse_kl, select
+from klrl.kl import Banded, KLReport, Penalty, at_most, kl, measure, reverse_kl, select
 from klrl.networks import Activation, Actor, Critic
 from klrl.observations import Inputs
 from klrl.parameters import FlatParameters
@@ -32,7 +33,7 @@ class PPOConfig:
     learning_rate: Positive = 3e-4
     """Adam's step size at the start."""
     lr_schedule: Literal["constant", "linear", "kl"] = "constant"
-    """Keep the learning rate, lower it linearly to 0 over the run, or move it by 1.5 when KL leaves target/2 to 2*target."""
+    """Keep it, lower it linearly to 0 over the run, or move it by a factor 1.5 when KL leaves target/2 to 2 * target."""
     gamma: Share = 0.99
     """Discount factor."""
     gae_lambda: Share = 0.95
@@ -229,7 +230,7 @@ class PPO(Agent):
         with torch.no_grad():
             value = torch.cat([self.critic(chunk) for chunk in chunks(inputs)])
         inputs = {key: part[:rows] for key, part in inputs.items()}
-        old = freeze(self.distribution(inputs))  # the weights that it may be a view of are about to move
+        old = self.distribution(inputs)
         reward = rollout.reward
         if self.reward_scale is not None:
             reward = self.reward_scale(reward, rollout.terminated | rollout.truncated, rollout.valid)
@@ -238,8 +239,8 @@ class PPO(Agent):
             reward, value_table, rollout.terminated, rollout.truncated, config.gamma, config.gae_lambda
         )
         if config.normalize_advantage:
-            kept = advantage_table[rollout.valid]
-            advantage_table = (advantage_table - kept.mean()) / (kept.std() + 1e-8)
+            kept = advantage_table[rollout.valid].astype(np.float64)
+            advantage_table = ((advantage_table - kept.mean()) / (kept.std() + 1e-8)).astype(np.float32)
         advantage, returns_flat, weight, action = (
             torch.as_tensor(x, device=self.device).flatten(0, 1)
             for x in (advantage_table, returns, rollout.valid, rollout.action)
@@ -281,8 +282,9 @@ class PPO(Agent):
             kept = project(weights, old, lambda: self._mean_kl(batch, valid), limit, report.bounded)
         else:
             self.parameters.restore(before, policy)
-        taken_back = {"rolled_back": 1 - kept, "attempted": report.bounded, "coefficient": coefficient}
-        return replace(self._measure(batch, valid), **taken_back)
+        return replace(
+            self._measure(batch, valid), rolled_back=1 - kept, attempted=report.bounded, coefficient=coefficient
+        )
 
     def _diagnostics(self, batch: Batch, valid: Tensor, learning_rate: float) -> dict[str, float]:
         """SB3's figures, over the whole batch, as the policy now stands."""
@@ -298,7 +300,7 @@ class PPO(Agent):
             "health/value_mean": float(value.mean()),
         }
         if self.actor.continuous:
-            figures["train/std"] = float((self.actor.log_std.detach().exp() / self.actor.scale).mean())  # type: ignore[operator]
+            figures["train/std"] = float((self.actor.log_std.detach().exp() / self.actor.scale).mean())
         return figures
 
     def state_dict(self) -> State:

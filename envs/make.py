@@ -47,7 +47,7 @@ def make_vector(env: str | EnvFactory, n_envs: int, config: EnvConfig) -> Vector
     else:
         if config.kwargs:
             raise UsageError("--env.kwargs goes with an env id; give a factory its arguments yourself")
-        factory = env  # type: ignore[assignment]
+        factory = env
     kind = AsyncVectorEnv if config.vectorization == "async" else SyncVectorEnv
     return next_step(kind([factory] * n_envs), env_name(env))
 

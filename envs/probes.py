@@ -4,7 +4,7 @@ All take ``action`` ("discrete", "box", "multidiscrete", "multibinary") and ``ob
 "image"). The hidden state is one bit, which the observation shows; ``value(bit, gamma)`` is the optimal value.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -36,8 +36,6 @@ _OBSERVATION_SPACES: dict[str, spaces.Space[Any]] = {
 
 class Probe(gym.Env[Any, Any]):
     """One bit, one step, no reward; the probes below change one thing each."""
-
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
 
     def __init__(self, action: ActionKind = "discrete", observation: ObservationKind = "box") -> None:
         self.kind, self.shown = action, observation

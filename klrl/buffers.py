@@ -71,9 +71,11 @@ class RolloutBuffer:
     def check_finite(self) -> None:
         """Raise NonFiniteError naming field, environment index and step where an observation or reward is not."""
         fields: dict[str, npt.NDArray[Any]] = {"reward": self.reward}
-        fields |= {f"observation {k!r}": v for k, v in self.obs.items()} if isinstance(self.obs, dict) else {
-            "observation": self.obs
-        }
+        fields |= (
+            {f"observation {k!r}": v for k, v in self.obs.items()}
+            if isinstance(self.obs, dict)
+            else {"observation": self.obs}
+        )
         for name, values in fields.items():
             if not np.issubdtype(values.dtype, np.floating):
                 continue

@@ -86,7 +86,11 @@ def _train(arguments: list[str]) -> None:
     command = make_dataclass(
         "options",
         [
-            ("config", Annotated[str, tyro.conf.arg(help="TOML file of options, such as a run's config.toml.")], ""),
+            (
+                "config",
+                Annotated[str, tyro.conf.arg(help="TOML file of options, such as a run's config.toml.")],
+                "",
+            ),
             ("run", Annotated[RunConfig, whole], run_config),
             ("agent", Annotated[config_class, whole], agent_config),
         ],
@@ -119,13 +123,14 @@ def _eval(arguments: list[str]) -> None:
     given = build(_EvalOptions, asdict(_parse(_EvalOptions, words, "klrl eval RUN")))
 
     from klrl import training
+    from klrl.envs.make import import_module, make_vector
 
     agent, options = training.load_with_options(path, given.checkpoint)
     run_config, _ = training.resolve(options["agent"], None, training._without_labels(options))
     for package in run_config.imports:
-        training.import_module(package)
+        import_module(package)
     env = given.env_id or options["env_id"]
-    envs = training.make_vector(env, given.episodes, run_config.env)
+    envs = make_vector(env, given.episodes, run_config.env)
     for name in ("observation_space", "action_space"):
         mine, theirs = getattr(agent, name), getattr(envs, f"single_{name}")
         if mine != theirs:

@@ -58,7 +58,7 @@ def option(path: str) -> str:
 def hints(cls: type) -> dict[str, Any]:
     """The dataclass's fields with their full annotations, in order."""
     annotations = get_type_hints(cls, include_extras=True)
-    return {f.name: annotations[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return {f.name: annotations[f.name] for f in dataclasses.fields(cls)}
 
 
 def build(cls: type[C], data: Mapping[str, Any], path: str = "") -> C:

@@ -98,11 +98,11 @@ class DiagonalNormal(td.Distribution):
 PolicyDistribution = Categoricals | DiagonalNormal
 
 
-@td.register_kl(Categoricals, Categoricals)
+@td.register_kl(Categoricals, Categoricals)  # type: ignore[no-untyped-call, untyped-decorator]
 def _kl_categoricals(old: Categoricals, new: Categoricals) -> Tensor:
     return categorical_kl(old.logits, new.logits).sum(-1)
 
 
-@td.register_kl(DiagonalNormal, DiagonalNormal)
+@td.register_kl(DiagonalNormal, DiagonalNormal)  # type: ignore[no-untyped-call, untyped-decorator]
 def _kl_diagonal_normal(old: DiagonalNormal, new: DiagonalNormal) -> Tensor:
     return normal_kl(old.loc, old.log_std, new.loc, new.log_std).sum(-1)

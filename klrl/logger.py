@@ -62,7 +62,8 @@ def _layout_summary() -> Any:
                 title=title,
                 chart=[
                     layout_pb2.Chart(
-                        title=name, multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag}$" for tag in tags])
+                        title=name,
+                        multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag}$" for tag in tags]),
                     )
                     for name, tags in charts.items()
                 ],
@@ -88,7 +89,10 @@ class Console:
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
             self._progress = Progress(
-                BarColumn(20), TaskProgressColumn(), TimeRemainingColumn(compact=True), TextColumn("{task.description}")
+                BarColumn(20),
+                TaskProgressColumn(),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.description}"),
             )
             self._task = self._progress.add_task("", total=total)
             self._progress.start()

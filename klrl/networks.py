@@ -12,6 +12,7 @@ from klrl.distributions import Categoricals, DiagonalNormal, PolicyDistribution
 from klrl.observations import Inputs, ObservationEncoder
 
 Activation = Literal["tanh", "relu"]
+Array = np.ndarray[Any, Any]
 _IMAGE_FEATURES = 512
 
 
@@ -31,23 +32,21 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         gains = [2**0.5] * (len(sizes) - 2) + [output_gain]
-        self.layers = nn.ModuleList(linear(a, b, g, rng) for a, b, g in zip(sizes, sizes[1:], gains, strict=False))
+        self.linears = [linear(a, b, g, rng) for a, b, g in zip(sizes, sizes[1:], gains, strict=False)]
+        self.layers = nn.ModuleList(self.linears)
         self.activation = activation
-        self._host_weights: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = [p for layer in self.layers for p in (layer.weight, layer.bias)]
+        weights = [p for layer in self.linears for p in (layer.weight, layer.bias)]
         result: Tensor = _MLPFunction.apply(x, self.activation, *weights)  # type: ignore[no-untyped-call]
         return result
 
-    def on_host(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """The forward pass on views of the weights, which must lie in CPU memory and be laid out for good."""
-        if not self._host_weights:
-            self._host_weights = [(y.weight.detach().numpy().T, y.bias.detach().numpy()) for y in self.layers]  # type: ignore[operator, union-attr]
-        last = len(self._host_weights) - 1
-        for i, (weight, bias) in enumerate(self._host_weights):
-            x = x @ weight
-            x += bias
+    def on_host(self, x: Array) -> Array:
+        """The forward pass on views of the weights, which must lie in CPU memory."""
+        last = len(self.linears) - 1
+        for i, layer in enumerate(self.linears):
+            x = x @ layer.weight.detach().numpy().T
+            x += layer.bias.detach().numpy()
             if i < last:
                 x = np.tanh(x, out=x) if self.activation == "tanh" else np.maximum(x, 0.0, out=x)
         return x
@@ -108,14 +107,12 @@ class Network(nn.Module):
 
     def forward(self, inputs: Inputs) -> Tensor:
         if not self.image_keys:
-            result: Tensor = self.mlp(inputs["vector"])
-            return result
+            return self.mlp(inputs["vector"])
         nets = zip(self.image_nets, self.image_keys, strict=True)
         parts = [net(inputs[key].float() / 255.0) for net, key in nets]
         if self.has_vector:
             parts.append(inputs["vector"])
-        result = self.mlp(torch.cat(parts, dim=-1))
-        return result
+        return self.mlp(torch.cat(parts, dim=-1))
 
 
 class Actor(nn.Module):
@@ -168,7 +165,7 @@ class Actor(nn.Module):
             return Categoricals(logits.masked_fill(self.padding, float("-inf")))
         return Categoricals(output.view(-1, *self.shape))
 
-    def act(self, output: np.ndarray[Any, Any], rng: np.random.Generator | None) -> np.ndarray[Any, Any]:
+    def act(self, output: Array, rng: np.random.Generator | None) -> Array:
         """Actions [B, d] from the network's outputs, sampled with ``rng``, or the mode where it is None.
 
         The same distribution as ``head``, in NumPy: a handful of numbers per step, where torch's calls cost more
@@ -179,7 +176,7 @@ class Actor(nn.Module):
             mean = center + output * scale
             if rng is None:
                 return mean
-            noise: np.ndarray[Any, Any] = rng.standard_normal(mean.shape, dtype=np.float32)
+            noise: Array = rng.standard_normal(mean.shape, dtype=np.float32)
             return mean + noise * np.exp(log_std)
         logits = output[:, self.index.cpu().numpy()] if self.padded else output
         logits = logits.reshape(-1, *self.shape)
@@ -194,7 +191,11 @@ class Critic(nn.Module):
     """The state value: encoded observations to V(s), shape [B]."""
 
     def __init__(
-        self, encoder: ObservationEncoder, hidden_sizes: Sequence[int], activation: Activation, rng: torch.Generator
+        self,
+        encoder: ObservationEncoder,
+        hidden_sizes: Sequence[int],
+        activation: Activation,
+        rng: torch.Generator,
     ) -> None:
         super().__init__()
         self.network = Network(encoder, hidden_sizes, 1, activation, 1.0, rng)
@@ -229,7 +230,7 @@ def image_net(shape: tuple[int, int, int], rng: torch.Generator) -> nn.Sequentia
     for out, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
         layer = nn.Conv2d(channels, out, kernel, stride)
         nn.init.orthogonal_(layer.weight, 2**0.5, generator=rng)
-        nn.init.zeros_(layer.bias)
+        layer.bias.data.zero_()  # type: ignore[union-attr]
         layers += [layer, nn.ReLU()]
         channels = out
     layers.append(nn.Flatten())

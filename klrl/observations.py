@@ -93,7 +93,7 @@ class ObservationEncoder:
         inputs: Inputs = {}
         vectors: list[Tensor] = []
         for key, part in self.parts.items():
-            value = torch.as_tensor(obs[key] if self._keyed else obs, device=self.device)  # type: ignore[call-overload]
+            value = torch.as_tensor(obs[key] if self._keyed else obs, device=self.device)
             if key in self.images:
                 value = value.reshape(-1, *part.shape or ())
                 inputs[key] = value.permute(0, 3, 1, 2) if part.shape != self.images[key] else value

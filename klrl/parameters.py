@@ -71,7 +71,12 @@ class FlatParameters:
 
     def state_dict(self) -> dict[str, Tensor | int]:
         vector, first_moment, second_moment, steps = self.snapshot()
-        return {"vector": vector, "first_moment": first_moment, "second_moment": second_moment, "steps": steps}
+        return {
+            "vector": vector,
+            "first_moment": first_moment,
+            "second_moment": second_moment,
+            "steps": steps,
+        }
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
         """Raises ValueError where the number of weights differs."""

@@ -12,7 +12,7 @@ from gymnasium import spaces
 
 from klrl.config import NonNegative, Positive
 from klrl.distributions import PolicyDistribution
-from klrl.kl import Banded, Coefficient, Direction, Fixed, KLReport, Penalty, at_most, concatenate
+from klrl.kl import Banded, Coefficient, Direction, Fixed, KLReport, Penalty, at_most, concatenate, freeze
 from klrl.networks import Actor
 from klrl.observations import Inputs, Observation, ObservationEncoder
 from klrl.spaces import check_action_space
@@ -107,7 +107,7 @@ class Agent(ABC):
             return np.clip(shaped, space.low, space.high).astype(space.dtype, copy=False)
         if isinstance(space, spaces.MultiBinary):
             return shaped.astype(space.dtype)
-        return shaped + space.start  # type: ignore[attr-defined, no-any-return]
+        return shaped + space.start  # type: ignore[attr-defined]
 
     def predict(
         self,
@@ -116,7 +116,7 @@ class Agent(ABC):
         episode_start: Any = None,
         deterministic: bool = False,
     ) -> tuple[Actions, Any]:
-        """SB3's signature: actions ready for the environment, for one observation or a batch, and ``state`` as given."""
+        """SB3's signature: actions ready for the environment, for one observation or a batch; ``state`` as given."""
         if isinstance(observation, dict):
             key = next(iter(observation))
             single = np.ndim(observation[key]) == len(self.observation_space[key].shape)  # type: ignore[index]
@@ -128,10 +128,10 @@ class Agent(ABC):
         return (action[0] if single else action), state
 
     def distribution(self, inputs: Inputs) -> PolicyDistribution:
-        """The policy at encoded observations [B], computed in chunks without gradients."""
+        """The policy at encoded observations [B] as data: in chunks, without gradients, no view of the weights."""
         with torch.no_grad():
             result: PolicyDistribution = concatenate([self.actor(chunk) for chunk in chunks(inputs)])
-        return result
+        return freeze(result)
 
     @abstractmethod
     def new_buffer(self, n_envs: int) -> Any:

@@ -55,7 +55,7 @@ def to_json(space: spaces.Space[Any]) -> dict[str, Any]:
         case spaces.MultiDiscrete():
             return {"type": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": space.start.tolist()}
         case spaces.MultiBinary():
-            return {"type": "MultiBinary", "shape": list(space.shape)}
+            return {"type": "MultiBinary", "n": space.n if isinstance(space.n, int) else list(space.shape)}
         case spaces.Box():
             return {
                 "type": "Box",
@@ -77,7 +77,7 @@ def from_json(data: dict[str, Any]) -> spaces.Space[Any]:
         case "MultiDiscrete":
             return spaces.MultiDiscrete(np.array(data["nvec"]), start=np.array(data["start"]))
         case "MultiBinary":
-            return spaces.MultiBinary(data["shape"])
+            return spaces.MultiBinary(data["n"])
         case "Box":
             dtype, shape = np.dtype(data["dtype"]), tuple(data["shape"])
             low, high = (np.broadcast_to(np.array(data[k], dtype), shape) for k in ("low", "high"))

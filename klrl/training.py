@@ -80,7 +80,7 @@ class Run:
         return evaluate(self.agent, self.env, episodes, self.config, deterministic)
 
 
-def train(agent: str, env: str | EnvFactory, **config: Any) -> Run:
+def train(agent: str, env: str | EnvFactory, /, **config: Any) -> Run:
     """Train ``agent`` ("ppo") on ``env`` and return the run.
 
     env: a Gymnasium id, or a function that returns a new environment. ``config``: the command line's options as
@@ -118,9 +118,7 @@ def run_training(name: str, env: str | EnvFactory, config: RunConfig, agent_conf
     evaluator: VectorEnv[Any, Any, Any] | None = None
     try:
         spaces.check_observation_space(envs.single_observation_space)
-        agent = agent_class(
-            envs.single_observation_space, envs.single_action_space, agent_config, device, config.seed
-        )
+        agent = agent_class(envs.single_observation_space, envs.single_action_space, agent_config, device, config.seed)
         buffer = agent.new_buffer(config.n_envs)
         folder = make_folder(config.run_dir, f"{name}-{env_name(env)}-{config.seed}")
         options = {"agent": name, "env_id": env_name(env), **to_dict(config), **to_dict(agent_config)}
@@ -227,7 +225,10 @@ class Episodes:
         if not self.done:
             return {}
         returns, lengths = zip(*self.done, strict=True)
-        return {"rollout/ep_rew_mean": statistics.fmean(returns), "rollout/ep_len_mean": statistics.fmean(lengths)}
+        return {
+            "rollout/ep_rew_mean": statistics.fmean(returns),
+            "rollout/ep_len_mean": statistics.fmean(lengths),
+        }
 
 
 def evaluate(
@@ -241,9 +242,7 @@ def evaluate(
         envs.close()
 
 
-def run_episodes(
-    agent: Agent, envs: VectorEnv[Any, Any, Any], seed: int, deterministic: bool = True
-) -> Evaluation:
+def run_episodes(agent: Agent, envs: VectorEnv[Any, Any, Any], seed: int, deterministic: bool = True) -> Evaluation:
     """The first episode of each environment. Sampled actions do not disturb the agent's own random state."""
     rng_state = agent.rng.bit_generator.state
     obs, _ = envs.reset(seed=seed)
@@ -319,7 +318,9 @@ def make_folder(parent: str, name: str) -> Path:
                 continue
             return folder
     except OSError as problem:
-        raise UsageError(f"--run-dir {parent}: {problem.strerror or problem}; choose a folder you can write to") from None
+        raise UsageError(
+            f"--run-dir {parent}: {problem.strerror or problem}; choose a folder you can write to"
+        ) from None
     raise UsageError(f"--run-dir {parent}: 10,000 runs of this second lie there already")
 
 

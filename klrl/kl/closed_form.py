@@ -63,9 +63,7 @@ class _CategoricalKL(torch.autograd.Function):
 
 class _NormalKL(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, mean_old: Tensor, log_std_old: Tensor, mean_new: Tensor, log_std_new: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, mean_old: Tensor, log_std_old: Tensor, mean_new: Tensor, log_std_new: Tensor) -> Tensor:
         log_std = log_std_new.double()
         u = 2.0 * (log_std_old.double() - log_std)
         inverse_std = torch.exp(-log_std)

@@ -22,6 +22,7 @@ from klrl.kl import closed_form
 
 D = TypeVar("D", bound=td.Distribution)
 
+
 def kl(old: td.Distribution, new: td.Distribution) -> Tensor:
     """KL(old || new) in closed form, shape ``batch_shape``, in nats.
 

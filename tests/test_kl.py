@@ -1,0 +1,278 @@
+"""The heart: exact KL, its semantics, its gradients, control and tracking."""
+
+import math
+
+import pytest
+import torch
+from torch import distributions as td
+
+from klrl.distributions import Categoricals, DiagonalNormal
+from klrl.kl import (
+    Banded,
+    Fixed,
+    Penalty,
+    at_least,
+    at_most,
+    categorical_kl,
+    concatenate,
+    freeze,
+    joint,
+    kl,
+    kl_estimate,
+    measure,
+    normal_kl,
+    reverse_kl,
+    select,
+    track,
+)
+
+INF = float("inf")
+
+
+def test_categorical_kl_matches_a_hand_computed_example() -> None:
+    old, new = torch.tensor([0.5, 0.25, 0.25]).log(), torch.tensor([0.25, 0.25, 0.5]).log()
+    # 0.5 ln 2 + 0 + 0.25 ln 0.5 = 0.25 ln 2
+    assert float(categorical_kl(old, new)) == pytest.approx(0.25 * math.log(2), rel=1e-7)
+
+
+def test_normal_kl_matches_a_hand_computed_example() -> None:
+    zero, one = torch.tensor(0.0), torch.tensor(1.0)
+    # KL(N(0, 1) || N(1, 2)) = ln 2 + (1 + 1)/8 - 1/2
+    value = normal_kl(zero, zero, one, torch.tensor(math.log(2.0), dtype=torch.float64))
+    assert float(value) == pytest.approx(math.log(2) - 0.25, rel=1e-7)
+
+
+@pytest.mark.parametrize("scale", [10.0**-k for k in range(7)])
+@pytest.mark.parametrize("shift", [0.0, 1000.0])
+def test_float32_categorical_kl_is_exact_across_seven_decades(scale: float, shift: float) -> None:
+    rng = torch.Generator().manual_seed(0)
+    old = torch.randn(2000, 6, generator=rng)
+    new = old + scale * torch.randn(2000, 6, generator=rng) + shift
+    p, q = torch.log_softmax(old.double(), -1), torch.log_softmax(new.double(), -1)
+    exact = (p.exp() * (torch.expm1(q - p) - (q - p))).sum(-1)
+    error = (categorical_kl(old, new).double() - exact).abs() / exact
+    assert float(error.median()) <= 1e-6
+    assert float(error[exact >= 1e-8].max() if bool((exact >= 1e-8).any()) else 0.0) <= 1e-3
+
+
+@pytest.mark.parametrize("scale", [10.0**-k for k in range(7)])
+def test_float32_normal_kl_is_exact_across_seven_decades(scale: float) -> None:
+    rng = torch.Generator().manual_seed(1)
+    mean, log_std = torch.randn(2000, 3, generator=rng), torch.randn(2000, 3, generator=rng)
+    mean_new, log_std_new = (x + scale * torch.randn(2000, 3, generator=rng) for x in (mean, log_std))
+    a, s, b, t = (x.double() for x in (mean, log_std, mean_new, log_std_new))
+    exact = 0.5 * (((b - a) / t.exp()) ** 2 + torch.expm1(2 * (s - t)) - 2 * (s - t))
+    value = normal_kl(mean, log_std, mean_new, log_std_new).double()
+    assert bool((value[exact == 0] == 0).all())
+    error = ((value - exact).abs() / exact)[exact > 0]
+    exact = exact[exact > 0]
+    assert float(error.median()) <= 1e-6
+    assert float(error[exact >= 1e-8].max() if bool((exact >= 1e-8).any()) else 0.0) <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ([0.0, 0.0], [5.0, 5.0], 0.0),
+        ([-INF, 0.0, 0.0], [-INF, 0.0, 0.0], 0.0),
+        ([-INF, 0.0, 0.0], [0.0, 0.0, 0.0], math.log(1.5)),
+        ([0.0, 0.0, 0.0], [-INF, 0.0, 0.0], INF),
+        ([-1e9, 0.0, 0.0], [-1e9, 0.0, 0.0], 0.0),
+        ([200.0, 0.0], [0.0, 200.0], 200.0),
+        ([0.0, -720.0], [0.0, 0.0], math.log(2)),
+    ],
+)
+def test_support_and_extremes_have_their_exact_kl(old: list[float], new: list[float], expected: float) -> None:
+    assert float(categorical_kl(torch.tensor(old), torch.tensor(new))) == pytest.approx(expected, rel=1e-6)
+
+
+def test_kl_is_never_negative_and_zero_only_at_identity() -> None:
+    rng = torch.Generator().manual_seed(2)
+    old = 3 * torch.randn(20_000, 4, generator=rng)
+    new = old + 1e-4 * torch.randn(20_000, 4, generator=rng)
+    values = categorical_kl(old, new)
+    assert bool((values > 0).all())
+    assert bool((categorical_kl(old, old.clone()) == 0).all())
+    mean, log_std = old[:, :2], old[:, 2:]
+    assert bool((normal_kl(mean, log_std, mean.clone(), log_std.clone()) == 0).all())
+
+
+def test_nan_parameters_are_not_hidden() -> None:
+    assert math.isnan(float(categorical_kl(torch.tensor([INF - INF, 0.0]), torch.zeros(2))))
+    assert math.isnan(float(categorical_kl(torch.zeros(2), torch.tensor([float("nan"), 0.0]))))
+
+
+def test_gradients_equal_finite_differences() -> None:
+    torch.manual_seed(0)
+    logits = [torch.randn(5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(categorical_kl, logits)
+    normals = [torch.randn(5, 3, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    assert torch.autograd.gradcheck(normal_kl, normals)
+
+
+def test_masked_actions_keep_finite_gradients() -> None:
+    old = torch.tensor([-INF, 0.0, 1.0], requires_grad=True)
+    new = torch.tensor([-INF, 0.0, 2.0], requires_grad=True)
+    categorical_kl(old, new).backward()
+    assert old.grad is not None
+    assert new.grad is not None
+    assert bool(torch.isfinite(old.grad).all() and torch.isfinite(new.grad).all())
+    assert float(new.grad[0]) == 0.0
+
+
+def test_kl_takes_torch_distributions_and_gives_their_joint_when_asked() -> None:
+    torch.manual_seed(0)
+    mean, std = torch.randn(7, 3), torch.rand(7, 3) + 0.5
+    old, new = td.Normal(mean, std), td.Normal(mean + 1, std)
+    assert kl(old, new).shape == (7, 3)
+    assert torch.allclose(kl(joint(old), joint(new)), td.kl_divergence(old, new).sum(-1), rtol=1e-5)
+    coin, other = td.Bernoulli(logits=torch.randn(5)), td.Bernoulli(logits=torch.randn(5))
+    assert torch.allclose(kl(coin, other), td.kl_divergence(coin, other), rtol=1e-4)
+    a, b = td.Categorical(logits=torch.randn(5, 3)), td.Categorical(logits=torch.randn(5, 3))
+    assert torch.allclose(kl(a, b), td.kl_divergence(a, b), rtol=1e-4)
+    assert torch.equal(reverse_kl(a, b), kl(b, a))
+
+
+def test_our_distributions_are_registered_with_torch() -> None:
+    old, new = Categoricals(torch.randn(4, 2, 3)), Categoricals(torch.randn(4, 2, 3))
+    assert torch.equal(td.kl_divergence(old, new), kl(old, new))
+    assert torch.allclose(kl(old, new), categorical_kl(old.logits, new.logits).sum(-1))
+
+
+def test_what_cannot_be_compared_is_named() -> None:
+    with pytest.raises(ValueError, match="Normal and Categorical"):
+        kl(td.Normal(torch.zeros(2), torch.ones(2)), td.Categorical(logits=torch.zeros(2, 2)))
+    with pytest.raises(ValueError, match="one shape"):
+        kl(td.Categorical(logits=torch.zeros(2, 3)), td.Categorical(logits=torch.zeros(4, 3)))
+    with pytest.raises(ValueError, match="Gamma is not supported"):
+        freeze(td.Gamma(torch.ones(1), torch.ones(1)))
+
+
+def test_freeze_does_not_follow_the_weights_and_select_takes_rows() -> None:
+    weights = torch.nn.Parameter(torch.zeros(3))
+    mean = torch.arange(6.0).view(2, 3)
+    dist = DiagonalNormal(mean, weights.expand_as(mean))
+    frozen = freeze(dist)
+    with torch.no_grad():
+        weights += 1
+    assert float(frozen.log_std.sum()) == 0.0
+    assert not frozen.log_std.requires_grad
+    assert torch.equal(select(dist, torch.tensor([1])).loc, mean[1:])
+    assert torch.equal(concatenate([select(dist, slice(0, 1)), select(dist, slice(1, 2))]).loc, mean)
+
+
+def test_estimates_cover_the_exact_kl_and_k3_is_never_negative() -> None:
+    torch.manual_seed(0)
+    old, new = td.Normal(0.0, 1.0), td.Normal(0.1, 1.1)
+    sample = old.sample((200_000,))
+    log_ratio = new.log_prob(sample) - old.log_prob(sample)
+    exact = float(td.kl_divergence(old, new))
+    for kind in ("k1", "k3"):
+        estimate = kl_estimate(log_ratio, kind)
+        assert abs(estimate.value - exact) < 4 * estimate.stderr
+    assert kl_estimate(log_ratio, "k3").stderr < kl_estimate(log_ratio, "k1").stderr
+    assert kl_estimate(torch.tensor([0.1, -0.3]), "k2").value == pytest.approx(0.5 * (0.01 + 0.09) / 2)
+    with pytest.raises(ValueError, match="kind"):
+        kl_estimate(log_ratio, "k4")  # type: ignore[arg-type]
+
+
+def test_bounds_know_their_side() -> None:
+    assert at_most(0.02).holds(0.02)
+    assert not at_most(0.02).holds(0.021)
+    assert not at_most(0.02).holds(float("nan"))
+    assert at_least(1.0).excess(0.75) == 0.25
+    assert at_most(0.02).scaled(1.5).limit == pytest.approx(0.03)
+
+
+def test_banded_moves_once_per_answer_outside_its_band() -> None:
+    beta = Banded(1.0)
+    beta.adapt(0.0301, at_most(0.02))
+    assert beta.value == pytest.approx(2.0)
+    beta.adapt(0.02, at_most(0.02))
+    assert beta.value == pytest.approx(2.0)
+    beta.adapt(0.0132, at_most(0.02))
+    assert beta.value == pytest.approx(1.0)
+    beta.adapt(INF, at_most(0.02))
+    beta.adapt(float("nan"), at_most(0.02))
+    assert beta.value == pytest.approx(4.0), "what cannot be measured counts as too large"
+
+
+def test_banded_stays_in_its_range_and_resumes() -> None:
+    beta = Banded(1.0, least=1e-3, most=1e3)
+    for _ in range(100):
+        beta.adapt(0.0, at_most(0.02))
+    assert beta.value == pytest.approx(1e-3)
+    for _ in range(5):
+        beta.adapt(1.0, at_most(0.02))
+    again = Banded(1.0, least=1e-3, most=1e3)
+    again.load_state_dict(beta.state_dict())
+    assert again.value == beta.value
+
+
+def test_banded_settles_a_plant_within_twenty_updates() -> None:
+    for start in (1e-3, 1e3):
+        beta, bound = Banded(start), at_most(0.02)
+        history = []
+        for _ in range(40):
+            measured = 0.05 / (1 + beta.value)
+            history.append(measured / bound.limit)
+            beta.adapt(measured, bound)
+        assert all(1 / 1.5 <= share <= 1.5 for share in history[20:])
+
+
+def test_coefficients_refuse_what_means_nothing() -> None:
+    for bad in (-1.0, float("nan"), INF):
+        with pytest.raises(ValueError, match="must"):
+            Fixed(bad)
+        with pytest.raises(ValueError, match="must"):
+            Banded(bad)
+
+
+def test_penalty_term_points_against_the_excess() -> None:
+    x = torch.tensor(0.5)
+    assert float(Penalty(at_most(0.1), Fixed(2.0)).term(x)) == 1.0
+    assert float(Penalty(at_least(0.1), Fixed(2.0)).term(x)) == -1.0
+
+
+def test_track_measures_after_the_last_step() -> None:
+    logits = torch.nn.Parameter(torch.zeros(4, 3))
+    with track(lambda: td.Categorical(logits=logits), at_most(0.01)) as update:
+        with pytest.raises(RuntimeError, match="after the with block"):
+            _ = update.report
+        with torch.no_grad():
+            logits[:, 0] += 1.0
+    expected = kl(td.Categorical(logits=torch.zeros(4, 3)), td.Categorical(logits=logits.detach()))
+    report = update.report
+    assert report.mean == pytest.approx(float(expected.mean()), rel=1e-6)
+    assert report.of_limit == pytest.approx(report.mean / 0.01)
+    assert report.reverse != report.mean
+    assert report.entropy < report.entropy_before == pytest.approx(math.log(3))
+
+
+def test_report_ignores_rows_that_only_reset() -> None:
+    old = td.Categorical(logits=torch.zeros(3, 2))
+    new = td.Categorical(logits=torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 0.0]]))
+    assert measure(old, new, valid=torch.tensor([True, False, True])).max == 0.0
+    assert measure(old, new).max > 1.0
+    with pytest.raises(ValueError, match="no valid state"):
+        measure(old, new, valid=torch.zeros(3, dtype=torch.bool))
+
+
+def test_report_writes_its_tags_and_quantiles() -> None:
+    rng = torch.Generator().manual_seed(0)
+    old = td.Categorical(logits=torch.randn(101, 4, generator=rng))
+    new = td.Categorical(logits=torch.randn(101, 4, generator=rng))
+    actions = old.sample()
+    report = measure(old, new, at_most(0.5), actions=actions)
+    ordered = kl(old, new).sort().values
+    assert (report.p50, report.p95, report.max) == tuple(float(ordered[i]) for i in (50, 95, 100))
+    written: dict[str, float] = {}
+    report.write(written.__setitem__)
+    assert {"kl/mean", "kl/max", "kl/p95", "kl/reverse", "kl/of_limit", "kl/coef", "kl/stop_epoch"} <= set(written)
+    assert {"kl/rolled_back", "entropy/mean", "kl/k1", "kl/k3", "kl/limit"} <= set(written)
+
+
+def test_a_joint_distribution_is_asked_for_where_dimensions_are_left() -> None:
+    dist = td.Normal(torch.zeros(4, 2), torch.ones(4, 2))
+    with pytest.raises(ValueError, match="joint"):
+        measure(dist, dist)

@@ -1,0 +1,266 @@
+"""The parts that agents are made of: distributions, parameters, networks, spaces, buffers, returns."""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import distributions as td
+
+from klrl import spaces as klrl_spaces
+from klrl.buffers import RolloutBuffer
+from klrl.distributions import Categoricals, DiagonalNormal
+from klrl.errors import NonFiniteError, UsageError
+from klrl.networks import MLP, Actor
+from klrl.observations import ObservationEncoder
+from klrl.parameters import FlatParameters
+from klrl.returns import RewardScale, gae
+from klrl.trust_region import project
+
+CPU = torch.device("cpu")
+
+
+def test_categoricals_agree_with_torch() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(6, 2, 3)
+    mine, theirs = Categoricals(logits), td.Independent(td.Categorical(logits=logits), 1)
+    action = theirs.sample()
+    assert torch.allclose(mine.log_prob(action), theirs.log_prob(action))
+    assert torch.allclose(mine.entropy(), theirs.entropy())
+    assert mine.sample((5,)).shape == (5, 6, 2)
+    frequency = torch.nn.functional.one_hot(mine.sample((20_000,)), 3).float().mean(0)
+    assert torch.allclose(frequency, logits.softmax(-1), atol=0.02)
+
+
+def test_forbidden_choices_have_no_entropy_and_no_gradient() -> None:
+    logits = torch.tensor([[[0.0, 1.0, float("-inf")]]], requires_grad=True)
+    dist = Categoricals(logits)
+    (dist.entropy() + dist.log_prob(torch.tensor([[1]]))).sum().backward()
+    assert logits.grad is not None
+    assert bool(torch.isfinite(logits.grad).all())
+    assert dist.entropy().item() == pytest.approx(float(td.Categorical(logits=torch.tensor([0.0, 1.0])).entropy()))
+
+
+def test_diagonal_normal_agrees_with_torch() -> None:
+    torch.manual_seed(0)
+    mean, log_std = torch.randn(6, 3), torch.randn(6, 3)
+    mine, theirs = DiagonalNormal(mean, log_std), td.Independent(td.Normal(mean, log_std.exp()), 1)
+    action = theirs.sample()
+    assert torch.allclose(mine.log_prob(action), theirs.log_prob(action), rtol=1e-5)
+    assert torch.allclose(mine.entropy(), theirs.entropy(), rtol=1e-5)
+
+
+def test_adam_equals_torch_after_many_steps() -> None:
+    torch.manual_seed(0)
+    mine, theirs = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    theirs.load_state_dict(mine.state_dict())
+    flat, optimizer = FlatParameters(mine), torch.optim.Adam(theirs.parameters(), lr=0.01, eps=1e-5)
+    for _ in range(50):
+        x = torch.randn(8, 4)
+        flat.zero_grad()
+        (mine(x) ** 2).mean().backward()
+        flat.clip_grad(0.1)
+        flat.adam_step(0.01)
+        optimizer.zero_grad()
+        (theirs(x) ** 2).mean().backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.1)
+        optimizer.step()
+    assert torch.allclose(mine.weight, theirs.weight, atol=1e-6)
+    assert torch.allclose(mine.bias, theirs.bias, atol=1e-6)
+
+
+def test_snapshots_restore_weights_and_optimizer_bit_for_bit() -> None:
+    first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
+    flat = FlatParameters(first, second)
+    flat.grad.normal_()
+    flat.adam_step(0.1)
+    before, saved = flat.snapshot(), flat.state_dict()
+    flat.adam_step(0.1)
+    moved = second.weight.clone()
+    flat.restore(before, flat.parts[0])
+    assert torch.equal(first.weight.flatten(), before[0][:4])
+    assert torch.equal(second.weight, moved), "the other part stays"
+    flat.restore(before)
+    assert all(torch.equal(flat.state_dict()[key], saved[key]) for key in ("vector", "first_moment", "second_moment"))
+    assert flat.steps == 1
+    with pytest.raises(ValueError, match="weights"):
+        FlatParameters(first).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_the_mlp_written_out_equals_autograd_and_numpy(activation: Any) -> None:
+    torch.manual_seed(0)
+    mlp = MLP([3, 5, 4, 2], activation, 1.0, torch.Generator().manual_seed(0)).double()
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(mlp, (x,))
+    kind = torch.nn.Tanh() if activation == "tanh" else torch.nn.ReLU()
+    plain = torch.nn.Sequential(mlp.layers[0], kind, mlp.layers[1], kind, mlp.layers[2])
+    assert torch.allclose(mlp(x), plain(x))
+    assert np.allclose(mlp.on_host(x.detach().numpy()), plain(x).detach().numpy())
+    mlp(x).pow(2).sum().backward()
+    mine = [p.grad.clone() for p in mlp.parameters() if p.grad is not None]
+    mlp.zero_grad()
+    plain(x).pow(2).sum().backward()
+    theirs = [p.grad for p in mlp.parameters() if p.grad is not None]
+    assert len(mine) == len(theirs) == 6
+    assert all(torch.allclose(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+ACTION_SPACES: list[spaces.Space[Any]] = [
+    spaces.Discrete(3),
+    spaces.MultiDiscrete([2, 4, 3]),
+    spaces.MultiDiscrete([3, 3]),
+    spaces.MultiBinary(4),
+    spaces.Box(-2.0, 6.0, (2,)),
+    spaces.Box(-np.inf, np.inf, (3,)),
+]
+
+
+@pytest.mark.parametrize("space", ACTION_SPACES, ids=str)
+def test_acting_in_numpy_samples_the_policy_that_is_learned(space: spaces.Space[Any]) -> None:
+    encoder = ObservationEncoder(spaces.Box(-1, 1, (3,)), CPU, normalize=False)
+    rng = torch.Generator().manual_seed(0)
+    actor = Actor(encoder, space, (8,), "tanh", -0.5, rng)
+    with torch.no_grad():
+        actor.network.mlp.layers[-1].weight.mul_(100)  # type: ignore[union-attr, operator]
+    obs = np.array([[0.5, -0.2, 0.1]], np.float32)
+    dist = actor(encoder(obs))
+    output = np.repeat(actor.network.mlp.on_host(obs), 40_000, axis=0)
+    sample = torch.from_numpy(actor.act(output, np.random.default_rng(0)))
+    if isinstance(dist, Categoricals):
+        frequency = torch.nn.functional.one_hot(sample, dist.logits.shape[-1]).float().mean(0)
+        assert torch.allclose(frequency, dist.log_probs.exp()[0], atol=0.02)
+    else:
+        assert torch.allclose(sample.mean(0), dist.loc[0], atol=0.05)
+        assert torch.allclose(sample.std(0), dist.log_std.exp()[0], rtol=0.02)
+    assert torch.allclose(torch.from_numpy(actor.act(output[:1], None)).float(), dist.mode.detach().float(), atol=1e-5)
+
+
+def test_bounded_actions_start_in_the_middle_with_the_bounds_as_their_scale() -> None:
+    encoder = ObservationEncoder(spaces.Box(-1, 1, (3,)), CPU, normalize=False)
+    actor = Actor(encoder, spaces.Box(-2.0, 6.0, (1,)), (8,), "tanh", 0.0, torch.Generator().manual_seed(0))
+    dist = actor({"vector": torch.zeros(1, 3)})
+    assert isinstance(dist, DiagonalNormal)
+    assert dist.loc.item() == pytest.approx(2.0, abs=0.1)
+    assert dist.log_std.exp().item() == pytest.approx(4.0)
+
+
+def test_running_statistics_equal_those_of_all_data_and_skip_reset_rows() -> None:
+    encoder = ObservationEncoder(spaces.Box(-np.inf, np.inf, (2,)), CPU, normalize=True)
+    rng = np.random.default_rng(0)
+    data = (rng.normal(size=(300, 2)) * [1.0, 50.0] + [1e3, -2.0]).astype(np.float32)
+    valid = torch.from_numpy(rng.random(300) < 0.8)
+    for part in (slice(0, 100), slice(100, 300)):
+        encoder.update(data[part], valid[part])
+    kept = data[valid.numpy()].astype(np.float64)
+    assert np.allclose(encoder.mean.numpy(), kept.mean(0), rtol=1e-5)
+    assert np.allclose(encoder.var.numpy(), kept.var(0), rtol=1e-4)
+    assert np.allclose(encoder.on_host(data), encoder(data)["vector"].numpy(), atol=1e-4)
+
+
+def test_dict_observations_are_encoded_part_by_part() -> None:
+    space = spaces.Dict(
+        {
+            "camera": spaces.Box(0, 255, (40, 50, 3), np.uint8),
+            "room": spaces.Discrete(3, start=1),
+            "speed": spaces.Box(-1, 1, (2,)),
+        }
+    )
+    encoder = ObservationEncoder(space, CPU, normalize=True)
+    obs = {key: np.stack([part.sample() for _ in range(4)]) for key, part in space.spaces.items()}
+    inputs = encoder(obs)
+    assert inputs["camera"].shape == (4, 3, 40, 50)
+    assert inputs["vector"].shape == (4, 5)
+    assert torch.equal(inputs["vector"][:, :3].argmax(1), torch.from_numpy(obs["room"]) - 1)
+
+
+def test_spaces_survive_json_and_others_are_refused_with_a_remedy() -> None:
+    everything = [
+        *ACTION_SPACES,
+        spaces.Discrete(3, start=-1),
+        spaces.Dict({"a": spaces.Box(0, 255, (36, 36, 1), np.uint8), "b": spaces.Discrete(2)}),
+    ]
+    for space in everything:
+        assert klrl_spaces.from_json(klrl_spaces.to_json(space)) == space
+    for bad in (spaces.Tuple([spaces.Discrete(2)]), spaces.Text(3), spaces.Graph(spaces.Discrete(2), None)):
+        with pytest.raises(UsageError, match=r"gymnasium\.wrappers"):
+            klrl_spaces.check_observation_space(bad)
+        with pytest.raises(UsageError, match=r"gymnasium\.wrappers"):
+            klrl_spaces.check_action_space(bad)
+
+
+def test_gae_matches_a_hand_computed_example() -> None:
+    reward = np.array([[1.0], [2.0], [3.0]], np.float32)
+    value = np.array([[0.5], [1.0], [1.5], [4.0]], np.float32)
+    no = np.zeros((3, 1), np.bool_)
+    advantage, returns = gae(reward, value, no, no, gamma=0.5, gae_lambda=0.5)
+    # deltas: 1 + 0.5*1 - 0.5 = 1; 2 + 0.5*1.5 - 1 = 1.75; 3 + 0.5*4 - 1.5 = 3.5; decay 0.25
+    assert advantage.flatten().tolist() == pytest.approx([1 + 0.25 * (1.75 + 0.25 * 3.5), 1.75 + 0.25 * 3.5, 3.5])
+    assert returns.flatten().tolist() == pytest.approx((advantage + value[:-1]).flatten().tolist())
+
+
+def test_truncation_bootstraps_final_value_and_termination_does_not() -> None:
+    reward, value = (
+        np.ones((2, 2), np.float32),
+        np.array([[0.0, 0.0], [10.0, 10.0], [99.0, 99.0]], np.float32),
+    )
+    terminated = np.array([[True, False], [False, False]])
+    truncated = np.array([[False, True], [False, False]])
+    advantage, _ = gae(reward, value, terminated, truncated, gamma=0.9, gae_lambda=1.0)
+    assert advantage[0].tolist() == pytest.approx([1.0, 1.0 + 0.9 * 10.0]), "and nothing leaks from the next episode"
+
+
+def test_reward_scale_is_the_deviation_of_the_discounted_return() -> None:
+    rng = np.random.default_rng(0)
+    scale, gamma = RewardScale(0.9), 0.9
+    reward = rng.normal(size=(50, 3)).astype(np.float32) * 7
+    ended = rng.random((50, 3)) < 0.1
+    running, seen = np.zeros(3), []
+    for t in range(50):
+        running = running * gamma + reward[t]
+        seen.append(running.copy())
+        running[ended[t]] = 0
+    half = [
+        scale(reward[:25], ended[:25], np.ones((25, 3), bool)),
+        scale(reward[25:], ended[25:], np.ones((25, 3), bool)),
+    ]
+    assert np.allclose(half[1], reward[25:] / np.std(seen), rtol=1e-4)
+
+
+def test_buffer_marks_the_rows_that_only_reset() -> None:
+    env = gym.make_vec("klrl.envs:klrl/Truncation-v0", 1, vectorization_mode="sync")
+    buffer = RolloutBuffer(env.single_observation_space, env.single_action_space, 8, 1)
+    obs, _ = env.reset(seed=0)
+    for _ in range(8):
+        next_obs, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+        buffer.add(obs, np.zeros((1, 1), np.int64), reward, terminated, truncated, next_obs)
+        obs = next_obs
+    assert buffer.valid[:, 0].tolist() == [True] * 5 + [False] + [True] * 2
+    assert buffer.truncated[:, 0].tolist() == [False] * 4 + [True] + [False] * 3
+    assert isinstance(buffer.obs, np.ndarray)
+    assert buffer.obs[5, 0, 0] == 1.0, "row 5 shows the true final observation"
+    assert buffer.obs[6, 0, 0] == -1.0, "row 6 the one after the reset"
+
+
+def test_non_finite_facts_are_named() -> None:
+    buffer = RolloutBuffer(spaces.Box(-1, 1, (2,)), spaces.Discrete(2), 2, 3)
+    zeros, no = np.zeros((3, 2), np.float32), np.zeros(3, np.bool_)
+    for t in range(2):
+        reward = np.array([0.0, 0.0, np.nan if t == 1 else 0.0])
+        buffer.add(zeros, np.zeros((3, 1), np.int64), reward, no, no, zeros)
+    with pytest.raises(NonFiniteError, match="reward is nan in env 2 at step 1"):
+        buffer.check_finite()
+    with pytest.raises(ValueError, match="action has shape"):
+        buffer.add(zeros, np.zeros(3), np.zeros(3), no, no, zeros)
+
+
+def test_projection_ends_inside_the_limit_or_at_the_start() -> None:
+    old, weights = torch.zeros(2), torch.tensor([3.0, 4.0])
+    kept = project(weights, old, lambda: float(weights @ weights), 1.0, 25.0)
+    assert float(weights @ weights) <= 1.0
+    assert kept == pytest.approx(0.2, rel=0.02)
+    weights = torch.tensor([3.0, 4.0])
+    assert project(weights, old, lambda: 5.0, 1.0, 5.0) == 0.0
+    assert torch.equal(weights, old)

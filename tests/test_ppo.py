@@ -1,0 +1,305 @@
+"""PPO: every formula by hand, the penalty and the bound at work, probes with known answers, determinism."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from klrl.agents.ppo import PPO, Batch, PPOConfig, policy_loss, value_loss
+from klrl.buffers import RolloutBuffer
+from klrl.distributions import Categoricals
+from klrl.envs.make import EnvConfig, make_vector
+from klrl.errors import NonFiniteError, UsageError
+from klrl.kl import Fixed, Penalty, at_most, freeze, kl
+from klrl.protocol import KLConfig, Report
+
+PROBE = PPOConfig(
+    n_steps=32,
+    batch_size=64,
+    n_epochs=4,
+    learning_rate=3e-3,
+    gamma=0.9,
+    gae_lambda=1.0,
+    normalize_reward=False,
+    normalize_observation=False,
+    hidden_sizes=(32,),
+    kl=KLConfig(target=0.05),
+)
+
+
+def collect(agent: PPO, env: Any, buffer: RolloutBuffer, obs: Any) -> Any:
+    while True:
+        action = agent.act(obs)
+        next_obs, reward, terminated, truncated, _ = env.step(agent.env_action(action))
+        buffer.add(obs, action, reward, terminated, truncated, next_obs)
+        obs = next_obs
+        if buffer.full:
+            return obs
+
+
+def train(config: PPOConfig, env_id: str, updates: int, seed: int = 0, **kwargs: Any) -> tuple[PPO, list[Report]]:
+    env = make_vector(env_id, 8, EnvConfig(kwargs=kwargs))
+    agent = PPO(env.single_observation_space, env.single_action_space, config, seed=seed)
+    buffer = agent.new_buffer(8)
+    obs, _ = env.reset(seed=seed)
+    reports = []
+    for _ in range(updates):
+        obs = collect(agent, env, buffer, obs)
+        reports.append(agent.update(buffer))
+    env.close()
+    return agent, reports
+
+
+def one_row(probability_new: float, advantage: float) -> tuple[Categoricals, Batch]:
+    """A batch of one state with two actions, the first taken; pi_old is uniform."""
+    old = Categoricals(torch.zeros(1, 1, 2))
+    logit = math.log(probability_new / (1 - probability_new))
+    new = Categoricals(torch.tensor([[[logit, 0.0]]], requires_grad=True))
+    action = torch.zeros(1, 1, dtype=torch.int64)
+    one = torch.ones(1)
+    batch = Batch({}, old, action, old.log_prob(action), 0.5 * one, advantage * one, 2.0 * one, one)
+    return new, batch
+
+
+def test_surrogate_penalty_and_entropy_match_a_hand_computed_example() -> None:
+    new, batch = one_row(0.75, advantage=2.0)
+    config = PPOConfig(ent_coef=0.1)
+    loss, surrogate = policy_loss(new, batch, config, Penalty(at_most(0.02), Fixed(3.0)))
+    divergence = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert surrogate.item() == pytest.approx(-1.5 * 2.0)
+    assert loss.item() == pytest.approx(-3.0 + 3.0 * divergence - 0.1 * entropy, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("probability", "advantage", "expected"),
+    [(0.75, 1.0, 1.2), (0.75, -1.0, -1.5), (0.25, 1.0, 0.5), (0.25, -1.0, -0.8)],
+)
+def test_clipping_is_pessimistic(probability: float, advantage: float, expected: float) -> None:
+    new, batch = one_row(probability, advantage)
+    loss, _ = policy_loss(new, batch, PPOConfig(clip_range=0.2), None)
+    assert loss.item() == pytest.approx(-expected, rel=1e-6)
+
+
+def test_value_loss_matches_a_hand_computed_example() -> None:
+    _, batch = one_row(0.5, 0.0)  # V_old 0.5, return 2
+    value = torch.tensor([1.0])
+    assert value_loss(value, batch, 0.0).item() == pytest.approx(1.0)
+    assert value_loss(value, batch, 0.1).item() == pytest.approx((0.6 - 2.0) ** 2)
+
+
+def test_rows_that_only_reset_have_no_gradient() -> None:
+    old = Categoricals(torch.zeros(2, 1, 2))
+    logits = torch.zeros(2, 1, 2, requires_grad=True)
+    action = torch.zeros(2, 1, dtype=torch.int64)
+    weight, one = torch.tensor([1.0, 0.0]), torch.ones(2)
+    batch = Batch({}, old, action, old.log_prob(action), one, one, one, weight)
+    policy_loss(Categoricals(logits), batch, PPOConfig(ent_coef=0.1), Penalty(at_most(1.0), Fixed(1.0)))[0].backward()
+    assert logits.grad is not None
+    assert float(logits.grad[0].abs().sum()) > 0.0
+    assert float(logits.grad[1].abs().sum()) == 0.0
+
+
+def test_beta_changes_the_gradient() -> None:
+    def gradient(beta: float) -> torch.Tensor:
+        new, batch = one_row(0.75, advantage=1.0)
+        policy_loss(new, batch, PPOConfig(), Penalty(at_most(0.02), Fixed(beta)))[0].backward()
+        assert new.logits.grad is not None
+        return new.logits.grad.flatten()
+
+    # d KL / d logits = softmax(new) - softmax(old) = (0.25, -0.25)
+    assert torch.allclose(gradient(10.0) - gradient(0.0), torch.tensor([2.5, -2.5]), rtol=1e-5)
+
+
+def test_a_larger_beta_moves_the_policy_less() -> None:
+    moved = []
+    for beta in (0.0, 1.0, 100.0):
+        config = PPOConfig(n_steps=128, kl=KLConfig(penalty="fixed", coef=beta, stop=0.0), learning_rate=1e-3)
+        _, reports = train(config, "CartPole-v1", 3)
+        moved.append(np.mean([report.kl.mean for report in reports]))
+    assert moved[0] > 1.5 * moved[1] > 3 * moved[2]
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_project_keeps_kl_within_the_limit_after_every_update(direction: Any) -> None:
+    rules = KLConfig(target=0.003, penalty="none", stop=0.0, on_overshoot="project", direction=direction)
+    config = PPOConfig(n_steps=64, batch_size=128, n_epochs=4, learning_rate=3e-3, kl=rules)
+    for env_id in ("CartPole-v1", "Pendulum-v1"):
+        _, reports = train(config, env_id, 15)
+        assert all(report.kl.bounded <= 0.003 for report in reports)
+        assert all(0.0 < report.kl.rolled_back < 1.0 and (report.kl.attempted or 0) > 0.003 for report in reports[2:])
+        assert np.mean([report.kl.of_limit for report in reports]) > 0.8, "and no further than needed"
+
+
+def test_the_reported_kl_is_that_of_the_policy_afterwards() -> None:
+    rules = KLConfig(target=0.003, penalty="none", on_overshoot="project")
+    agent, _ = train(replace(PROBE, kl=rules), "CartPole-v1", 1)
+    env = make_vector("CartPole-v1", 8, EnvConfig())
+    buffer = agent.new_buffer(8)
+    collect(agent, env, buffer, env.reset(seed=3)[0])
+    inputs = agent.encoder(buffer.obs[:-1])  # type: ignore[index]
+    before = freeze(agent.distribution(inputs))
+    report = agent.update(buffer)
+    valid = torch.from_numpy(buffer.valid).flatten()
+    after = kl(before, agent.distribution(inputs))[valid]
+    assert float(after.double().mean()) == pytest.approx(report.kl.mean, rel=1e-6)
+    assert float(after.max()) == pytest.approx(report.kl.max, rel=1e-6)
+
+
+@pytest.mark.parametrize("check", ["update", "epoch", "minibatch"])
+def test_rollback_restores_policy_and_optimizer_bit_for_bit(check: Any) -> None:
+    rules = KLConfig(target=1e-9, penalty="none", on_overshoot="rollback", check=check)
+    config = replace(PROBE, kl=rules, learning_rate=0.1)
+    env = make_vector("CartPole-v1", 8, EnvConfig())
+    agent = PPO(env.single_observation_space, env.single_action_space, config)
+    buffer = agent.new_buffer(8)
+    collect(agent, env, buffer, env.reset(seed=0)[0])
+    policy, critic = agent.parameters.parts
+    before = agent.parameters.snapshot()
+    report = agent.update(buffer)
+    assert report.kl.rolled_back == 1.0
+    assert report.kl.mean == 0.0
+    assert (report.kl.attempted or 0) > 1e-9
+    assert report.kl.stop_epoch == (0 if check == "update" else 1)
+    for i, tensor in enumerate(
+        (agent.parameters.vector, agent.parameters.first_moment, agent.parameters.second_moment)
+    ):
+        assert torch.equal(tensor[policy], before[i][policy])  # type: ignore[index]
+    assert not torch.equal(agent.parameters.vector[critic], before[0][critic]), "the critic keeps what it learned"
+
+
+def test_the_update_stops_on_the_exact_kl() -> None:
+    loose = replace(PROBE, learning_rate=0.03, kl=KLConfig(target=0.01, penalty="none", stop=0.0))
+    tight = replace(loose, kl=replace(loose.kl, stop=1.5, check="minibatch"))
+    far, near = (train(config, "CartPole-v1", 1)[1][0].kl for config in (loose, tight))
+    assert far.stop_epoch == 0
+    assert near.stop_epoch == 1
+    assert far.mean > near.mean > 0.015
+
+
+def test_a_non_finite_gradient_stops_and_leaves_the_weights() -> None:
+    env = make_vector("CartPole-v1", 8, EnvConfig())
+    agent = PPO(env.single_observation_space, env.single_action_space, PROBE)
+    buffer = agent.new_buffer(8)
+    collect(agent, env, buffer, env.reset(seed=0)[0])
+    buffer.reward[3, 2] = 1e30
+    before = agent.parameters.snapshot()
+    with pytest.raises(NonFiniteError, match="value_loss is inf in update 1"):
+        agent.update(buffer)
+    assert torch.equal(agent.parameters.vector, before[0])
+    buffer.reward[3, 2] = np.inf
+    with pytest.raises(NonFiniteError, match="reward is inf in env 2 at step 3"):
+        agent.update(buffer)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "kl"])
+def test_learning_rate_schedules(schedule: Any) -> None:
+    config = replace(PROBE, lr_schedule=schedule, kl=KLConfig(target=10.0, penalty="none"))
+    env = make_vector("CartPole-v1", 8, EnvConfig())
+    agent = PPO(env.single_observation_space, env.single_action_space, config)
+    buffer = agent.new_buffer(8)
+    obs, _ = env.reset(seed=0)
+    rates = []
+    for progress in (0.0, 0.75):
+        obs = collect(agent, env, buffer, obs)
+        rates.append(agent.update(buffer, progress).metrics["train/learning_rate"])
+    expected = {"constant": [3e-3, 3e-3], "linear": [3e-3, 3e-3 * 0.25], "kl": [3e-3, 3e-3 * 1.5]}[schedule]
+    assert rates == pytest.approx(expected)
+
+
+def test_batch_size_must_divide_the_rollout() -> None:
+    agent = PPO(spaces.Box(-1, 1, (2,)), spaces.Discrete(2), PPOConfig(n_steps=128, batch_size=300))
+    with pytest.raises(UsageError, match=r"--batch-size 300 does not divide the rollout of 1024 rows .*; 256 would do"):
+        agent.new_buffer(8)
+    with pytest.raises(ValueError, match="fill it"):
+        PPO(spaces.Box(-1, 1, (2,)), spaces.Discrete(2), PROBE).update(
+            RolloutBuffer(spaces.Box(-1, 1, (2,)), spaces.Discrete(2), 32, 8)
+        )
+
+
+CASES = [
+    ("OneStep", "discrete", "box", 30),
+    ("RewardByObservation", "discrete", "box", 40),
+    ("RewardByAction", "discrete", "box", 40),
+    ("RewardByBoth", "discrete", "box", 40),
+    ("Discounting", "discrete", "box", 40),
+    ("Truncation", "discrete", "box", 40),
+    ("RewardByBoth", "box", "box", 100),
+    ("RewardByBoth", "multidiscrete", "box", 60),
+    ("RewardByBoth", "multibinary", "box", 60),
+    ("RewardByBoth", "discrete", "dict", 40),
+    ("RewardByBoth", "discrete", "discrete", 40),
+    ("RewardByBoth", "multibinary", "image", 20),
+    ("Truncation", "box", "dict", 40),
+]
+
+
+@pytest.mark.parametrize(("name", "action", "observation", "updates"), CASES)
+def test_probes_are_solved_and_valued_as_their_closed_form_says(
+    name: str, action: str, observation: str, updates: int
+) -> None:
+    agent, _ = train(PROBE, f"klrl/{name}-v0", updates, action=action, observation=observation)
+    probe: Any = gym.make(f"klrl/{name}-v0", action=action, observation=observation).unwrapped
+    reached = (0, 1) if name in ("RewardByObservation", "RewardByBoth", "Discounting", "Truncation") else (0,)
+    for bit in reached:
+        probe.bit = bit
+        shown = probe.observe()
+        batch = (
+            {k: np.asarray(v)[None] for k, v in shown.items()} if isinstance(shown, dict) else np.asarray(shown)[None]
+        )
+        # The policy still samples: with a Box it loses its variance, so its value lies a little below the optimum.
+        tolerance = 0.1 if action == "box" else 0.02
+        assert agent.critic(agent.encoder(batch)).item() == pytest.approx(probe.value(bit, 0.9), rel=tolerance)
+        if name in ("RewardByAction", "RewardByBoth"):
+            chosen, _ = agent.predict(shown, deterministic=True)
+            assert probe.match(chosen, 1 if name == "RewardByAction" else bit) > 0.97
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_one_seed_gives_one_run(env_id: str) -> None:
+    config = PPOConfig(n_steps=64, batch_size=128, n_epochs=2)
+    (first, reports), (second, again) = (train(config, env_id, 3, seed=5) for _ in range(2))
+    assert torch.equal(first.parameters.vector, second.parameters.vector)
+    assert reports == again
+    other, _ = train(config, env_id, 3, seed=6)
+    assert not torch.equal(first.parameters.vector, other.parameters.vector)
+
+
+def test_building_an_agent_leaves_the_callers_random_state_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    PPO(spaces.Box(-1, 1, (2,)), spaces.Discrete(2))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_state_continues_bit_for_bit() -> None:
+    config = PPOConfig(n_steps=32, batch_size=64, n_epochs=2, lr_schedule="kl")
+    agent, _ = train(config, "Pendulum-v1", 3)
+    copy = PPO(agent.observation_space, agent.action_space, config, seed=99)
+    copy.load_state_dict(agent.state_dict())
+    env = make_vector("Pendulum-v1", 8, EnvConfig())
+    results = []
+    for one in (agent, copy):
+        buffer = one.new_buffer(8)
+        collect(one, env, buffer, env.reset(seed=7)[0])
+        results.append(one.update(buffer))
+    assert results[0] == results[1]
+    assert torch.equal(agent.parameters.vector, copy.parameters.vector)
+
+
+def test_actions_are_given_as_each_space_wants_them() -> None:
+    box = spaces.Box(np.float32([[-1.0, 0.0]]), np.float32([[1.0, 0.5]]))
+    for space in (spaces.Discrete(2, start=5), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary([2, 2]), box):
+        agent = PPO(spaces.Box(-1, 1, (2,)), space)
+        obs = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32)
+        acted = agent.env_action(agent.act(obs))
+        assert all(space.contains(space.dtype.type(a) if a.ndim == 0 else a) for a in acted)  # type: ignore[union-attr]
+        single, state = agent.predict(obs[0], state="kept")
+        assert space.contains(single)
+        assert state == "kept"

@@ -1,0 +1,266 @@
+"""The loop: what it writes, what it reads back, what it survives."""
+
+import json
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+import klrl
+from klrl import checkpoint
+from klrl.envs.make import EnvConfig, make_vector, preset, presets
+from klrl.envs.wrappers import next_step
+from klrl.errors import NonFiniteError, UsageError
+from klrl.logger import Console
+from klrl.training import Episodes, Run, evaluate, make_folder, pick_device, resolve
+
+QUICK: dict[str, Any] = {
+    "total_timesteps": 1500,
+    "n_envs": 4,
+    "n_steps": 64,
+    "batch_size": 64,
+    "n_epochs": 2,
+    "eval_every": 2,
+    "eval_episodes": 2,
+    "quiet": True,
+}
+SB3_TAGS = {
+    "rollout/ep_rew_mean",
+    "rollout/ep_len_mean",
+    "train/value_loss",
+    "train/explained_variance",
+    "train/clip_fraction",
+    "train/ent_coef",
+    "time/fps",
+    "eval/mean_reward",
+}
+KL_TAGS = {f"kl/{x}" for x in ("mean", "max", "p95", "reverse", "of_limit", "coef", "stop_epoch", "rolled_back")}
+
+
+@pytest.fixture
+def run() -> Run:
+    return klrl.train("ppo", "CartPole-v1", **QUICK)
+
+
+def test_tensorboard_reads_back_what_metrics_jsonl_says(run: Run) -> None:
+    events = EventAccumulator(str(run.folder), size_guidance={"scalars": 0}).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert tags >= SB3_TAGS | KL_TAGS | {"entropy/mean"}
+    assert any(tag.startswith("health/") for tag in tags)
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    for tag in ("kl/mean", "train/value_loss"):
+        scalars = events.Scalars(tag)
+        assert [event.step for event in scalars] == [line["step"] for line in lines]
+        assert [event.value for event in scalars] == pytest.approx([line[tag] for line in lines], rel=1e-6)
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+
+
+def test_each_update_is_one_event_and_layout_and_hparams_come_once(run: Run) -> None:
+    events = EventAccumulator(str(run.folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    stamps = {event.wall_time for tag in KL_TAGS for event in events.Scalars(tag)}
+    assert len(stamps) == len(events.Scalars("kl/mean")), "all of an update's figures carry one time"
+    (layout,) = events.Tensors("custom_scalars__config__")
+    charts = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0])
+    shown = {tag for category in charts.category for chart in category.chart for tag in chart.multiline.tag}
+    assert {"^kl/mean$", "^kl/limit$"} <= shown
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    hparams = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert hparams["kl.target"].number_value == run.agent.config.kl.target  # type: ignore[attr-defined]
+
+
+def test_the_written_config_reruns_the_same_run(run: Run) -> None:
+    options = tomllib.loads((run.folder / "config.toml").read_text())
+    assert options.pop("agent") == "ppo"
+    assert options.pop("env_id") == "CartPole-v1"
+    again = klrl.train("ppo", "CartPole-v1", **options)
+    assert torch.equal(again.agent.parameters.vector, run.agent.parameters.vector)  # type: ignore[attr-defined]
+    first, second = (
+        [json.loads(line) for line in (one.folder / "metrics.jsonl").read_text().splitlines()] for one in (run, again)
+    )
+    timed = {"wall", "time/fps", "time/collect_share"}
+    assert [{k: v for k, v in line.items() if k not in timed} for line in first] == [
+        {k: v for k, v in line.items() if k not in timed} for line in second
+    ]
+    assert again.score == run.score
+
+
+def test_load_gives_the_agent_back_with_its_normaliser() -> None:
+    run = klrl.train("ppo", "Pendulum-v1", **QUICK)
+    for path in (run.folder, checkpoint.find(run.folder)):
+        agent = klrl.load(path)
+        assert torch.equal(agent.encoder.mean, run.agent.encoder.mean)
+        assert float(agent.encoder.count) > 1000
+        obs = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+        assert np.array_equal(agent.act(obs, deterministic=True), run.agent.act(obs, deterministic=True))
+    assert evaluate(klrl.load(run.folder), "Pendulum-v1", 4, run.config) == run.evaluate(episodes=4)
+
+
+def test_checkpoints_keep_the_last_and_the_best(run: Run) -> None:
+    found = checkpoint.steps(run.folder / "checkpoints")
+    assert 1 <= len(found) <= 2
+    scores = [checkpoint.load(path)["score"] for path in found]
+    assert scores[-1] == run.score.mean
+    assert checkpoint.find(run.folder, "best") == found[scores.index(max(scores))]
+    assert not list(run.folder.rglob("*.pkl"))
+    names = {path.name for path in found[-1].iterdir()}
+    assert names == {"manifest.json", "state.json", "tensors.safetensors"}
+
+
+def test_every_truncation_and_bit_flip_is_detected(run: Run) -> None:
+    path = checkpoint.find(run.folder)
+    rng = np.random.default_rng(0)
+    for name in ("tensors.safetensors", "state.json", "manifest.json"):
+        whole = (path / name).read_bytes()
+        for _ in range(10):
+            broken = bytearray(whole)
+            if rng.random() < 0.5:
+                del broken[int(rng.integers(len(whole))) :]
+            else:
+                broken[int(rng.integers(len(whole)))] ^= 1 << int(rng.integers(8))
+            if name == "manifest.json" and _same_json(bytes(broken), whole):
+                continue  # white space, or the unused format number: nothing that is read has changed
+            (path / name).write_bytes(bytes(broken))
+            with pytest.raises(UsageError, match=r"damaged|missing"):
+                checkpoint.load(path)
+        (path / name).write_bytes(whole)
+    checkpoint.load(path)
+
+
+def _same_json(a: bytes, b: bytes) -> bool:
+    try:
+        return bool(json.loads(a).get("files") == json.loads(b)["files"])
+    except (ValueError, AttributeError):
+        return False
+
+
+def test_a_failed_save_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, 1, {"x": torch.ones(3)})
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(tmp_path, 2, {"x": torch.zeros(3)})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000000001"]
+    assert torch.equal(checkpoint.load(checkpoint.steps(tmp_path)[-1])["state"]["x"], torch.ones(3))
+
+
+def test_a_link_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path / "run", 1, {"x": 1})
+    (path / "state.json").rename(tmp_path / "elsewhere")
+    (path / "state.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="is a link"):
+        checkpoint.load(path)
+
+
+class Broken(gym.Wrapper[Any, Any, Any, Any]):
+    """CartPole that shows a nan after so many steps of one environment."""
+
+    def step(self, action: Any) -> Any:
+        obs, *rest = super().step(action)
+        self.steps = getattr(self, "steps", 0) + 1
+        return (obs * np.nan if self.steps == 150 else obs, *rest)
+
+
+def test_a_nan_from_the_environment_stops_the_run_and_keeps_the_last_good_checkpoint() -> None:
+    made: list[gym.Env[Any, Any]] = []
+
+    def factory() -> gym.Env[Any, Any]:
+        env = gym.make("CartPole-v1")
+        made.append(env)
+        return Broken(env) if len(made) == 2 else env
+
+    options = {**QUICK, "save_every": 100, "eval_every": 0}
+    with pytest.raises(NonFiniteError, match=r"observation is nan in env 1 at step \d+ of the rollout, .*checkpoint is"):
+        klrl.train("ppo", factory, **options)
+    (folder,) = Path("runs").iterdir()
+    agent = klrl.load(folder)
+    assert bool(torch.isfinite(agent.parameters.vector).all())  # type: ignore[attr-defined]
+
+
+def test_a_factory_trains_and_its_checkpoint_loads() -> None:
+    run = klrl.train("ppo", lambda: gym.make("CartPole-v1"), **QUICK)
+    assert klrl.load(run.folder).observation_space == gym.make("CartPole-v1").observation_space
+
+
+def test_options_are_layered_default_preset_given() -> None:
+    assert preset("ppo", "CartPole-v1")["n_epochs"] == 10
+    assert preset("ppo", "somewhere:CartPole-v1") == preset("ppo", "CartPole-v1")
+    assert preset("ppo", "Unheard-v0") == {}
+    run, agent = resolve("ppo", "CartPole-v1", {"n_envs": 3, "kl": {"target": 0.5}})
+    assert (run.n_envs, agent.kl.target, agent.n_epochs) == (3, 0.5, 10)
+    for env_id in presets():
+        resolve("ppo", env_id, {})[1].check_rollout(resolve("ppo", env_id, {})[0].n_envs)
+
+
+def test_steps_and_returns_leave_out_rows_that_only_reset() -> None:
+    episodes = Episodes(2)
+    no, yes = np.array([False, False]), np.array([True, False])
+    for ended in (no, yes, no, no):  # env 0: two steps, end, a reset row, one step
+        episodes.add(np.array([0.0 if episodes.steps == 4 and ended is no and episodes.done else 1.0, 1.0]), ended)
+    assert episodes.steps == 7
+    assert list(episodes.done) == [(2.0, 2)]
+
+
+def test_a_same_step_environment_is_seen_as_next_step() -> None:
+    from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+    def make(mode: AutoresetMode) -> Any:
+        return SyncVectorEnv([lambda: gym.make("klrl.envs:klrl/Truncation-v0")] * 2, autoreset_mode=mode)
+
+    adapted, native = next_step(make(AutoresetMode.SAME_STEP), "x"), make(AutoresetMode.NEXT_STEP)
+    shown, expected = [], []
+    for env, into in ((adapted, shown), (native, expected)):
+        env.reset(seed=0)
+        for _ in range(6):
+            obs, reward, _, truncated, _ = env.step(env.action_space.sample())
+            into.append((obs.tolist(), reward.tolist(), truncated.tolist()))
+    assert shown[:5] == expected[:5], "including the true final observation"
+    assert shown[5][1] == expected[5][1] == [0.0, 0.0]
+    with pytest.raises(UsageError, match="autoreset disabled"):
+        next_step(make(AutoresetMode.DISABLED), "x")
+
+
+def test_worker_processes_train_the_same_agent() -> None:
+    in_process, in_workers = (
+        klrl.train("ppo", "CartPole-v1", **{**QUICK, "total_timesteps": 500}, env={"vectorization": kind})
+        for kind in ("sync", "async")
+    )
+    assert torch.equal(in_process.agent.parameters.vector, in_workers.agent.parameters.vector)  # type: ignore[attr-defined]
+
+
+def test_folders_never_collide() -> None:
+    folders = {make_folder("runs", "ppo-ns/Env:v0-0") for _ in range(5)}
+    assert len(folders) == 5
+    assert all(folder.parent == Path("runs") for folder in folders)
+
+
+def test_auto_takes_the_gpu_only_for_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert pick_device("auto", lambda: True) == "cuda"
+    assert pick_device("auto", lambda: False) == "cpu"
+    assert make_vector("CartPole-v1", 1, EnvConfig()).num_envs == 1
+
+
+def test_plain_lines_show_kl_against_its_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(100, quiet=False, every=0.0)
+    console.update(50, {"time/fps": 1234.0, "kl/mean": 0.0123, "kl/limit": 0.02, "kl/coef": 0.5})
+    assert capsys.readouterr().out.split() == "50% 50 steps 1,234/s KL 0.0123 of 0.02 coef 0.5".split()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_trains_and_its_checkpoint_loads_on_the_cpu() -> None:
+    run = klrl.train("ppo", "CartPole-v1", **{**QUICK, "device": "cuda"})
+    assert run.agent.parameters.vector.is_cuda  # type: ignore[attr-defined]
+    loaded = klrl.load(run.folder)
+    assert torch.equal(loaded.parameters.vector, run.agent.parameters.vector.cpu())  # type: ignore[attr-defined]
