@@ -33,7 +33,7 @@ class PPOConfig:
     learning_rate: Positive = 3e-4
     """Adam's step size at the start."""
     lr_schedule: Literal["constant", "linear", "kl"] = "constant"
-    """Keep it, lower it linearly to 0 over the run, or move it by a factor 1.5 when KL leaves target/2 to 2 * target."""
+    """Keep it, lower it linearly to 0 over the run, or move it by 1.5 when KL leaves target/2 to 2 * target."""
     gamma: Share = 0.99
     """Discount factor."""
     gae_lambda: Share = 0.95

@@ -69,7 +69,7 @@ def build(cls: type[C], data: Mapping[str, Any], path: str = "") -> C:
     fields = hints(cls)
     for key in data:
         if key not in fields:
-            raise UsageError(f"unknown option {path + key!r}{suggest(key, fields)}")
+            raise UsageError(f"unknown option {path + key!r}{suggest(path + key, (path + name for name in fields))}")
     return cls(**{key: convert(fields[key], value, path + key) for key, value in data.items()})
 
 

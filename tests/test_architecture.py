@@ -1,0 +1,104 @@
+"""The rules of the house, read off the syntax trees: imports run one way, files stay short, packages are listed."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Lowest first; a room may import from those above it in this list, and from itself.
+LAYERS = [
+    {"klrl.errors", "klrl.kl"},
+    {"klrl.config", "klrl.spaces"},
+    {"klrl.distributions", "klrl.parameters", "klrl.trust_region", "klrl.returns", "klrl.observations"},
+    {"klrl.networks", "klrl.buffers"},
+    {"klrl.protocol"},
+    {"klrl.agents"},
+    {"klrl.envs", "klrl.checkpoint", "klrl.logger"},
+    {"klrl.training"},
+    {"klrl.cli"},
+    {"klrl.__main__"},
+]
+HEIGHT = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for folder, package in (("klrl", "klrl"), ("agents", "klrl.agents"), ("envs", "klrl.envs")):
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            if folder == "klrl" and parts[0] in ("agents", "envs"):
+                continue  # the symlinks
+            name = ".".join((package, *parts))
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def room(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names |= (
+                {f"{node.module}.{alias.name}" for alias in node.names}
+                if node.module == "klrl"
+                else {node.module or ""}
+            )
+    return names
+
+
+@pytest.mark.parametrize("module", sorted(set(modules()) - {"klrl"}))
+def test_imports_run_one_way(module: str) -> None:
+    for name in imports(modules()[module]):
+        if name.startswith("klrl.") and room(name) in HEIGHT and room(name) != room(module):
+            assert HEIGHT[room(name)] < HEIGHT[room(module)] or (room(name) == "klrl.errors"), (
+                f"{module} imports {name}"
+            )
+
+
+def test_every_room_has_its_layer() -> None:
+    assert {room(module) for module in modules()} - {"klrl"} == set(HEIGHT)
+
+
+def test_the_heart_needs_only_torch() -> None:
+    for module, path in modules().items():
+        if room(module) == "klrl.kl":
+            outside = {name.split(".")[0] for name in imports(path)} - {"klrl"}
+            assert outside <= {"torch", *sys.stdlib_module_names}
+
+
+def test_no_code_asks_which_algorithm_it_is_in() -> None:
+    for module, path in modules().items():
+        if room(module) not in ("klrl.agents", "klrl.cli", "klrl"):
+            constants = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
+            assert not {"ppo", "trpo", "sac"} & {value for value in constants if isinstance(value, str)}, module
+
+
+def test_files_stay_short() -> None:
+    for path in [*modules().values(), *ROOT.glob("tests/*.py")]:
+        assert len(path.read_text().splitlines()) <= 350, f"{path} needs a reason at its top, or two files"
+
+
+def test_every_package_is_listed_for_the_wheel() -> None:
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    here = {m for m, path in modules().items() if path.name == "__init__.py"}
+    assert listed == here
+
+
+def test_import_klrl_does_not_import_torch() -> None:
+    code = "import sys, klrl; assert 'torch' not in sys.modules; klrl.PPO; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nothing_is_pickled() -> None:
+    for module, path in modules().items():
+        assert not {name.split(".")[0] for name in imports(path)} & {"pickle", "dill", "cloudpickle", "joblib"}, module

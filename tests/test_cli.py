@@ -1,0 +1,215 @@
+"""The command as users type it, in a process of its own: output, exit codes, and one line for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+QUICK = [
+    "--total-timesteps",
+    "600",
+    "--n-envs",
+    "2",
+    "--n-steps",
+    "64",
+    "--batch-size",
+    "64",
+    "--n-epochs",
+    "1",
+    "--eval-every",
+    "0",
+]
+MAIN = "from klrl.cli import main; main()"
+
+
+def klrl(*words: str, code: str = MAIN, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **(env or {})},
+    )
+
+
+def refused(*words: str, code: str = MAIN) -> str:
+    """The one line that a bad command line gets: exit code 2, no traceback, no run folder."""
+    done = klrl(*words, code=code)
+    lines = [line for line in done.stderr.splitlines() if "settotalmass" not in line and line]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("klrl: ")
+    assert done.stdout == ""
+    assert not Path("runs").exists()
+    return lines[0]
+
+
+def test_train_eval_list_end_to_end() -> None:
+    done = klrl("train", "ppo", "CartPole-v1", *QUICK, "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    evaluation, run, watch = done.stdout.splitlines()[-3:]
+    assert evaluation.startswith("evaluation")
+    assert evaluation.endswith("over 20 episodes")
+    assert watch == "watch       tensorboard --logdir runs"
+    folder = run.split()[1]
+    assert Path(folder).name.startswith("ppo-CartPole-v1-3-")
+    result = json.loads(klrl("eval", folder, "--episodes", "3", "--json").stdout)
+    assert len(result["returns"]) == 3
+    assert result["mean"] == pytest.approx(sum(result["returns"]) / 3)
+    text = klrl("eval", next(str(p) for p in Path(folder, "checkpoints").iterdir()), "--episodes", "2").stdout
+    assert text.endswith("over 2 episodes of CartPole-v1\n")
+    again = klrl("train", "ppo", "CartPole-v1", "--config", f"{folder}/config.toml", "--quiet")
+    assert again.stdout.splitlines()[0] == evaluation
+    listed = klrl("list").stdout
+    assert "CartPole-v1" in listed
+    assert "HalfCheetah-v5" in listed
+
+
+def test_module_and_numbers_and_env_arguments() -> None:
+    words = [*QUICK[2:], "--total-timesteps", "3e2", "--seed", "1_0", "--quiet"]
+    done = klrl("train", "ppo", "klrl.envs:klrl/RewardByAction-v0", *words, "--env.kwargs", "action=box",
+                code="import runpy; runpy.run_module('klrl', run_name='__main__')")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    config = next(Path("runs").iterdir()) / "config.toml"
+    assert 'action = "box"' in config.read_text()
+    assert "seed = 10" in config.read_text()
+    assert "total_timesteps = 300" in config.read_text()
+
+
+def test_import_registers_a_packages_environments() -> None:
+    Path("myenvs.py").write_text(
+        "import gymnasium as gym\n"
+        "gym.register('Mine-v0', entry_point='gymnasium.envs.classic_control:CartPoleEnv', max_episode_steps=50)\n"
+    )
+    done = klrl("train", "ppo", "Mine-v0", *QUICK, "--import", "myenvs", env={"PYTHONPATH": "."})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tain"], "unknown command 'tain' (did you mean 'train'?)"),
+        (["train", "pop", "CartPole-v1"], "unknown agent 'pop' (did you mean 'ppo'?)"),
+        (["train", "ppo"], "train needs an agent and an env"),
+        (["train", "ppo", "CartPole-v11"], "unknown env 'CartPole-v11' (did you mean 'CartPole-v1'?)"),
+        (["train", "ppo", "nowhere:Env-v0"], "no module named 'nowhere'"),
+        (["train", "ppo", "CartPole-v1", "--import", "nowhere"], "--import nowhere"),
+        (["train", "ppo", "CartPole-v1", "--n-env", "4"], "unknown option '--n-env' (did you mean '--n-envs'?)"),
+        (["train", "ppo", "CartPole-v1", "--kl.targt", "4"], "(did you mean '--kl.target'?)"),
+        (["train", "ppo", "CartPole-v1", "--n-envs", "0"], "--n-envs must be at least 1, got 0"),
+        (["train", "ppo", "CartPole-v1", "--n-envs", "two"], "--n-envs"),
+        (["train", "ppo", "CartPole-v1", "--n-envs", "2.5"], "--n-envs"),
+        (["train", "ppo", "CartPole-v1", "--n-envs"], "--n-envs"),
+        (["train", "ppo", "CartPole-v1", "--learning-rate", "nan"], "--learning-rate must be above 0, got nan"),
+        (["train", "ppo", "CartPole-v1", "--learning-rate", "0"], "--learning-rate must be above 0, got 0"),
+        (["train", "ppo", "CartPole-v1", "--kl.target", "inf"], "--kl.target must be above 0, got inf"),
+        (["train", "ppo", "CartPole-v1", "--kl.target", "-1"], "--kl.target must be above 0, got -1"),
+        (["train", "ppo", "CartPole-v1", "--gamma", "1.5"], "--gamma must be at least 0 and at most 1, got 1.5"),
+        (["train", "ppo", "CartPole-v1", "--hidden-sizes", "64", "0"], "--hidden-sizes must be at least 1, got 0"),
+        (["train", "ppo", "CartPole-v1", "--kl.on-overshoot", "panic"], "--kl.on-overshoot"),
+        (
+            ["train", "ppo", "CartPole-v1", "--batch-size", "300"],
+            "--batch-size 300 does not divide the rollout of 1024",
+        ),
+        (["train", "ppo", "CartPole-v1", "--device", "cuda"], "--device cuda: no CUDA device"),
+        (["train", "ppo", "CartPole-v1", "--run-dir", "/proc/none"], "--run-dir /proc/none"),
+        (["train", "ppo", "CartPole-v1", "--env.kwargs", "speed=3"], "--env.kwargs does not fit CartPole-v1"),
+        (["train", "ppo", "CartPole-v1", "--env.kwargs", "speed"], "name=value"),
+        (["train", "ppo", "CartPole-v1", "--config", "none.toml"], "--config none.toml: No such file"),
+        (["train", "ppo", "Blackjack-v1"], "observation space Discrete(32) is not supported"),
+        (["eval"], "eval needs a run folder"),
+        (["eval", "nothing"], "no run or checkpoint at nothing"),
+        (["eval", "."], "is not a run folder"),
+        (["eval", "nothing", "--episodes", "0"], "--episodes must be at least 1, got 0"),
+        (["list", "all"], "list takes no arguments, got 'all'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(words: list[str], message: str) -> None:
+    if "Discrete(32)" in message:
+        message = "is not supported: klrl takes Box, Discrete and a Dict of those; gymnasium.wrappers.Flatten"
+    assert message in refused(*words)
+
+
+def test_unknown_and_broken_keys_in_a_config_file() -> None:
+    for text, message in (
+        ("n_env = 4", "unknown option 'n_env' (did you mean 'n_envs'?)"),
+        ("[kl]\ntagret = 0.1", "unknown option 'kl.tagret' (did you mean 'kl.target'?)"),
+        ("n_envs = 'four'", "--n-envs must be a whole number, got 'four'"),
+        ("kl = 3", "--kl must be a table"),
+        ("n_envs = = 3", "is not valid TOML"),
+        ("agent = 'sac'", "is of another agent"),
+    ):
+        Path("f.toml").write_text(text)
+        assert message in refused("train", "ppo", "CartPole-v1", "--config", "f.toml")
+
+
+@pytest.mark.parametrize(("space", "kind"), [("Text(5)", "observation"), ("Graph(Discrete(2), None)", "action")])
+def test_unsupported_spaces_are_named_with_a_remedy(space: str, kind: str) -> None:
+    Path("odd.py").write_text(
+        "import gymnasium as gym\nfrom gymnasium.spaces import *\nfrom klrl.envs.probes import OneStep\n"
+        "class Odd(OneStep):\n"
+        f"    def __init__(self):\n        super().__init__()\n        self.{kind}_space = {space}\n"
+        "gym.register('Odd-v0', entry_point=Odd)\n"
+    )
+    line = refused("train", "ppo", "Odd-v0", "--import", "odd", code=f"import sys; sys.path.insert(0, ''); {MAIN}")
+    assert f"{kind} space {space.split('(')[0]}" in line
+    assert "gymnasium.wrappers" in line
+
+
+def test_a_missing_extra_is_named_with_its_install_line() -> None:
+    without = f"import sys; sys.modules['mujoco'] = None; {MAIN}"
+    assert "pip install 'klrl[mujoco]'" in refused("train", "ppo", "HalfCheetah-v5", code=without)
+    without = f"import sys; sys.modules['Box2D'] = None; {MAIN}"
+    assert "pip install 'klrl[box2d]'" in refused("train", "ppo", "LunarLander-v3", code=without)
+
+
+def test_a_checkpoint_of_another_env_or_a_truncated_one() -> None:
+    done = klrl("train", "ppo", "CartPole-v1", *QUICK, "--quiet")
+    folder = done.stdout.splitlines()[1].split()[1]
+    Path("runs").rename("elsewhere")
+    folder = folder.replace("runs", "elsewhere")
+    line = refused("eval", folder, "--env-id", "Acrobot-v1")
+    assert "was trained on CartPole-v1 with observation_space Box" in line
+    weights = next(Path(folder).rglob("tensors.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert "is damaged: tensors.safetensors does not match its manifest" in refused("eval", folder)
+
+
+def test_a_run_dir_that_cannot_be_written_to() -> None:
+    Path("file").write_text("")
+    assert "--run-dir file/runs" in refused("train", "ppo", "CartPole-v1", "--run-dir", "file/runs")
+
+
+def test_a_nan_in_training_is_one_line_and_exit_code_1() -> None:
+    Path("bad.py").write_text(
+        "import gymnasium as gym\nfrom klrl.envs.probes import OneStep\n"
+        "class Bad(OneStep):\n    def reward(self, action):\n        return float('nan')\n"
+        "gym.register('Bad-v0', entry_point=Bad)\n"
+    )
+    done = klrl("train", "ppo", "Bad-v0", "--import", "bad", *QUICK, code=f"import sys; sys.path.insert(0, ''); {MAIN}")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("klrl: reward is nan in env 0 at step 0 of the rollout, 64 steps")
+    assert "Traceback" not in done.stderr
+
+
+def test_help_is_quick_and_does_not_import_torch() -> None:
+    code = f"import sys, atexit; atexit.register(lambda: print('torch' in sys.modules)); {MAIN}"
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = klrl("--help", code=code)
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0
+        assert done.stdout.splitlines()[-1] == "False"
+        assert "klrl train AGENT ENV" in done.stdout
+    assert min(times) < 0.4
+    details = klrl("train", "ppo", "--help")
+    assert details.returncode == 0
+    assert "--kl.on-overshoot {keep,rollback,project}" in details.stdout
+    assert "--hidden-sizes" in details.stdout
+    assert "Limit on the mean KL(old||new)" in details.stdout
