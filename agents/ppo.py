@@ -16,7 +16,7 @@ from klrl.errors import NonFiniteError, UsageError
 from klrl.kl import Banded, KLReport, Penalty, at_most, kl, measure, reverse_kl, select
 from klrl.networks import Activation, Actor, Critic
 from klrl.observations import Inputs
-from klrl.parameters import FlatParameters
+from klrl.parameters import FlatParameters, Snapshot
 from klrl.protocol import Agent, KLConfig, Report, State, chunks
 from klrl.returns import RewardScale, gae
 from klrl.trust_region import project
@@ -172,7 +172,7 @@ class PPO(Agent):
         Raises NonFiniteError naming the field where the rollout, a loss or a gradient is not finite; policy, critic
         and optimizers are then what they were before.
         """
-        config, limit = self.config, self.config.kl.target
+        config = self.config
         batch, valid = self._beliefs(rollout)
         learning_rate = self.learning_rate.value * (1 - progress if config.lr_schedule == "linear" else 1)
         parameters, before = self.parameters, self.parameters.snapshot()
@@ -206,16 +206,14 @@ class PPO(Agent):
                 parameters.restore(before)
                 raise NonFiniteError(f"{tag.split('/')[1]} is {value} in update {self.n_updates + 1}")
 
-        report = self._settle(batch, valid, before, limit)
-        report = replace(report, stop_epoch=stop_epoch)
-        reached = report.attempted if report.attempted is not None else report.bounded
+        report, log_ratio = self._settle(batch, valid, before, stop_epoch)
         if self.penalty is not None:
-            self.penalty.adapt(reached)
+            self.penalty.adapt(report.attempted)
         if config.lr_schedule == "kl":
-            self.learning_rate.adapt(reached, at_most(limit))
+            self.learning_rate.adapt(report.attempted, at_most(config.kl.target))
         self.encoder.update(_before_step(rollout.obs), valid)
         self.n_updates += 1
-        return Report(report, metrics | self._diagnostics(batch, valid, learning_rate))
+        return Report(report, metrics | self._diagnostics(batch, valid, log_ratio, learning_rate))
 
     def _beliefs(self, rollout: RolloutBuffer) -> tuple[Batch, Tensor]:
         """What the agent thinks of a rollout, in one batched pass: pi_old, log-probs, values, advantages."""
@@ -250,16 +248,12 @@ class PPO(Agent):
         batch = Batch(inputs, old, action, old.log_prob(action), value[:rows], advantage, returns_flat, scaled)
         return batch, valid
 
-    def _measure(self, batch: Batch, valid: Tensor) -> KLReport:
-        """The move so far, exactly, on the whole batch."""
-        return measure(
-            batch.old,
-            self.distribution(batch.inputs),
-            at_most(self.config.kl.target),
-            actions=batch.action,
-            valid=valid,
-            direction=self.config.kl.direction,
-        )
+    def _measure(self, batch: Batch, valid: Tensor) -> tuple[KLReport, Tensor]:
+        """The move so far, exactly, on the whole batch, and log new(a) - log old(a) of the actions taken."""
+        new = self.distribution(batch.inputs)
+        log_ratio = new.log_prob(batch.action) - batch.log_prob
+        direction, bound = self.config.kl.direction, at_most(self.config.kl.target)
+        return measure(batch.old, new, bound, log_ratio=log_ratio, valid=valid, direction=direction), log_ratio
 
     def _mean_kl(self, batch: Batch, valid: Tensor) -> float:
         """The bounded KL alone: what stopping and projecting need."""
@@ -270,31 +264,34 @@ class PPO(Agent):
         factor, limit = self.config.kl.stop, self.config.kl.target
         return factor > 0 and not self._mean_kl(batch, valid) <= factor * limit
 
-    def _settle(self, batch: Batch, valid: Tensor, before: Any, limit: float) -> KLReport:
+    def _settle(self, batch: Batch, valid: Tensor, before: Snapshot, stop_epoch: int) -> tuple[KLReport, Tensor]:
         """Measure the finished update, and take it back as far as ``kl.on_overshoot`` says where it overshot."""
+        rule, limit, policy = self.config.kl.on_overshoot, self.config.kl.target, self.parameters.parts[0]
+        report, log_ratio = self._measure(batch, valid)
+        reached, kept = report.bounded, 1.0
+        if rule != "keep" and not reached <= limit:
+            if rule == "project":
+                weights, old = self.parameters.vector[policy], before[0][policy]
+                kept = project(weights, old, lambda: self._mean_kl(batch, valid), limit, reached)
+            else:
+                self.parameters.restore(before, policy)
+                kept = 0.0
+            report, log_ratio = self._measure(batch, valid)
         coefficient = 0.0 if self.penalty is None else self.penalty.coefficient.value
-        report = replace(self._measure(batch, valid), coefficient=coefficient)
-        if self.config.kl.on_overshoot == "keep" or report.bounded <= limit:
-            return report
-        kept, policy = 0.0, self.parameters.parts[0]
-        if self.config.kl.on_overshoot == "project":
-            weights, old = self.parameters.vector[policy], before[0][policy]
-            kept = project(weights, old, lambda: self._mean_kl(batch, valid), limit, report.bounded)
-        else:
-            self.parameters.restore(before, policy)
-        return replace(
-            self._measure(batch, valid), rolled_back=1 - kept, attempted=report.bounded, coefficient=coefficient
+        report = replace(
+            report, attempted=reached, rolled_back=1 - kept, coefficient=coefficient, stop_epoch=stop_epoch
         )
+        return report, log_ratio
 
-    def _diagnostics(self, batch: Batch, valid: Tensor, learning_rate: float) -> dict[str, float]:
-        """SB3's figures, over the whole batch, as the policy now stands."""
-        new = self.distribution(batch.inputs)
+    def _diagnostics(self, batch: Batch, valid: Tensor, log_ratio: Tensor, learning_rate: float) -> dict[str, float]:
+        """SB3's figures, over the whole batch; the values are those from before the update, as SB3 logs them."""
         returns, value = batch.returns[valid].double(), batch.value[valid].double()
-        spread = returns.var(correction=0)
-        outside = (torch.exp(new.log_prob(batch.action) - batch.log_prob) - 1).abs() > self.config.clip_range
+        spread = float(returns.var(correction=0))
+        unexplained = float((returns - value).var(correction=0))
+        outside = (torch.exp(log_ratio[valid]) - 1).abs() > self.config.clip_range
         figures = {
-            "train/explained_variance": float(1 - (returns - value).var(correction=0) / spread) if spread > 0 else 0.0,
-            "train/clip_fraction": float(outside[valid].float().mean()) if self.config.clip_range > 0 else 0.0,
+            "train/explained_variance": 1 - unexplained / spread if spread > 0 else 0.0,
+            "train/clip_fraction": float(outside.float().mean()) if self.config.clip_range > 0 else 0.0,
             "train/learning_rate": learning_rate,
             "train/ent_coef": self.config.ent_coef,
             "health/value_mean": float(value.mean()),

@@ -42,7 +42,8 @@ class Categoricals(td.Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log pi(a|s), shape [B]."""
-        return self.log_probs.gather(-1, value.unsqueeze(-1)).squeeze(-1).sum(-1)
+        result: Tensor = _CategoricalLogProb.apply(self.logits, value)  # type: ignore[no-untyped-call]
+        return result
 
     def entropy(self) -> Tensor:
         """Joint entropy in nats, shape [B]."""
@@ -74,8 +75,8 @@ class DiagonalNormal(td.Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log pi(a|s), shape [B]."""
-        z = (value - self.loc) * torch.exp(-self.log_std)
-        return -(0.5 * z * z + self.log_std).sum(-1) - value.shape[-1] * _LOG_SQRT_TWO_PI
+        result: Tensor = _NormalLogProb.apply(self.loc, self.log_std, value)  # type: ignore[no-untyped-call]
+        return result
 
     def entropy(self) -> Tensor:
         """Joint differential entropy in nats, shape [B]."""
@@ -93,6 +94,41 @@ class DiagonalNormal(td.Distribution):
     @property
     def mean(self) -> Tensor:
         return self.loc
+
+
+class _CategoricalLogProb(torch.autograd.Function):
+    """d log pi(a) / d logits = onehot(a) - pi, in one node instead of five."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, value: Tensor) -> Tensor:
+        index = value.unsqueeze(-1)
+        log_probs = torch.log_softmax(logits, dim=-1)
+        ctx.save_for_backward(log_probs, index)
+        return log_probs.gather(-1, index).sum((-2, -1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        log_probs, index = ctx.saved_tensors
+        grad = grads[0][:, None, None]
+        return (-grad * log_probs.exp()).scatter_add_(-1, index, grad.expand_as(index)), None
+
+
+class _NormalLogProb(torch.autograd.Function):
+    """d log pi(a) / d mu = z / sigma and d / d log sigma = z^2 - 1, with z = (a - mu) / sigma."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, log_std: Tensor, value: Tensor) -> Tensor:
+        inverse_std = torch.exp(-log_std)
+        z = (value - mean).mul_(inverse_std)
+        ctx.save_for_backward(z, inverse_std)
+        return torch.addcmul(log_std, z, z, value=0.5).sum(-1).neg_().sub_(value.shape[-1] * _LOG_SQRT_TWO_PI)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        z, inverse_std = ctx.saved_tensors
+        grad = grads[0].unsqueeze(-1)
+        to_mean = grad * z
+        return to_mean * inverse_std, to_mean * z - grad, None
 
 
 PolicyDistribution = Categoricals | DiagonalNormal

@@ -263,7 +263,7 @@ def test_report_writes_its_tags_and_quantiles() -> None:
     old = td.Categorical(logits=torch.randn(101, 4, generator=rng))
     new = td.Categorical(logits=torch.randn(101, 4, generator=rng))
     actions = old.sample()
-    report = measure(old, new, at_most(0.5), actions=actions)
+    report = measure(old, new, at_most(0.5), log_ratio=new.log_prob(actions) - old.log_prob(actions))
     ordered = kl(old, new).sort().values
     assert (report.p50, report.p95, report.max) == tuple(float(ordered[i]) for i in (50, 95, 100))
     written: dict[str, float] = {}

@@ -52,6 +52,16 @@ def test_diagonal_normal_agrees_with_torch() -> None:
     assert torch.allclose(mine.entropy(), theirs.entropy(), rtol=1e-5)
 
 
+def test_log_prob_gradients_equal_finite_differences() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    action = torch.randint(3, (4, 2))
+    assert torch.autograd.gradcheck(lambda x: Categoricals(x).log_prob(action), (logits,))
+    mean, log_std = (torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    value = torch.randn(4, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda m, s: DiagonalNormal(m, s).log_prob(value), (mean, log_std))
+
+
 def test_adam_equals_torch_after_many_steps() -> None:
     torch.manual_seed(0)
     mine, theirs = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)

@@ -132,7 +132,7 @@ def test_project_keeps_kl_within_the_limit_after_every_update(direction: Any) ->
     for env_id in ("CartPole-v1", "Pendulum-v1"):
         _, reports = train(config, env_id, 15)
         assert all(report.kl.bounded <= 0.003 for report in reports)
-        assert all(0.0 < report.kl.rolled_back < 1.0 and (report.kl.attempted or 0) > 0.003 for report in reports[2:])
+        assert all(0.0 < report.kl.rolled_back < 1.0 and report.kl.attempted > 0.003 for report in reports[2:])
         assert np.mean([report.kl.of_limit for report in reports]) > 0.8, "and no further than needed"
 
 
@@ -164,7 +164,7 @@ def test_rollback_restores_policy_and_optimizer_bit_for_bit(check: Any) -> None:
     report = agent.update(buffer)
     assert report.kl.rolled_back == 1.0
     assert report.kl.mean == 0.0
-    assert (report.kl.attempted or 0) > 1e-9
+    assert report.kl.attempted > 1e-9
     assert report.kl.stop_epoch == (0 if check == "update" else 1)
     for i, tensor in enumerate(
         (agent.parameters.vector, agent.parameters.first_moment, agent.parameters.second_moment)

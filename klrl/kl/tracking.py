@@ -43,8 +43,8 @@ class KLReport:
     """The epoch after which the policy's update was stopped early; 0 if it ran to its end."""
     rolled_back: float = 0.0
     """The share of the update that was taken back: 0 kept, 1 rolled back, between them projected to the boundary."""
-    attempted: float | None = None
-    """The bounded KL before anything was taken back; None where nothing was."""
+    attempted: float = 0.0
+    """The bounded KL that the update reached, before anything was taken back."""
 
     @property
     def bounded(self) -> float:
@@ -64,7 +64,6 @@ class KLReport:
         if self.limit != float("inf"):
             record("kl/limit", self.limit)
             record("kl/of_limit", self.of_limit)
-        if self.attempted is not None:
             record("kl/attempted", self.attempted)
         for name, estimate in (("k1", self.k1), ("k3", self.k3)):
             if estimate is not None:
@@ -78,13 +77,13 @@ def measure(
     new: td.Distribution,
     bound: Bound | None = None,
     *,
-    actions: Tensor | None = None,
+    log_ratio: Tensor | None = None,
     valid: Tensor | None = None,
     direction: Direction = "forward",
 ) -> KLReport:
     """Compare two policies on the same B states and return the report of the move from ``old`` to ``new``.
 
-    ``actions``: one action per state drawn from ``old``, for the estimates k1 and k3.
+    ``log_ratio``: log new(a) - log old(a), [B], of actions drawn from ``old``, for the estimates k1 and k3.
     ``valid``: bool [B], the states that count (False on an autoreset's filler rows); all by default.
 
     Raises ValueError where the two have no closed-form KL, or where the result is not one value per state
@@ -98,10 +97,9 @@ def measure(
                 "wrap the distributions in joint(...)"
             )
         before, after = old.entropy(), new.entropy()
-        ratio = None if actions is None else new.log_prob(actions) - old.log_prob(actions)
         if valid is not None:
             forward, backward, before, after = forward[valid], backward[valid], before[valid], after[valid]
-            ratio = None if ratio is None else ratio[valid]
+            log_ratio = None if log_ratio is None else log_ratio[valid]
         if forward.numel() == 0:
             raise ValueError("no valid state to measure the KL on")
         ordered = forward.sort().values
@@ -111,6 +109,7 @@ def measure(
         p50, p95, p99, largest = ordered[ranks].tolist()
         mean, reverse, entropy_before, entropy = means.tolist()
     return KLReport(
+        attempted=mean if direction == "forward" else reverse,
         mean=mean,
         max=largest,
         p50=p50,
@@ -121,8 +120,8 @@ def measure(
         entropy=entropy,
         limit=float("inf") if bound is None else bound.limit,
         direction=direction,
-        k1=None if ratio is None else kl_estimate(ratio, "k1"),
-        k3=None if ratio is None else kl_estimate(ratio, "k3"),
+        k1=None if log_ratio is None else kl_estimate(log_ratio, "k1"),
+        k3=None if log_ratio is None else kl_estimate(log_ratio, "k3"),
     )
 
 
@@ -152,7 +151,8 @@ def track(
     """Measure any update, anyone's: old policy frozen on entry, new policy compared with it on exit.
 
     ``policy_dist()`` returns the policy's distribution on a fixed batch of states; it is called twice, without
-    gradients. Nothing about the update itself changes. If the block raises, nothing is measured.
+    gradients. ``actions``: one per state, drawn from the old policy, for the estimates k1 and k3. Nothing about the
+    update itself changes. If the block raises, nothing is measured.
 
         with track(lambda: policy(obs), at_most(0.01)) as update:
             train_one_epoch()
@@ -162,4 +162,6 @@ def track(
         update = Tracked(freeze(policy_dist()))
     yield update
     with torch.no_grad():
-        update._report = measure(update.old, policy_dist(), bound, actions=actions, direction=direction)
+        new = policy_dist()
+        log_ratio = None if actions is None else new.log_prob(actions) - update.old.log_prob(actions)
+        update._report = measure(update.old, new, bound, log_ratio=log_ratio, direction=direction)
