@@ -184,10 +184,16 @@ class PPO(Agent):
             shuffled = batch.take(order.to(self.device))
             for start in range(0, len(batch.weight), config.batch_size):
                 minibatch = shuffled.take(slice(start, start + config.batch_size))
-                loss_pi, surrogate = policy_loss(self.actor(minibatch.inputs), minibatch, config, self.penalty)
-                loss_v = value_loss(self.critic(minibatch.inputs), minibatch, config.clip_range_vf)
                 parameters.zero_grad()
+                output, pull_policy = self.actor.network.with_pullback(minibatch.inputs)
+                value, pull_critic = self.critic.network.with_pullback(minibatch.inputs)
+                new = self.actor.head(output.requires_grad_())
+                loss_pi, surrogate = policy_loss(new, minibatch, config, self.penalty)
+                loss_v = value_loss(value.requires_grad_().squeeze(-1), minibatch, config.clip_range_vf)
                 (loss_pi + config.vf_coef * loss_v).backward()  # type: ignore[no-untyped-call]
+                assert output.grad is not None and value.grad is not None
+                pull_policy(output.grad)  # from the networks' outputs back to their weights
+                pull_critic(value.grad)
                 norm = parameters.clip_grad(config.max_grad_norm)
                 parameters.adam_step(learning_rate)
                 trace += (surrogate, loss_pi.detach(), loss_v.detach(), norm)  # read once, after the update

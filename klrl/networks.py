@@ -1,6 +1,6 @@
 """Networks: an MLP over encoded observations (after convolutions for images), the policy and its head, the critic."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,23 +13,19 @@ from klrl.observations import Inputs, ObservationEncoder
 
 Activation = Literal["tanh", "relu"]
 Array = np.ndarray[Any, Any]
+Pullback = Callable[[Tensor], None]
 _IMAGE_FEATURES = 512
 
 
 class MLP(nn.Module):
     """Linear layers with an activation between them: x [B, inputs] to [B, outputs].
 
-    Forward and backward pass are one autograd node with the derivative written out: for layers this small, the
-    graph's own bookkeeping costs as much as the arithmetic. ``on_host`` is the same function for NumPy arrays.
+    Beside ``forward``, the function that autograd differentiates, there are two forms of it for the two places where
+    the cost of many small calls would exceed that of the arithmetic: ``on_host`` for acting, and ``with_pullback``
+    for learning.
     """
 
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        activation: Activation,
-        output_gain: float,
-        rng: torch.Generator,
-    ) -> None:
+    def __init__(self, sizes: Sequence[int], activation: Activation, output_gain: float, rng: torch.Generator) -> None:
         super().__init__()
         gains = [2**0.5] * (len(sizes) - 2) + [output_gain]
         self.linears = [linear(a, b, g, rng) for a, b, g in zip(sizes, sizes[1:], gains, strict=False)]
@@ -37,9 +33,39 @@ class MLP(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = [p for layer in self.linears for p in (layer.weight, layer.bias)]
-        result: Tensor = _MLPFunction.apply(x, self.activation, *weights)  # type: ignore[no-untyped-call]
-        return result
+        for layer in self.linears[:-1]:
+            x = layer(x)
+            x = torch.tanh(x) if self.activation == "tanh" else torch.relu(x)
+        return self.linears[-1](x)
+
+    def with_pullback(self, x: Tensor) -> tuple[Tensor, Pullback]:
+        """The output as data, and the function that adds J^T g to the weights' ``.grad`` for a gradient g [B, outputs].
+
+        The derivative written out: five calls per layer and no graph. The weights need a ``.grad``, as
+        ``FlatParameters`` gives them; x gets no gradient.
+        """
+        inputs = []
+        with torch.no_grad():
+            for layer in self.linears[:-1]:
+                inputs.append(x)
+                x = torch.addmm(layer.bias, x, layer.weight.t())
+                x = x.tanh_() if self.activation == "tanh" else x.relu_()
+            inputs.append(x)
+            output = torch.addmm(self.linears[-1].bias, x, self.linears[-1].weight.t())
+
+        def pullback(grad: Tensor) -> None:
+            with torch.no_grad():
+                for i in range(len(self.linears) - 1, -1, -1):
+                    weight, bias = self.linears[i].weight, self.linears[i].bias
+                    assert weight.grad is not None
+                    assert bias.grad is not None
+                    bias.grad += grad.sum(0)
+                    weight.grad.addmm_(grad.t(), inputs[i])
+                    if i > 0:  # both activations' derivatives follow from their output, the layer's input
+                        grad = grad @ weight
+                        grad = _tanh_back(grad, inputs[i]) if self.activation == "tanh" else grad * (inputs[i] > 0)
+
+        return output, pullback
 
     def on_host(self, x: Array) -> Array:
         """The forward pass on views of the weights, which must lie in CPU memory."""
@@ -52,38 +78,7 @@ class MLP(nn.Module):
         return x
 
 
-class _MLPFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, activation: Activation, *weights: Tensor) -> Tensor:
-        outputs = [x]  # every layer's input; with both activations, the derivative follows from the output alone
-        last = len(weights) // 2 - 1
-        for i in range(last + 1):
-            x = torch.addmm(weights[2 * i + 1], x, weights[2 * i].t())
-            if i < last:
-                x = x.tanh_() if activation == "tanh" else x.relu_()
-                outputs.append(x)
-        ctx.activation = activation
-        ctx.save_for_backward(*outputs, *weights[::2])
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        layers = len(ctx.saved_tensors) // 2
-        outputs, weights = ctx.saved_tensors[:layers], ctx.saved_tensors[layers:]
-        grad, to_weights = grads[0], []
-        for i in range(layers - 1, -1, -1):
-            to_weights += [grad.sum(0), grad.t() @ outputs[i]]
-            if i == 0 and not ctx.needs_input_grad[0]:
-                break
-            grad = grad @ weights[i]
-            if i > 0:
-                y = outputs[i]
-                grad = _tanh_backward(grad, y) if ctx.activation == "tanh" else _relu_backward(grad, y, 0)
-        return (grad if ctx.needs_input_grad[0] else None, None, *reversed(to_weights))
-
-
-_tanh_backward = torch.ops.aten.tanh_backward
-_relu_backward = torch.ops.aten.threshold_backward
+_tanh_back = torch.ops.aten.tanh_backward
 
 
 class Network(nn.Module):
@@ -113,6 +108,13 @@ class Network(nn.Module):
         if self.has_vector:
             parts.append(inputs["vector"])
         return self.mlp(torch.cat(parts, dim=-1))
+
+    def with_pullback(self, inputs: Inputs) -> tuple[Tensor, Pullback]:
+        """The output as data, and the function that adds J^T g to the weights' ``.grad``."""
+        if not self.image_keys:
+            return self.mlp.with_pullback(inputs["vector"])
+        output = self(inputs)
+        return output.detach(), output.backward
 
 
 class Actor(nn.Module):

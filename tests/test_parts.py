@@ -13,7 +13,7 @@ from klrl import spaces as klrl_spaces
 from klrl.buffers import RolloutBuffer
 from klrl.distributions import Categoricals, DiagonalNormal
 from klrl.errors import NonFiniteError, UsageError
-from klrl.networks import MLP, Actor
+from klrl.networks import MLP, Actor, Network
 from klrl.observations import ObservationEncoder
 from klrl.parameters import FlatParameters
 from klrl.returns import RewardScale, gae
@@ -103,19 +103,32 @@ def test_snapshots_restore_weights_and_optimizer_bit_for_bit() -> None:
 def test_the_mlp_written_out_equals_autograd_and_numpy(activation: Any) -> None:
     torch.manual_seed(0)
     mlp = MLP([3, 5, 4, 2], activation, 1.0, torch.Generator().manual_seed(0)).double()
-    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(mlp, (x,))
-    kind = torch.nn.Tanh() if activation == "tanh" else torch.nn.ReLU()
-    plain = torch.nn.Sequential(mlp.layers[0], kind, mlp.layers[1], kind, mlp.layers[2])
-    assert torch.allclose(mlp(x), plain(x))
-    assert np.allclose(mlp.on_host(x.detach().numpy()), plain(x).detach().numpy())
-    mlp(x).pow(2).sum().backward()
-    mine = [p.grad.clone() for p in mlp.parameters() if p.grad is not None]
-    mlp.zero_grad()
-    plain(x).pow(2).sum().backward()
-    theirs = [p.grad for p in mlp.parameters() if p.grad is not None]
-    assert len(mine) == len(theirs) == 6
-    assert all(torch.allclose(a, b) for a, b in zip(mine, theirs, strict=True))
+    flat = FlatParameters(mlp)
+    x, direction = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    (mlp(x) * direction).sum().backward()
+    by_autograd = flat.grad.clone()
+    flat.zero_grad()
+    output, pullback = mlp.with_pullback(x)
+    pullback(direction)
+    assert torch.allclose(output, mlp(x))
+    assert torch.allclose(flat.grad, by_autograd)
+    assert float(by_autograd.abs().min()) >= 0.0 < float(by_autograd.abs().sum())
+    assert np.allclose(mlp.on_host(x.numpy()), output.numpy())
+
+
+def test_an_image_network_pulls_back_to_all_its_weights() -> None:
+    space = spaces.Dict({"camera": spaces.Box(0, 255, (36, 36, 1), np.uint8), "speed": spaces.Box(-1, 1, (2,))})
+    encoder = ObservationEncoder(space, CPU, normalize=False)
+    network = Network(encoder, (8,), 2, "relu", 1.0, torch.Generator().manual_seed(0))
+    flat = FlatParameters(network)
+    inputs = encoder({key: np.stack([part.sample() for _ in range(4)]) for key, part in space.spaces.items()})
+    output, pullback = network.with_pullback(inputs)
+    pullback(torch.ones_like(output))
+    by_pullback = flat.grad.clone()
+    flat.zero_grad()
+    network(inputs).sum().backward()
+    assert torch.equal(by_pullback, flat.grad)
+    assert all(float(p.grad.abs().sum()) > 0 for p in network.parameters() if p.grad is not None)
 
 
 ACTION_SPACES: list[spaces.Space[Any]] = [
