@@ -73,7 +73,7 @@ class PPOConfig:
             )
 
 
-_TRACED = ("train/policy_gradient_loss", "train/policy_loss", "train/value_loss", "health/grad_norm")
+_TRACED = ("train/policy_gradient_loss", "train/value_loss", "health/grad_norm")
 
 
 @dataclass(frozen=True)
@@ -98,35 +98,44 @@ class Batch:
         return Batch(inputs, select(self.old, index), *(part[index] for part in parts))
 
 
-def policy_loss(
+def policy_gradient(
     new: PolicyDistribution, batch: Batch, config: PPOConfig, penalty: Penalty | None
-) -> tuple[Tensor, Tensor]:
-    """-E[ratio * A] + beta * E[KL] - c * E[H], to be minimised; the ratio is 1 before an update's first step.
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss -E[ratio * A] and the gradient of -E[ratio * A] + beta * E[KL] - c * E[H] in the policy's parameters.
 
-    Clipped (Schulman et al. 2017, equation 7) where ``config.clip_range`` is above 0; beta * KL is equation 8.
-    Returns the loss and, detached, its first term.
+    The ratio is 1 before an update's first step. d ratio = ratio * d log pi, so the surrogate's slope in log pi is the
+    surrogate itself, and 0 where clipping (``config.clip_range`` above 0) holds it fast.
+    Source: Schulman et al. (2017), equation 7 for the clipped surrogate, equation 8 for the penalty.
     """
     ratio = torch.exp(new.log_prob(batch.action) - batch.log_prob)
-    surrogate = ratio * batch.advantage
+    surrogate = slope = ratio * batch.advantage
     if config.clip_range > 0:
         clipped = ratio.clamp(1 - config.clip_range, 1 + config.clip_range) * batch.advantage
+        slope = surrogate * (surrogate <= clipped)
         surrogate = torch.minimum(surrogate, clipped)
-    loss = gradient_loss = -(batch.weight @ surrogate)
-    if penalty is not None:
-        divergence = kl if config.kl.direction == "forward" else reverse_kl
-        loss = loss + penalty.term(batch.weight @ divergence(batch.old, new))
-    if config.ent_coef > 0:
-        loss = loss - config.ent_coef * (batch.weight @ new.entropy())
-    return loss, gradient_loss.detach()
+    gradient = new.gradient(
+        batch.action,
+        to_log_prob=-batch.weight * slope,
+        old=batch.old,  # type: ignore[arg-type]  # the same family as new, as it came from the same network
+        to_kl=None if penalty is None else batch.weight * penalty.coefficient.value,
+        to_entropy=batch.weight * -config.ent_coef if config.ent_coef > 0 else None,
+        direction=config.kl.direction,
+    )
+    return -(batch.weight @ surrogate), gradient
 
 
-def value_loss(value: Tensor, batch: Batch, clip_range_vf: float) -> Tensor:
-    """E[(V - return)^2], or the larger of that and its clipped form (Schulman et al. 2016 code, PPO's baselines)."""
-    error = (value - batch.returns) ** 2
+def value_gradient(value: Tensor, batch: Batch, clip_range_vf: float) -> tuple[Tensor, Tensor]:
+    """The loss E[(V - return)^2] and its gradient in V, [B]; clipped as in OpenAI Baselines' PPO where asked.
+
+    Clipped, a state's loss is the larger of that and (V_clipped - return)^2 with V_clipped within the range of V_old.
+    """
+    error = value - batch.returns
+    squared = error * error
     if clip_range_vf > 0:
-        clipped = batch.value + (value - batch.value).clamp(-clip_range_vf, clip_range_vf)
-        error = torch.maximum(error, (clipped - batch.returns) ** 2)
-    return batch.weight @ error
+        clipped = batch.value + (value - batch.value).clamp(-clip_range_vf, clip_range_vf) - batch.returns
+        error = error * (squared >= clipped * clipped)
+        squared = torch.maximum(squared, clipped * clipped)
+    return batch.weight @ squared, 2.0 * batch.weight * error
 
 
 class PPO(Agent):
@@ -166,6 +175,7 @@ class PPO(Agent):
         self.config.check_rollout(n_envs)
         return RolloutBuffer(self.observation_space, self.action_space, self.config.n_steps, n_envs)
 
+    @torch.no_grad()
     def update(self, rollout: RolloutBuffer, progress: float = 0.0) -> Report:
         """Improve policy and critic on a full rollout, and report how far the policy moved.
 
@@ -184,19 +194,16 @@ class PPO(Agent):
             shuffled = batch.take(order.to(self.device))
             for start in range(0, len(batch.weight), config.batch_size):
                 minibatch = shuffled.take(slice(start, start + config.batch_size))
+                policy, pull_policy = self.actor.with_pullback(minibatch.inputs)
+                value, pull_critic = self.critic.with_pullback(minibatch.inputs)
+                loss_pi, to_policy = policy_gradient(policy, minibatch, config, self.penalty)
+                loss_v, to_value = value_gradient(value, minibatch, config.clip_range_vf)
                 parameters.zero_grad()
-                output, pull_policy = self.actor.network.with_pullback(minibatch.inputs)
-                value, pull_critic = self.critic.network.with_pullback(minibatch.inputs)
-                new = self.actor.head(output.requires_grad_())
-                loss_pi, surrogate = policy_loss(new, minibatch, config, self.penalty)
-                loss_v = value_loss(value.requires_grad_().squeeze(-1), minibatch, config.clip_range_vf)
-                (loss_pi + config.vf_coef * loss_v).backward()  # type: ignore[no-untyped-call]
-                assert output.grad is not None and value.grad is not None
-                pull_policy(output.grad)  # from the networks' outputs back to their weights
-                pull_critic(value.grad)
+                pull_policy(*to_policy)
+                pull_critic(config.vf_coef * to_value)
                 norm = parameters.clip_grad(config.max_grad_norm)
                 parameters.adam_step(learning_rate)
-                trace += (surrogate, loss_pi.detach(), loss_v.detach(), norm)  # read once, after the update
+                trace += (loss_pi, loss_v, norm)  # read once, after the update
                 if config.kl.check == "minibatch" and self._should_stop(batch, valid):
                     stop_epoch = epoch
                     break
@@ -231,8 +238,7 @@ class PPO(Agent):
         steps, envs = rollout.n_steps, rollout.n_envs
         rows = steps * envs
         inputs = self.encoder(rollout.obs)
-        with torch.no_grad():
-            value = torch.cat([self.critic(chunk) for chunk in chunks(inputs)])
+        value = torch.cat([self.critic(chunk) for chunk in chunks(inputs)])
         inputs = {key: part[:rows] for key, part in inputs.items()}
         old = self.distribution(inputs)
         reward = rollout.reward

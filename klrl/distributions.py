@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from klrl.kl import categorical_kl, normal_kl
+from klrl.kl import Direction, categorical_kl, normal_kl
 
 _LOG_SQRT_TWO_PI = 0.5 * math.log(2 * math.pi)
 
@@ -42,8 +42,36 @@ class Categoricals(td.Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log pi(a|s), shape [B]."""
-        result: Tensor = _CategoricalLogProb.apply(self.logits, value)  # type: ignore[no-untyped-call]
-        return result
+        return self.log_probs.gather(-1, value.unsqueeze(-1)).sum((-2, -1))
+
+    def gradient(
+        self,
+        action: Tensor,
+        to_log_prob: Tensor,
+        old: "Categoricals",
+        to_kl: Tensor | None = None,
+        to_entropy: Tensor | None = None,
+        direction: Direction = "forward",
+    ) -> tuple[Tensor]:
+        """d/d logits of sum_b to_log_prob * log pi(a) + to_kl * KL(old, self) + to_entropy * H, each weight [B].
+
+        With p = pi, q = old, per categorical: onehot(a) - p; p - q, or p * (log p/q - KL(p||q)) for the reverse KL;
+        -p * (log p + H). Written out because three such graphs cost more than the networks they stand on.
+        """
+        a = to_log_prob[:, None, None]
+        log_p = self.log_probs
+        p = log_p.exp()
+        result = p * -a
+        if to_kl is not None and direction == "forward":
+            result += (p - old.log_probs.exp()) * to_kl[:, None, None]
+        elif to_kl is not None:
+            excess = torch.where(p > 0, log_p - old.log_probs, 0.0)
+            result += p * (excess - (p * excess).sum(-1, keepdim=True)) * to_kl[:, None, None]
+        if to_entropy is not None:
+            finite = log_p.clamp_min(torch.finfo(p.dtype).min)
+            result -= p * (finite - (p * finite).sum(-1, keepdim=True)) * to_entropy[:, None, None]
+        index = action.unsqueeze(-1)
+        return (result.scatter_add_(-1, index, a.expand_as(index)),)
 
     def entropy(self) -> Tensor:
         """Joint entropy in nats, shape [B]."""
@@ -75,8 +103,39 @@ class DiagonalNormal(td.Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log pi(a|s), shape [B]."""
-        result: Tensor = _NormalLogProb.apply(self.loc, self.log_std, value)  # type: ignore[no-untyped-call]
-        return result
+        z = (value - self.loc) * torch.exp(-self.log_std)
+        return -torch.addcmul(self.log_std, z, z, value=0.5).sum(-1) - value.shape[-1] * _LOG_SQRT_TWO_PI
+
+    def gradient(
+        self,
+        action: Tensor,
+        to_log_prob: Tensor,
+        old: "DiagonalNormal",
+        to_kl: Tensor | None = None,
+        to_entropy: Tensor | None = None,
+        direction: Direction = "forward",
+    ) -> tuple[Tensor, Tensor]:
+        """d/d(mean, log_std) of sum_b to_log_prob * log pi(a) + to_kl * KL(old, self) + to_entropy * H, weights [B].
+
+        With z = (a - mu)/sigma: (z/sigma, z^2 - 1); with d = (mu - mu_old)/sigma and u = 2 log(sigma_old/sigma):
+        (d/sigma, 1 - d^2 - e^u), or ((mu - mu_old)/sigma_old^2, e^-u - 1) for the reverse KL; (0, 1).
+        """
+        inverse_std = torch.exp(-self.log_std)
+        a = to_log_prob[:, None]
+        z = (action - self.loc) * inverse_std
+        to_mean, to_log_std = a * z * inverse_std, a * (z * z - 1)
+        if to_kl is not None:
+            k, u, shift = to_kl[:, None], 2 * (old.log_std - self.log_std), self.loc - old.loc
+            if direction == "forward":
+                d = shift * inverse_std
+                to_mean += k * d * inverse_std
+                to_log_std -= k * (d * d + torch.expm1(u))
+            else:
+                to_mean += k * shift * torch.exp(-2 * old.log_std)
+                to_log_std += k * torch.expm1(-u)
+        if to_entropy is not None:
+            to_log_std += to_entropy[:, None]
+        return to_mean, to_log_std
 
     def entropy(self) -> Tensor:
         """Joint differential entropy in nats, shape [B]."""
@@ -94,41 +153,6 @@ class DiagonalNormal(td.Distribution):
     @property
     def mean(self) -> Tensor:
         return self.loc
-
-
-class _CategoricalLogProb(torch.autograd.Function):
-    """d log pi(a) / d logits = onehot(a) - pi, in one node instead of five."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, value: Tensor) -> Tensor:
-        index = value.unsqueeze(-1)
-        log_probs = torch.log_softmax(logits, dim=-1)
-        ctx.save_for_backward(log_probs, index)
-        return log_probs.gather(-1, index).sum((-2, -1))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        log_probs, index = ctx.saved_tensors
-        grad = grads[0][:, None, None]
-        return (-grad * log_probs.exp()).scatter_add_(-1, index, grad.expand_as(index)), None
-
-
-class _NormalLogProb(torch.autograd.Function):
-    """d log pi(a) / d mu = z / sigma and d / d log sigma = z^2 - 1, with z = (a - mu) / sigma."""
-
-    @staticmethod
-    def forward(ctx: Any, mean: Tensor, log_std: Tensor, value: Tensor) -> Tensor:
-        inverse_std = torch.exp(-log_std)
-        z = (value - mean).mul_(inverse_std)
-        ctx.save_for_backward(z, inverse_std)
-        return torch.addcmul(log_std, z, z, value=0.5).sum(-1).neg_().sub_(value.shape[-1] * _LOG_SQRT_TWO_PI)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        z, inverse_std = ctx.saved_tensors
-        grad = grads[0].unsqueeze(-1)
-        to_mean = grad * z
-        return to_mean * inverse_std, to_mean * z - grad, None
 
 
 PolicyDistribution = Categoricals | DiagonalNormal

@@ -41,29 +41,25 @@ class MLP(nn.Module):
     def with_pullback(self, x: Tensor) -> tuple[Tensor, Pullback]:
         """The output as data, and the function that adds J^T g to the weights' ``.grad`` for a gradient g [B, outputs].
 
-        The derivative written out: five calls per layer and no graph. The weights need a ``.grad``, as
-        ``FlatParameters`` gives them; x gets no gradient.
+        The derivative written out: five calls per layer and no graph. Call both under ``torch.no_grad``. The weights
+        need a ``.grad``, as ``FlatParameters`` gives them; x gets no gradient.
         """
-        inputs = []
-        with torch.no_grad():
-            for layer in self.linears[:-1]:
-                inputs.append(x)
-                x = torch.addmm(layer.bias, x, layer.weight.t())
-                x = x.tanh_() if self.activation == "tanh" else x.relu_()
-            inputs.append(x)
-            output = torch.addmm(self.linears[-1].bias, x, self.linears[-1].weight.t())
+        inputs = [x]
+        for layer in self.linears[:-1]:
+            x = torch.addmm(layer.bias, x, layer.weight.t())
+            inputs.append(x.tanh_() if self.activation == "tanh" else x.relu_())
+        output = torch.addmm(self.linears[-1].bias, x, self.linears[-1].weight.t())
 
         def pullback(grad: Tensor) -> None:
-            with torch.no_grad():
-                for i in range(len(self.linears) - 1, -1, -1):
-                    weight, bias = self.linears[i].weight, self.linears[i].bias
-                    assert weight.grad is not None
-                    assert bias.grad is not None
-                    bias.grad += grad.sum(0)
-                    weight.grad.addmm_(grad.t(), inputs[i])
-                    if i > 0:  # both activations' derivatives follow from their output, the layer's input
-                        grad = grad @ weight
-                        grad = _tanh_back(grad, inputs[i]) if self.activation == "tanh" else grad * (inputs[i] > 0)
+            for i in range(len(self.linears) - 1, -1, -1):
+                weight, bias = self.linears[i].weight, self.linears[i].bias
+                assert weight.grad is not None
+                assert bias.grad is not None
+                bias.grad += grad.sum(0)
+                weight.grad.addmm_(grad.t(), inputs[i])
+                if i > 0:  # both activations' derivatives follow from their output, the layer's input
+                    grad = grad @ weight
+                    grad = _tanh_back(grad, inputs[i]) if self.activation == "tanh" else grad * (inputs[i] > 0)
 
         return output, pullback
 
@@ -113,7 +109,8 @@ class Network(nn.Module):
         """The output as data, and the function that adds J^T g to the weights' ``.grad``."""
         if not self.image_keys:
             return self.mlp.with_pullback(inputs["vector"])
-        output = self(inputs)
+        with torch.enable_grad():
+            output: Tensor = self(inputs)
         return output.detach(), output.backward
 
 
@@ -167,6 +164,23 @@ class Actor(nn.Module):
             return Categoricals(logits.masked_fill(self.padding, float("-inf")))
         return Categoricals(output.view(-1, *self.shape))
 
+    def with_pullback(self, inputs: Inputs) -> tuple[PolicyDistribution, Callable[..., None]]:
+        """The policy as data, and the function that takes a gradient with respect to its parameters to ``.grad``."""
+        output, pull_network = self.network.with_pullback(inputs)
+
+        def pullback(*gradient: Tensor) -> None:
+            if self.continuous:
+                to_mean, to_log_std = gradient
+                assert self.log_std.grad is not None
+                self.log_std.grad += to_log_std.sum(0)
+                pull_network(to_mean * self.scale)
+            elif self.padded:
+                pull_network(torch.zeros_like(output).index_add_(1, self.index, gradient[0].flatten(1)))
+            else:
+                pull_network(gradient[0].flatten(1))
+
+        return self.head(output), pullback
+
     def act(self, output: Array, rng: np.random.Generator | None) -> Array:
         """Actions [B, d] from the network's outputs, sampled with ``rng``, or the mode where it is None.
 
@@ -205,6 +219,11 @@ class Critic(nn.Module):
     def forward(self, inputs: Inputs) -> Tensor:
         value: Tensor = self.network(inputs)
         return value.squeeze(-1)
+
+    def with_pullback(self, inputs: Inputs) -> tuple[Tensor, Pullback]:
+        """The values [B] as data, and the function that takes a gradient with respect to them to ``.grad``."""
+        output, pull_network = self.network.with_pullback(inputs)
+        return output.squeeze(-1), lambda grad: pull_network(grad.unsqueeze(-1))
 
 
 def choices(space: spaces.Space[Any]) -> list[int]:

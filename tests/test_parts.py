@@ -13,6 +13,7 @@ from klrl import spaces as klrl_spaces
 from klrl.buffers import RolloutBuffer
 from klrl.distributions import Categoricals, DiagonalNormal
 from klrl.errors import NonFiniteError, UsageError
+from klrl.kl import kl
 from klrl.networks import MLP, Actor, Network
 from klrl.observations import ObservationEncoder
 from klrl.parameters import FlatParameters
@@ -52,14 +53,27 @@ def test_diagonal_normal_agrees_with_torch() -> None:
     assert torch.allclose(mine.entropy(), theirs.entropy(), rtol=1e-5)
 
 
-def test_log_prob_gradients_equal_finite_differences() -> None:
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("family", ["categoricals", "padded", "normal"])
+def test_gradients_written_out_equal_autograd(family: str, direction: Any) -> None:
     torch.manual_seed(0)
-    logits = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
-    action = torch.randint(3, (4, 2))
-    assert torch.autograd.gradcheck(lambda x: Categoricals(x).log_prob(action), (logits,))
-    mean, log_std = (torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    value = torch.randn(4, 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda m, s: DiagonalNormal(m, s).log_prob(value), (mean, log_std))
+    action: torch.Tensor
+    if family == "normal":
+        parameters = [torch.randn(6, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        new: Any = DiagonalNormal(*parameters)
+        old: Any = DiagonalNormal(torch.randn(6, 3).double(), torch.randn(6, 3).double())
+        action = torch.randn(6, 3, dtype=torch.float64)
+    else:
+        parameters = [torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)]
+        mask = torch.tensor([[False, False, family == "padded"], [False] * 3])
+        new = Categoricals(parameters[0].masked_fill(mask, float("-inf")))
+        old = Categoricals(torch.randn(6, 2, 3).double().masked_fill(mask, float("-inf")))
+        action = torch.randint(2, (6, 2))
+    a, k, e = torch.randn(3, 6, dtype=torch.float64)
+    divergence = kl(old, new) if direction == "forward" else kl(new, old)
+    (a @ new.log_prob(action) + k @ divergence + e @ new.entropy()).backward()
+    written_out = new.gradient(action, a, old, k, e, direction)
+    assert all(torch.allclose(x, y.grad) for x, y in zip(written_out, parameters, strict=True))  # type: ignore[arg-type]
 
 
 def test_adam_equals_torch_after_many_steps() -> None:
@@ -108,12 +122,35 @@ def test_the_mlp_written_out_equals_autograd_and_numpy(activation: Any) -> None:
     (mlp(x) * direction).sum().backward()
     by_autograd = flat.grad.clone()
     flat.zero_grad()
-    output, pullback = mlp.with_pullback(x)
-    pullback(direction)
+    with torch.no_grad():
+        output, pullback = mlp.with_pullback(x)
+        pullback(direction)
     assert torch.allclose(output, mlp(x))
     assert torch.allclose(flat.grad, by_autograd)
     assert float(by_autograd.abs().min()) >= 0.0 < float(by_autograd.abs().sum())
     assert np.allclose(mlp.on_host(x.numpy()), output.numpy())
+
+
+@pytest.mark.parametrize(
+    "space", [spaces.MultiDiscrete([2, 4, 3]), spaces.MultiBinary(2), spaces.Box(-2.0, 6.0, (2,))], ids=str
+)
+def test_the_actor_pulls_back_to_all_its_weights(space: spaces.Space[Any]) -> None:
+    encoder = ObservationEncoder(spaces.Box(-1, 1, (3,)), CPU, normalize=False)
+    actor = Actor(encoder, space, (8,), "tanh", -0.5, torch.Generator().manual_seed(0)).double()
+    flat = FlatParameters(actor)
+    inputs = {"vector": torch.randn(5, 3, dtype=torch.float64)}
+    parameters = ("loc", "log_std") if actor.continuous else ("logits",)
+    with torch.no_grad():
+        dist, pullback = actor.with_pullback(inputs)
+        finite = [torch.isfinite(getattr(dist, name)) for name in parameters]
+        weights = [torch.randn_like(getattr(dist, name)) * keep for name, keep in zip(parameters, finite, strict=True)]
+        pullback(*weights)
+    by_pullback = flat.grad.clone()
+    flat.zero_grad()
+    new = actor(inputs)
+    terms = zip(parameters, weights, finite, strict=True)
+    sum((getattr(new, name)[keep] * weight[keep]).sum() for name, weight, keep in terms).backward()  # type: ignore[union-attr]
+    assert torch.allclose(by_pullback, flat.grad)
 
 
 def test_an_image_network_pulls_back_to_all_its_weights() -> None:

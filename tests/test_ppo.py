@@ -10,7 +10,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from klrl.agents.ppo import PPO, Batch, PPOConfig, policy_loss, value_loss
+from klrl.agents.ppo import PPO, Batch, PPOConfig, policy_gradient, value_gradient
 from klrl.buffers import RolloutBuffer
 from klrl.distributions import Categoricals
 from klrl.envs.make import EnvConfig, make_vector
@@ -59,58 +59,77 @@ def one_row(probability_new: float, advantage: float) -> tuple[Categoricals, Bat
     """A batch of one state with two actions, the first taken; pi_old is uniform."""
     old = Categoricals(torch.zeros(1, 1, 2))
     logit = math.log(probability_new / (1 - probability_new))
-    new = Categoricals(torch.tensor([[[logit, 0.0]]], requires_grad=True))
+    new = Categoricals(torch.tensor([[[logit, 0.0]]]))
     action = torch.zeros(1, 1, dtype=torch.int64)
     one = torch.ones(1)
     batch = Batch({}, old, action, old.log_prob(action), 0.5 * one, advantage * one, 2.0 * one, one)
     return new, batch
 
 
-def test_surrogate_penalty_and_entropy_match_a_hand_computed_example() -> None:
+def test_surrogate_matches_a_hand_computed_example() -> None:
     new, batch = one_row(0.75, advantage=2.0)
-    config = PPOConfig(ent_coef=0.1)
-    loss, surrogate = policy_loss(new, batch, config, Penalty(at_most(0.02), Fixed(3.0)))
-    divergence = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
-    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert surrogate.item() == pytest.approx(-1.5 * 2.0)
-    assert loss.item() == pytest.approx(-3.0 + 3.0 * divergence - 0.1 * entropy, rel=1e-6)
+    loss, (to_logits,) = policy_gradient(new, batch, PPOConfig(), None)
+    assert loss.item() == pytest.approx(-1.5 * 2.0)
+    # d(-ratio * A) = -3 * (onehot - p) = -3 * (0.25, -0.25)
+    assert to_logits.flatten().tolist() == pytest.approx([-0.75, 0.75])
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("clip_range", [0.0, 0.2])
+def test_the_gradient_is_that_of_the_loss_in_the_paper(clip_range: float, direction: Any) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(64, 2, 3, requires_grad=True)
+    new, old = Categoricals(logits), Categoricals(torch.randn(64, 2, 3))
+    action, advantage, weight = old.sample(), torch.randn(64), torch.rand(64)
+    config = PPOConfig(clip_range=clip_range, ent_coef=0.3, kl=KLConfig(direction=direction))
+    batch = Batch({}, old, action, old.log_prob(action), weight, advantage, weight, weight)
+    ratio = torch.exp(new.log_prob(action) - old.log_prob(action))
+    surrogate = ratio * advantage
+    if clip_range:
+        surrogate = torch.minimum(surrogate, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
+    divergence = kl(old, new) if direction == "forward" else kl(new, old)
+    (weight @ (-surrogate + 3.0 * divergence - 0.3 * new.entropy())).backward()
+    with torch.no_grad():
+        loss, (to_logits,) = policy_gradient(new, batch, config, Penalty(at_most(0.02), Fixed(3.0)))
+    assert loss.item() == pytest.approx(-(weight @ surrogate).item(), rel=1e-5)
+    assert logits.grad is not None
+    assert torch.allclose(to_logits, logits.grad, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("probability", "advantage", "expected"),
-    [(0.75, 1.0, 1.2), (0.75, -1.0, -1.5), (0.25, 1.0, 0.5), (0.25, -1.0, -0.8)],
+    ("probability", "advantage", "expected", "moves"),
+    [(0.75, 1.0, 1.2, False), (0.75, -1.0, -1.5, True), (0.25, 1.0, 0.5, True), (0.25, -1.0, -0.8, False)],
 )
-def test_clipping_is_pessimistic(probability: float, advantage: float, expected: float) -> None:
+def test_clipping_is_pessimistic(probability: float, advantage: float, expected: float, moves: bool) -> None:
     new, batch = one_row(probability, advantage)
-    loss, _ = policy_loss(new, batch, PPOConfig(clip_range=0.2), None)
+    loss, (to_logits,) = policy_gradient(new, batch, PPOConfig(clip_range=0.2), None)
     assert loss.item() == pytest.approx(-expected, rel=1e-6)
+    assert bool(to_logits.abs().sum() > 0) == moves
 
 
 def test_value_loss_matches_a_hand_computed_example() -> None:
     _, batch = one_row(0.5, 0.0)  # V_old 0.5, return 2
     value = torch.tensor([1.0])
-    assert value_loss(value, batch, 0.0).item() == pytest.approx(1.0)
-    assert value_loss(value, batch, 0.1).item() == pytest.approx((0.6 - 2.0) ** 2)
+    assert [x.item() for x in value_gradient(value, batch, 0.0)] == pytest.approx([1.0, -2.0])
+    assert [x.item() for x in value_gradient(value, batch, 0.1)] == pytest.approx([(0.6 - 2.0) ** 2, 0.0])
 
 
 def test_rows_that_only_reset_have_no_gradient() -> None:
     old = Categoricals(torch.zeros(2, 1, 2))
-    logits = torch.zeros(2, 1, 2, requires_grad=True)
     action = torch.zeros(2, 1, dtype=torch.int64)
     weight, one = torch.tensor([1.0, 0.0]), torch.ones(2)
     batch = Batch({}, old, action, old.log_prob(action), one, one, one, weight)
-    policy_loss(Categoricals(logits), batch, PPOConfig(ent_coef=0.1), Penalty(at_most(1.0), Fixed(1.0)))[0].backward()
-    assert logits.grad is not None
-    assert float(logits.grad[0].abs().sum()) > 0.0
-    assert float(logits.grad[1].abs().sum()) == 0.0
+    new = Categoricals(torch.ones(2, 1, 2))
+    _, (to_logits,) = policy_gradient(new, batch, PPOConfig(ent_coef=0.1), Penalty(at_most(1.0), Fixed(1.0)))
+    assert float(to_logits[0].abs().sum()) > 0.0
+    assert float(to_logits[1].abs().sum()) == 0.0
+    assert value_gradient(2 * one, batch, 0.0)[1].tolist() == [2.0, 0.0]
 
 
 def test_beta_changes_the_gradient() -> None:
     def gradient(beta: float) -> torch.Tensor:
         new, batch = one_row(0.75, advantage=1.0)
-        policy_loss(new, batch, PPOConfig(), Penalty(at_most(0.02), Fixed(beta)))[0].backward()
-        assert new.logits.grad is not None
-        return new.logits.grad.flatten()
+        return policy_gradient(new, batch, PPOConfig(), Penalty(at_most(0.02), Fixed(beta)))[1][0].flatten()
 
     # d KL / d logits = softmax(new) - softmax(old) = (0.25, -0.25)
     assert torch.allclose(gradient(10.0) - gradient(0.0), torch.tensor([2.5, -2.5]), rtol=1e-5)
