@@ -270,7 +270,8 @@ class PPO(Agent):
     def _mean_kl(self, batch: Batch, valid: Tensor) -> float:
         """The bounded KL alone: what stopping and projecting need."""
         divergence = kl if self.config.kl.direction == "forward" else reverse_kl
-        return float(divergence(batch.old, self.distribution(batch.inputs))[valid].double().mean())
+        values = divergence(batch.old, self.distribution(batch.inputs))
+        return float((values if bool(valid.all()) else values[valid]).double().mean())
 
     def _should_stop(self, batch: Batch, valid: Tensor) -> bool:
         factor, limit = self.config.kl.stop, self.config.kl.target

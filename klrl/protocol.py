@@ -130,7 +130,7 @@ class Agent(ABC):
     def distribution(self, inputs: Inputs) -> PolicyDistribution:
         """The policy at encoded observations [B] as data: in chunks, without gradients, no view of the weights."""
         with torch.no_grad():
-            result: PolicyDistribution = concatenate([self.actor(chunk) for chunk in chunks(inputs)])
+            result: PolicyDistribution = concatenate([self.actor.with_pullback(x)[0] for x in chunks(inputs)])
         return freeze(result)
 
     @abstractmethod

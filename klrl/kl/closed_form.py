@@ -14,7 +14,7 @@ _NO_MASS = 1e-300  # a probability below this is 0: its products with e^x could 
 
 def phi(x: Tensor) -> Tensor:
     """e^x - 1 - x for float64 ``x``, elementwise, >= 0: the excess of e^x over its tangent at 0."""
-    return (torch.expm1(x) - x).clamp_min(0.0)
+    return torch.expm1(x).sub_(x).clamp_min_(0.0)
 
 
 def categorical_kl(logits_old: Tensor, logits_new: Tensor) -> Tensor:
@@ -25,6 +25,20 @@ def categorical_kl(logits_old: Tensor, logits_new: Tensor) -> Tensor:
     """
     result: Tensor = _CategoricalKL.apply(logits_old, logits_new)  # type: ignore[no-untyped-call]
     return result
+
+
+def categorical_kl_of(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Tensor:
+    """The same without gradients, from each side's ``exact_probs``, which a loop of measurements computes once."""
+    (log_p, p), (log_q, q) = old, new
+    x = log_q - log_p
+    # Where old forbids an action (p = 0, x = inf or nan) the term's limit is q; where only new does, it is inf.
+    return torch.where(p < _NO_MASS, q, phi(x).mul_(p)).sum(dim=-1)
+
+
+def exact_probs(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised log-probabilities and probabilities in float64, [..., n]."""
+    log_probs = torch.log_softmax(logits.double(), dim=-1)
+    return log_probs, log_probs.exp()
 
 
 def normal_kl(mean_old: Tensor, log_std_old: Tensor, mean_new: Tensor, log_std_new: Tensor) -> Tensor:
@@ -40,22 +54,18 @@ def normal_kl(mean_old: Tensor, log_std_old: Tensor, mean_new: Tensor, log_std_n
 class _CategoricalKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_old: Tensor, logits_new: Tensor) -> Tensor:
-        log_p = torch.log_softmax(logits_old.double(), dim=-1)
-        log_q = torch.log_softmax(logits_new.double(), dim=-1)
-        p, q, x = log_p.exp(), log_q.exp(), log_q - log_p
-        # Where old forbids an action (p = 0, x = inf or nan) the term's limit is q; where only new does, it is inf.
-        terms = torch.where(p < _NO_MASS, q, p * phi(x))
-        value = terms.sum(dim=-1)
-        ctx.save_for_backward(p, q, x, value)
+        old, new = exact_probs(logits_old), exact_probs(logits_new)
+        value = categorical_kl_of(old, new)
+        ctx.save_for_backward(*old, *new, value)
         return value.to(logits_new.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        p, q, x, value = ctx.saved_tensors
+        log_p, p, log_q, q, value = ctx.saved_tensors
         grad = grads[0].double().unsqueeze(-1)
         to_old = to_new = None
         if ctx.needs_input_grad[0]:
-            to_old = grad * torch.where(p < _NO_MASS, 0.0, -p * (x + value.unsqueeze(-1)))
+            to_old = grad * torch.where(p < _NO_MASS, 0.0, p * (log_p - log_q - value.unsqueeze(-1)))
         if ctx.needs_input_grad[1]:
             to_new = grad * (q - p)
         return to_old, to_new

@@ -97,7 +97,7 @@ def measure(
                 "wrap the distributions in joint(...)"
             )
         before, after = old.entropy(), new.entropy()
-        if valid is not None:
+        if valid is not None and not bool(valid.all()):
             forward, backward, before, after = forward[valid], backward[valid], before[valid], after[valid]
             log_ratio = None if log_ratio is None else log_ratio[valid]
         if forward.numel() == 0:
