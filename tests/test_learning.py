@@ -1,0 +1,63 @@
+"""Learning on real tasks, the penalty over a whole run, and what a run costs. The minutes-long ones are slow."""
+
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+import klrl
+
+
+def test_cartpole_is_solved_and_its_kl_settles_on_the_target() -> None:
+    run = klrl.train("ppo", "CartPole-v1", seed=0, quiet=True)
+    assert run.score.mean >= 475
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] <= 100_000
+    half = rows[len(rows) // 2 :]
+    assert 0.5 <= fmean(row["kl/of_limit"] for row in half) <= 1.5
+    assert len({row["kl/coef"] for row in rows}) > 3, "beta moves"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_cartpole_is_solved_on_every_seed(seed: int) -> None:
+    run = klrl.train("ppo", "CartPole-v1", seed=seed, quiet=True)
+    assert run.score.mean >= 475
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert 0.5 <= fmean(row["kl/of_limit"] for row in rows[len(rows) // 2 :]) <= 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("env_id", "needed"),
+    [("Pendulum-v1", -250), ("LunarLander-v3", 200), ("HalfCheetah-v5", 2000), ("Hopper-v5", 2000)],
+)
+def test_presets_reach_their_scores_over_three_seeds(env_id: str, needed: float) -> None:
+    assert fmean(klrl.train("ppo", env_id, seed=seed, quiet=True).score.mean for seed in range(3)) >= needed
+
+
+def test_peak_memory_of_the_cartpole_run() -> None:
+    code = "import klrl; klrl.train('ppo', 'CartPole-v1', total_timesteps=20_000, quiet=True)"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert max(peak, before) < 600 * 1024  # kilobytes; the largest child so far, this one or an earlier one
+
+
+@pytest.mark.slow
+def test_measuring_the_exact_kl_stays_cheap() -> None:
+    path = Path(__file__).parent / "benchmarks" / "kl_cost.py"
+    spec = importlib.util.spec_from_file_location("kl_cost", path)
+    assert spec is not None
+    assert spec.loader is not None
+    kl_cost = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kl_cost)
+    shares = kl_cost.shares()
+    assert shares["once"] <= 0.05
+    assert shares["after each epoch"] <= 0.15
