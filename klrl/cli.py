@@ -126,7 +126,7 @@ def _eval(arguments: list[str]) -> None:
     from klrl.envs.make import import_module, make_vector
 
     agent, options = training.load_with_options(path, given.checkpoint)
-    run_config, _ = training.resolve(options["agent"], None, training._without_labels(options))
+    run_config, _ = training.config_of(options)
     for package in run_config.imports:
         import_module(package)
     env = given.env_id or options["env_id"]

@@ -18,7 +18,8 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 # Custom Scalars: what belongs together in one chart, for every agent.
 _LAYOUT = {
     "KL": {
-        "KL and its limit": ["kl/mean", "kl/p95", "kl/max", "kl/limit"],
+        "KL and its limit": ["kl/mean", "kl/p95", "kl/limit"],
+        "largest KL of a state": ["kl/max"],
         "share of the limit": ["kl/of_limit"],
         "coefficient": ["kl/coef"],
         "forward and reverse": ["kl/mean", "kl/reverse"],
@@ -105,14 +106,7 @@ class Console:
             self._progress.update(self._task, completed=min(step, self._total), description=_line(step, figures))
         elif time.monotonic() >= self._next:
             self._next = time.monotonic() + self._every
-            self.say(f"{100 * min(step / self._total, 1):3.0f}%  {_line(step, figures)}")
-
-    def say(self, text: str) -> None:
-        """A line that stays, also with ``--quiet``."""
-        if self._progress is not None:
-            self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        else:
-            print(text, flush=True)
+            print(f"{100 * min(step / self._total, 1):3.0f}%  {_line(step, figures)}", flush=True)
 
     def close(self) -> None:
         """Leave the live line as it is and give the terminal back."""

@@ -127,9 +127,7 @@ def run_training(name: str, env: str | EnvFactory, config: RunConfig, agent_conf
             evaluator = make_vector(env, config.eval_episodes, config.env)
         gc.collect()
         gc.freeze()  # what was imported until here lives as long as the process: the collector need not walk it
-        _loop(agent, buffer, envs, evaluator, config, folder, options)
-        score = evaluate(agent, env, _FINAL_EPISODES, config)
-        _save(folder, agent, options, score)
+        score = _loop(agent, buffer, env, envs, evaluator, config, folder, options)
         print(f"evaluation  {score.mean:.1f} +- {score.std:.1f} over {len(score.returns)} episodes")
         print(f"run         {folder}")
         print(f"watch       tensorboard --logdir {config.run_dir}", flush=True)
@@ -145,19 +143,20 @@ def run_training(name: str, env: str | EnvFactory, config: RunConfig, agent_conf
 def _loop(
     agent: Agent,
     buffer: Any,
+    env: str | EnvFactory,
     envs: VectorEnv[Any, Any, Any],
     evaluator: VectorEnv[Any, Any, Any] | None,
     config: RunConfig,
     folder: Path,
     options: dict[str, Any],
-) -> None:
-    """Collect and update until the steps are done. Checkpoints are written along the way."""
+) -> Evaluation:
+    """Collect and update until the steps are done, logging and saving along the way; the final evaluation."""
     obs, _ = envs.reset(seed=config.seed)
     episodes = Episodes(envs.num_envs)
     logger, console = Logger(folder, _hparams(options)), Console(config.total_timesteps, config.quiet)
     updates, saved_at, best, training_time = 0, 0, -float("inf"), 0.0
     try:
-        while episodes.steps < config.total_timesteps:
+        while True:
             start, steps_before = time.perf_counter(), episodes.steps
             while True:
                 action = agent.act(obs)
@@ -176,18 +175,24 @@ def _loop(
             report.write(figures.__setitem__)
             figures["time/fps"] = episodes.steps / training_time
             figures["time/collect_share"] = (collected - start) / (now - start)
-            if evaluator is not None and updates % config.eval_every == 0:
+
+            finished, score = episodes.steps >= config.total_timesteps, None
+            if finished:
+                score = evaluate(agent, env, _FINAL_EPISODES, config)
+            elif evaluator is not None and updates % config.eval_every == 0:
                 score = run_episodes(agent, evaluator, config.seed + _EVAL_SEED)
+            if score is not None:
                 figures["eval/mean_reward"], figures["eval/std_reward"] = score.mean, score.std
                 figures["eval/mean_ep_length"] = statistics.fmean(score.lengths)
-                if score.mean > best:
-                    best, saved_at = score.mean, episodes.steps
-                    _save(folder, agent, options, score, episodes.steps)
-            if config.save_every and episodes.steps - saved_at >= config.save_every:
-                saved_at = episodes.steps
-                _save(folder, agent, options, None, episodes.steps)
             logger.write(episodes.steps, figures)
             console.update(episodes.steps, figures)
+            improved = score is not None and score.mean > best
+            if finished or improved or 0 < config.save_every <= episodes.steps - saved_at:
+                saved_at = episodes.steps
+                _save(folder, agent, options, score, episodes.steps)
+            best = max(best, score.mean) if score is not None else best
+            if finished and score is not None:
+                return score
     except NonFiniteError as problem:
         saved = checkpoint.steps(folder / "checkpoints")
         kept = f"; the last checkpoint is {saved[-1]}" if saved else ""
@@ -195,7 +200,6 @@ def _loop(
     finally:
         console.close()
         logger.close()
-    options["steps"] = episodes.steps
 
 
 class Episodes:
@@ -271,7 +275,7 @@ def load_with_options(path: str | Path, which: str = "last") -> tuple[Agent, dic
     content = checkpoint.load(source)
     try:
         options, state = content["state"]["options"], content["state"]["agent"]
-        run_config, agent_config = resolve(options["agent"], None, _without_labels(options))
+        run_config, agent_config = config_of(options)
         agent_class, _ = agents.find(options["agent"])
         observation_space, action_space = (
             spaces.from_json(content["state"][key]) for key in ("observation_space", "action_space")
@@ -283,26 +287,20 @@ def load_with_options(path: str | Path, which: str = "last") -> tuple[Agent, dic
     return agent, options
 
 
-def _without_labels(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key not in ("agent", "env_id", "steps")}
+def config_of(options: Mapping[str, Any]) -> tuple[RunConfig, Any]:
+    """The run's and the agent's config from the options in a checkpoint."""
+    return resolve(options["agent"], None, {k: v for k, v in options.items() if k not in ("agent", "env_id")})
 
 
-def _save(
-    folder: Path, agent: Agent, options: dict[str, Any], score: Evaluation | None, steps: int | None = None
-) -> None:
+def _save(folder: Path, agent: Agent, options: dict[str, Any], score: Evaluation | None, step: int) -> None:
     state = {
-        "options": _without_steps(options),
+        "options": options,
         "observation_space": spaces.to_json(agent.observation_space),
         "action_space": spaces.to_json(agent.action_space),
         "agent": agent.state_dict(),
     }
-    step = options["steps"] if steps is None else steps
     checkpoint.save(folder / "checkpoints", step, state, None if score is None else score.mean)
     checkpoint.prune(folder / "checkpoints")
-
-
-def _without_steps(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key != "steps"}
 
 
 def make_folder(parent: str, name: str) -> Path:
