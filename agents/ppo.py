@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from klrl.buffers import RolloutBuffer
-from klrl.config import NonNegative, Positive, PositiveInt, Real, Share
+from klrl.config import NonNegative, Positive, PositiveInt, Range, Real, Share
 from klrl.distributions import PolicyDistribution
 from klrl.errors import NonFiniteError, UsageError
 from klrl.kl import Banded, KLReport, Penalty, at_most, kl, measure, reverse_kl, select
@@ -24,8 +24,8 @@ from klrl.trust_region import project
 
 @dataclass(frozen=True)
 class PPOConfig:
-    n_steps: PositiveInt = 256
-    """Steps of each environment between two updates."""
+    n_steps: Annotated[int, Range(2)] = 256
+    """Steps of each environment between two updates; of two rows, at most one only resets."""
     batch_size: PositiveInt = 256
     """Rows of a minibatch; must divide n_envs * n_steps."""
     n_epochs: PositiveInt = 10
@@ -89,7 +89,8 @@ class Batch:
     advantage: Tensor
     returns: Tensor
     weight: Tensor
-    """[B]: 0 for rows that only reset an environment; ``weight @ x`` over a minibatch is x's mean over the others."""
+    """[B]: 0 for rows that only reset an environment, equal for the others; sums to the number of minibatches, so that
+    ``weight @ x`` over one is x's mean, exactly so where no row is masked."""
 
     def take(self, index: Tensor | slice) -> "Batch":
         """The rows ``index``, as a batch of its own."""
@@ -117,7 +118,7 @@ def policy_gradient(
         batch.action,
         to_log_prob=-batch.weight * slope,
         old=batch.old,  # type: ignore[arg-type]  # the same family as new, as it came from the same network
-        to_kl=None if penalty is None else batch.weight * penalty.coefficient.value,
+        to_kl=None if penalty is None else penalty.term(batch.weight),
         to_entropy=batch.weight * -config.ent_coef if config.ent_coef > 0 else None,
         direction=config.kl.direction,
     )
@@ -163,6 +164,7 @@ class PPO(Agent):
         self.actor, self.critic = actor.to(self.device), critic.to(self.device)
         self.parameters = FlatParameters(self.actor, self.critic)
         self.reward_scale = RewardScale(config.gamma) if config.normalize_reward else None
+        self.bound = at_most(config.kl.target)
         self.penalty = config.kl.make_penalty()
         rate = config.learning_rate
         self.learning_rate = Banded(
@@ -179,10 +181,11 @@ class PPO(Agent):
     def update(self, rollout: RolloutBuffer, progress: float = 0.0) -> Report:
         """Improve policy and critic on a full rollout, and report how far the policy moved.
 
-        Raises NonFiniteError naming the field where the rollout, a loss or a gradient is not finite; policy, critic
-        and optimizers are then what they were before.
+        Raises NonFiniteError naming the field where the rollout, a loss, a gradient or a weight is not finite; policy,
+        critic, optimizer and reward scale are then what they were before.
         """
         config = self.config
+        scale_before = {} if self.reward_scale is None else self.reward_scale.state_dict()
         batch, valid = self._beliefs(rollout)
         learning_rate = self.learning_rate.value * (1 - progress if config.lr_schedule == "linear" else 1)
         parameters, before = self.parameters, self.parameters.snapshot()
@@ -204,7 +207,8 @@ class PPO(Agent):
                 norm = parameters.clip_grad(config.max_grad_norm)
                 parameters.adam_step(learning_rate)
                 trace += (loss_pi, loss_v, norm)  # read once, after the update
-                if config.kl.check == "minibatch" and self._should_stop(batch, valid):
+                last = epoch == config.n_epochs and start + config.batch_size == len(batch.weight)
+                if config.kl.check == "minibatch" and not last and self._should_stop(batch, valid):
                     stop_epoch = epoch
                     break
             if config.kl.check == "epoch" and epoch < config.n_epochs and self._should_stop(batch, valid):
@@ -214,16 +218,19 @@ class PPO(Agent):
 
         means = torch.stack(trace).view(-1, len(_TRACED)).double().mean(0).tolist()
         metrics = dict(zip(_TRACED, means, strict=True))
-        for tag, value in metrics.items():
-            if not math.isfinite(value):
+        weights = float(parameters.vector.abs().sum())
+        for tag, figure in [*metrics.items(), ("health/sum_of_weights", weights)]:
+            if not math.isfinite(figure):
                 parameters.restore(before)
-                raise NonFiniteError(f"{tag.split('/')[1]} is {value} in update {self.n_updates + 1}")
+                if self.reward_scale is not None:
+                    self.reward_scale.load_state_dict(scale_before)
+                raise NonFiniteError(f"{tag.split('/')[1]} is {figure} in update {self.n_updates + 1}")
 
         report, log_ratio = self._settle(batch, valid, before, stop_epoch)
         if self.penalty is not None:
             self.penalty.adapt(report.attempted)
         if config.lr_schedule == "kl":
-            self.learning_rate.adapt(report.attempted, at_most(config.kl.target))
+            self.learning_rate.adapt(report.attempted, self.bound)
         self.encoder.update(_before_step(rollout.obs), valid)
         self.n_updates += 1
         return Report(report, metrics | self._diagnostics(batch, valid, log_ratio, learning_rate))
@@ -264,8 +271,8 @@ class PPO(Agent):
         """The move so far, exactly, on the whole batch, and log new(a) - log old(a) of the actions taken."""
         new = self.distribution(batch.inputs)
         log_ratio = new.log_prob(batch.action) - batch.log_prob
-        direction, bound = self.config.kl.direction, at_most(self.config.kl.target)
-        return measure(batch.old, new, bound, log_ratio=log_ratio, valid=valid, direction=direction), log_ratio
+        direction = self.config.kl.direction
+        return measure(batch.old, new, self.bound, log_ratio=log_ratio, valid=valid, direction=direction), log_ratio
 
     def _mean_kl(self, batch: Batch, valid: Tensor) -> float:
         """The bounded KL alone: what stopping and projecting need."""
@@ -274,20 +281,20 @@ class PPO(Agent):
         return float((values if bool(valid.all()) else values[valid]).double().mean())
 
     def _should_stop(self, batch: Batch, valid: Tensor) -> bool:
-        factor, limit = self.config.kl.stop, self.config.kl.target
-        return factor > 0 and not self._mean_kl(batch, valid) <= factor * limit
+        factor = self.config.kl.stop
+        return factor > 0 and not self.bound.scaled(factor).holds(self._mean_kl(batch, valid))
 
     def _settle(self, batch: Batch, valid: Tensor, before: Snapshot, stop_epoch: int) -> tuple[KLReport, Tensor]:
         """Measure the finished update, and take it back as far as ``kl.on_overshoot`` says where it overshot."""
-        rule, limit, policy = self.config.kl.on_overshoot, self.config.kl.target, self.parameters.parts[0]
+        rule, policy = self.config.kl.on_overshoot, self.parameters.parts[0]
         report, log_ratio = self._measure(batch, valid)
         reached, kept = report.bounded, 1.0
-        if rule != "keep" and not reached <= limit:
+        if rule != "keep" and not self.bound.holds(reached):
             if rule == "project":
                 weights, old = self.parameters.vector[policy], before[0][policy]
-                kept = project(weights, old, lambda: self._mean_kl(batch, valid), limit, reached)
+                kept = project(weights, old, lambda: self._mean_kl(batch, valid), self.bound.limit, reached)
             else:
-                self.parameters.restore(before, policy)
+                self.parameters.restore(before, only=0)
                 kept = 0.0
             report, log_ratio = self._measure(batch, valid)
         coefficient = 0.0 if self.penalty is None else self.penalty.coefficient.value

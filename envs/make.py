@@ -36,14 +36,14 @@ def make_vector(env: str | EnvFactory, n_envs: int, config: EnvConfig) -> Vector
     if isinstance(env, str):
         check(env)
         if _spec(env).entry_point is None:
-            return next_step(_guard(env, lambda: gym.make_vec(env, n_envs, **config.kwargs)), env)
+            return next_step(_guard(env, config.kwargs, lambda: gym.make_vec(env, n_envs, **config.kwargs)), env)
         name, kwargs = env, config.kwargs
 
         def factory() -> gym.Env[Any, Any]:
             return gym.make(name, **kwargs)
 
         # One environment made here turns what a worker process would bury into one line.
-        _guard(env, factory).close()
+        _guard(env, kwargs, factory).close()
     else:
         if config.kwargs:
             raise UsageError("--env.kwargs goes with an env id; give a factory its arguments yourself")
@@ -60,8 +60,8 @@ def env_name(env: str | EnvFactory) -> str:
 def check(env_id: str) -> None:
     """Raise UsageError unless ``env_id`` is registered, or can be once its module is imported."""
     module, _, _ = env_id.rpartition(":")
-    if module:
-        import_module(module)
+    if module or env_id.startswith(":"):
+        import_module(module, f"env {env_id!r}")
     try:
         _spec(env_id)
     except (error.UnregisteredEnv, error.Error) as problem:
@@ -71,19 +71,30 @@ def check(env_id: str) -> None:
         raise UsageError(f"unknown env {env_id!r}{known}; --import PACKAGE registers a package's envs") from None
 
 
-def import_module(name: str) -> None:
-    """Import a module for the environments it registers. Raises UsageError where it cannot be found."""
+def registered(env_id: str) -> bool:
+    """Whether Gymnasium knows the id, its module imported where it names one."""
+    try:
+        check(env_id)
+    except UsageError:
+        return False
+    return True
+
+
+def import_module(name: str, wanted_by: str) -> None:
+    """Import a module for the environments it registers. Raises UsageError where that fails, naming ``wanted_by``."""
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as problem:
-        raise UsageError(f"--import {name}: no module named {problem.name!r} is installed") from None
+        raise UsageError(f"{wanted_by}: no module named {problem.name!r} is installed") from None
+    except Exception as problem:
+        raise UsageError(f"{wanted_by}: importing {name!r} failed: {_line(problem)}") from None
 
 
 def _spec(env_id: str) -> Any:
     return gym.spec(env_id.rpartition(":")[2])
 
 
-def _guard(env_id: str, make: Callable[[], Any]) -> Any:
+def _guard(env_id: str, kwargs: dict[str, Any], make: Callable[[], Any]) -> Any:
     try:
         return make()
     except error.DependencyNotInstalled as problem:
@@ -92,12 +103,15 @@ def _guard(env_id: str, make: Callable[[], Any]) -> Any:
             if extra in entry_point:
                 raise UsageError(f"env {env_id!r} needs an extra: pip install 'klrl[{extra}]'") from None
         raise UsageError(f"env {env_id!r} needs a package that is not installed: {_line(problem)}") from None
-    except TypeError as problem:
-        raise UsageError(f"--env.kwargs does not fit {env_id}: {_line(problem)}") from None
+    except ImportError as problem:
+        raise UsageError(f"env {env_id!r} needs a package that is not installed: {_line(problem)}") from None
+    except Exception as problem:
+        blamed = f"--env.kwargs {kwargs} does not fit {env_id}" if kwargs else f"env {env_id!r} cannot be made"
+        raise UsageError(f"{blamed}: {_line(problem)}") from None
 
 
 def _line(problem: BaseException) -> str:
-    return " ".join(str(problem).split())
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())}"
 
 
 def presets() -> dict[str, dict[str, Any]]:

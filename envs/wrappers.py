@@ -27,12 +27,12 @@ class SameStepAsNextStep(VectorWrapper):
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         obs, reward, terminated, truncated, info = self.env.step(actions)
-        ended = terminated | truncated
-        if ended.any():
-            finals = info["final_obs"]
-            obs = _replace(obs, finals, np.flatnonzero(ended))
-        reward = np.where(self._resetting, 0.0, reward)
-        self._resetting = ended
+        # An episode that ends in its hidden first step is never seen: the row shows the start of the one after it.
+        seen = ~self._resetting
+        terminated, truncated, reward = terminated & seen, truncated & seen, np.where(seen, reward, 0.0)
+        self._resetting = terminated | truncated
+        if self._resetting.any():
+            obs = _replace(obs, info["final_obs"], np.flatnonzero(self._resetting))
         return obs, reward, terminated, truncated, info
 
 

@@ -69,21 +69,20 @@ class RolloutBuffer:
         self.filled = t + 1
 
     def check_finite(self) -> None:
-        """Raise NonFiniteError naming field, environment index and step where an observation or reward is not."""
-        fields: dict[str, npt.NDArray[Any]] = {"reward": self.reward}
-        fields |= (
-            {f"observation {k!r}": v for k, v in self.obs.items()}
-            if isinstance(self.obs, dict)
-            else {"observation": self.obs}
-        )
-        for name, values in fields.items():
-            if not np.issubdtype(values.dtype, np.floating):
-                continue
-            wrong = ~np.isfinite(values)
-            if wrong.any():
-                step, env = (int(i) for i in np.argwhere(wrong)[0][:2])
-                value = values[tuple(np.argwhere(wrong)[0])]
-                raise NonFiniteError(f"{name} is {value} in env {env} at step {step} of the rollout")
+        """Raise NonFiniteError naming field, environment index and step of the first observation or reward that is not.
+
+        Of one step, the observation comes first: a nan there makes the action and so the reward nan.
+        """
+        parts = self.obs.items() if isinstance(self.obs, dict) else [("", self.obs)]
+        fields = [(f"observation {key!r}" if key else "observation", part[: self.filled + 1]) for key, part in parts]
+        found: list[tuple[int, int, str, float]] = []
+        for name, values in [*fields, ("reward", self.reward[: self.filled])]:
+            if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+                place = tuple(np.argwhere(~np.isfinite(values))[0])
+                found.append((int(place[0]), int(place[1]), name, values[place]))
+        if found:
+            step, env, name, value = min(found, key=lambda entry: entry[0])
+            raise NonFiniteError(f"{name} is {value} in env {env} at step {step} of the rollout")
 
 
 def action_storage(space: spaces.Space[Any], leading: tuple[int, ...]) -> npt.NDArray[Any]:

@@ -72,9 +72,9 @@ def load(path: Path) -> dict[str, Any]:
         content["state"] = _join(content["state"], load_tensors(data[_TENSORS]))
     except FileNotFoundError as problem:
         raise UsageError(f"{path} is not a klrl checkpoint: {Path(str(problem.filename)).name} is missing") from None
-    except (ValueError, KeyError, TypeError, SafetensorError, RecursionError) as problem:
-        if isinstance(problem, UsageError):
-            raise
+    except UsageError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, RecursionError) as problem:
         raise UsageError(f"checkpoint {path} is damaged: {type(problem).__name__} while reading it") from None
     result: dict[str, Any] = content
     return result
@@ -113,8 +113,8 @@ def prune(folder: Path) -> None:
 def _rank(path: Path) -> tuple[float, str]:
     try:
         score = json.loads((path / _STATE).read_bytes()).get("score")
-    except (OSError, ValueError):
-        score = None
+    except (OSError, ValueError, AttributeError):
+        score = None  # damaged: load says so if it is the one that is wanted
     return (float("-inf") if score is None else float(score), path.name)
 
 

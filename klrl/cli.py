@@ -7,12 +7,12 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, make_dataclass
+from dataclasses import asdict, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from klrl import __version__
-from klrl.config import PositiveInt, build, suggest, to_dict
+from klrl.config import build, suggest, to_dict
 from klrl.errors import NonFiniteError, UsageError
 
 _USAGE = """usage: klrl COMMAND ...
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _dispatch(arguments)
     except UsageError as problem:
         sys.exit(_complain(problem, 2))
-    except NonFiniteError as problem:
+    except (NonFiniteError, OSError) as problem:
         sys.exit(_complain(problem, 1))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -73,12 +73,13 @@ def _train(arguments: list[str]) -> None:
 
     agent, env, options = names[0], (names[1] if len(names) == 2 else None), arguments[len(names) :]
     _, config_class = agents.find(agent)
-    for package in _values(options, "--import"):
-        import_module(package)
+    files = _values(options, "--config")
+    saved = _read_config(files[-1], agent) if files else {}
+    run_config, agent_config = resolve(agent, env, saved)
+    for package in [*run_config.imports, *_values(options, "--import")]:
+        import_module(package, f"--import {package}")
     if env is not None:
         check(env)
-    files = _values(options, "--config")
-    run_config, agent_config = resolve(agent, env, _read_config(files[-1], agent) if files else {})
 
     import tyro
 
@@ -101,41 +102,30 @@ def _train(arguments: list[str]) -> None:
     run_training(agent, env or "", run, build(config_class, to_dict(given.agent)))
 
 
-@dataclass(frozen=True)
-class _EvalOptions:
-    episodes: PositiveInt = 20
-    """Episodes to run, each in an environment of its own."""
-    checkpoint: Literal["last", "best"] = "last"
-    """Which of a run's checkpoints."""
-    env_id: str = ""
-    """Another environment with the same spaces; the run's own by default."""
-    stochastic: bool = False
-    """Sample actions instead of taking the most likely ones."""
-    json: bool = False
-    """Print one line of JSON."""
-
-
 def _eval(arguments: list[str]) -> None:
     help_wanted = any(word in ("-h", "--help") for word in arguments)
     if not help_wanted and (not arguments or arguments[0].startswith("-")):
         raise UsageError("eval needs a run folder or checkpoint: klrl eval runs/ppo-CartPole-v1-0-...")
     path, words = ("RUN", arguments) if help_wanted else (arguments[0], arguments[1:])
-    given = build(_EvalOptions, asdict(_parse(_EvalOptions, words, "klrl eval RUN")))
 
     from klrl import training
-    from klrl.envs.make import import_module, make_vector
+    from klrl.envs.make import import_module, make_vector, registered
+    from klrl.evaluation import FRESH_SEED, EvalConfig, run_episodes
 
+    given = build(EvalConfig, asdict(_parse(EvalConfig, words, "klrl eval RUN")))
     agent, options = training.load_with_options(path, given.checkpoint)
     run_config, _ = training.config_of(options)
-    for package in run_config.imports:
-        import_module(package)
+    for package in [*run_config.imports, *given.imports]:
+        import_module(package, f"--import {package}")
     env = given.env_id or options["env_id"]
+    if not given.env_id and not registered(env):
+        raise UsageError(f"{path} was trained on {env!r}, which is no env id here: name one with --env-id or --import")
     envs = make_vector(env, given.episodes, run_config.env)
     for name in ("observation_space", "action_space"):
         mine, theirs = getattr(agent, name), getattr(envs, f"single_{name}")
         if mine != theirs:
             raise UsageError(f"{path} was trained on {options['env_id']} with {name} {mine}, but {env} has {theirs}")
-    score = training.run_episodes(agent, envs, run_config.seed + 2_000_000, not given.stochastic)
+    score = run_episodes(agent, envs, run_config.seed + FRESH_SEED, not given.stochastic)
     envs.close()
     if given.json:
         print(json.dumps({"env_id": env, "mean": score.mean, "std": score.std, **score._asdict()}))

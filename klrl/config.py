@@ -30,14 +30,15 @@ class Range:
     def __str__(self) -> str:
         words = []
         if self.low > -math.inf:
-            words.append(f"{'above' if self.above else 'at least'} {self.low:g}")
+            words.append(f"{'above' if self.above else 'at least'} {self.low:.15g}")
         if self.high < math.inf:
-            words.append(f"at most {self.high:g}")
+            words.append(f"at most {self.high:.15g}")
         return " and ".join(words) or "a finite number"
 
 
 PositiveInt = Annotated[int, Range(1)]
 Count = Annotated[int, Range(0)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
 Positive = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]

@@ -15,6 +15,7 @@ Activation = Literal["tanh", "relu"]
 Array = np.ndarray[Any, Any]
 Pullback = Callable[[Tensor], None]
 _IMAGE_FEATURES = 512
+_UNBOUNDED = 1e9  # bounds further apart than this stand for "no bounds", as float32's largest numbers often do
 
 
 class MLP(nn.Module):
@@ -90,7 +91,7 @@ class Network(nn.Module):
         rng: torch.Generator,
     ) -> None:
         super().__init__()
-        self.image_keys = list(encoder.images)
+        self.image_keys = [f"image {key}" for key in encoder.images]
         self.image_nets = nn.ModuleList(image_net(shape, rng) for shape in encoder.images.values())
         self.has_vector = encoder.features > 0
         width = encoder.features + _IMAGE_FEATURES * len(self.image_keys)
@@ -133,10 +134,11 @@ class Actor(nn.Module):
         super().__init__()
         self.continuous = isinstance(space, spaces.Box)
         if isinstance(space, spaces.Box):
-            low, high = (torch.as_tensor(x, dtype=torch.float32).flatten() for x in (space.low, space.high))
-            bounded = torch.isfinite(low) & torch.isfinite(high)
-            self.center = nn.Buffer(torch.where(bounded, (high + low) / 2, 0.0))
-            self.scale = nn.Buffer(torch.where(bounded, (high - low) / 2, 1.0))
+            low, high = (torch.as_tensor(x, dtype=torch.float64).flatten() for x in (space.low, space.high))
+            half = (high - low) / 2
+            bounded = half < _UNBOUNDED
+            self.center = nn.Buffer(torch.where(bounded, (high + low) / 2, 0.0).float())
+            self.scale = nn.Buffer(torch.where(bounded & (half > 0), half, 1.0).float())
             self.log_std = nn.Parameter(log_std_init + self.scale.log())
             outputs = len(low)
         else:

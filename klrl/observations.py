@@ -11,7 +11,7 @@ from klrl.spaces import check_observation_space, is_image
 
 Observation = np.ndarray[Any, Any] | dict[str, np.ndarray[Any, Any]]
 Inputs = dict[str, Tensor]
-"""A batch of network inputs: float32 "vector" [B, F], and each image under its name as uint8 [B, C, H, W]."""
+"""A batch of network inputs: float32 "vector" [B, F], and each image as uint8 [B, C, H, W] under "image KEY"."""
 
 _LIMIT = 10.0  # normalised observations are cut off here, as in SB3's VecNormalize
 
@@ -27,8 +27,10 @@ class ObservationEncoder:
         check_observation_space(space)
         self.device = device
         self._keyed = isinstance(space, spaces.Dict)
-        self.parts: dict[str, spaces.Space[Any]] = dict(space.spaces) if isinstance(space, spaces.Dict) else {"": space}
-        self.images = {key: _channels_first(part) for key, part in self.parts.items() if is_image(part)}
+        # Sorted: equal Dict spaces may list their keys in another order, and the weights must not depend on that.
+        parts = sorted(space.spaces.items()) if isinstance(space, spaces.Dict) else [("", space)]
+        self.parts: dict[str, spaces.Space[Any]] = dict(parts)
+        self.images = {key: _channels_first(part) for key, part in parts if is_image(part)}
         scaled: list[bool] = []
         for key, part in self.parts.items():
             if key not in self.images:
@@ -96,7 +98,7 @@ class ObservationEncoder:
             value = torch.as_tensor(obs[key] if self._keyed else obs, device=self.device)
             if key in self.images:
                 value = value.reshape(-1, *part.shape or ())
-                inputs[key] = value.permute(0, 3, 1, 2) if part.shape != self.images[key] else value
+                inputs[f"image {key}"] = value.permute(0, 3, 1, 2) if part.shape != self.images[key] else value
             elif isinstance(part, spaces.Discrete):
                 index = value.reshape(-1).long() - int(part.start)
                 vectors.append(torch.nn.functional.one_hot(index, int(part.n)).float())

@@ -5,11 +5,12 @@ one per weight tensor, which for the small networks of control tasks is most of 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Snapshot = tuple[Tensor, Tensor, Tensor, int]
+Snapshot = tuple[Tensor, Tensor, Tensor, list[int]]
 
 
 class FlatParameters:
@@ -28,7 +29,7 @@ class FlatParameters:
         self.grad = torch.zeros_like(self.vector)
         self.first_moment = torch.zeros_like(self.vector)
         self.second_moment = torch.zeros_like(self.vector)
-        self.steps = 0
+        self.steps = [0] * len(modules)
         self.betas, self.eps = betas, eps
         start = 0
         for p in parameters:
@@ -49,41 +50,41 @@ class FlatParameters:
 
     def adam_step(self, learning_rate: float) -> None:
         """One step of Adam along ``grad``."""
-        self.steps += 1
+        self.steps = [count + 1 for count in self.steps]
+        # The parts differ in their count, and so in their bias correction, once one of them was restored alone.
+        together = len(set(self.steps)) == 1
+        for part, count in [(slice(None), self.steps[0])] if together else zip(self.parts, self.steps, strict=True):
+            self._adam(part, count, learning_rate)
+
+    def _adam(self, part: slice, count: int, learning_rate: float) -> None:
         beta1, beta2 = self.betas
-        self.first_moment.lerp_(self.grad, 1 - beta1)
-        self.second_moment.mul_(beta2).addcmul_(self.grad, self.grad, value=1 - beta2)
+        grad, first, second = self.grad[part], self.first_moment[part], self.second_moment[part]
+        first.lerp_(grad, 1 - beta1)
+        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         # Both bias corrections are folded into the step and into eps, which saves a pass over the vector.
-        correction1, correction2 = 1 - beta1**self.steps, math.sqrt(1 - beta2**self.steps)
-        denominator = self.second_moment.sqrt().add_(self.eps * correction2)
-        self.vector.addcdiv_(self.first_moment, denominator, value=-learning_rate * correction2 / correction1)
+        correction1, correction2 = 1 - beta1**count, math.sqrt(1 - beta2**count)
+        denominator = second.sqrt().add_(self.eps * correction2)
+        self.vector[part].addcdiv_(first, denominator, value=-learning_rate * correction2 / correction1)
 
     def snapshot(self) -> Snapshot:
         """Copies of weights and optimizer state, for ``restore``."""
-        return self.vector.clone(), self.first_moment.clone(), self.second_moment.clone(), self.steps
+        return self.vector.clone(), self.first_moment.clone(), self.second_moment.clone(), list(self.steps)
 
-    def restore(self, snapshot: Snapshot, part: slice | None = None) -> None:
-        """Weights and optimizer as they were at ``snapshot``, bit for bit; of one part only where it is given."""
-        if part is None:
-            part, self.steps = slice(None), snapshot[3]
-        for tensor, before in zip((self.vector, self.first_moment, self.second_moment), snapshot[:3], strict=True):
-            tensor[part] = before[part]
+    def restore(self, snapshot: Snapshot, only: int | None = None) -> None:
+        """Weights and optimizer as they were at ``snapshot``, bit for bit; of module ``only`` alone where given."""
+        for i in range(len(self.parts)) if only is None else [only]:
+            part = self.parts[i]
+            for tensor, before in zip((self.vector, self.first_moment, self.second_moment), snapshot[:3], strict=True):
+                tensor[part] = before[part]
+            self.steps[i] = snapshot[3][i]
 
-    def state_dict(self) -> dict[str, Tensor | int]:
+    def state_dict(self) -> dict[str, Tensor | list[int]]:
         vector, first_moment, second_moment, steps = self.snapshot()
-        return {
-            "vector": vector,
-            "first_moment": first_moment,
-            "second_moment": second_moment,
-            "steps": steps,
-        }
+        return {"vector": vector, "first_moment": first_moment, "second_moment": second_moment, "steps": steps}
 
-    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError where the number of weights differs."""
-        vector, first, second = state["vector"], state["first_moment"], state["second_moment"]
-        assert isinstance(vector, Tensor)
-        assert isinstance(first, Tensor)
-        assert isinstance(second, Tensor)
-        if not vector.shape == first.shape == second.shape == self.vector.shape:
+        vector, first, second, steps = (state[k] for k in ("vector", "first_moment", "second_moment", "steps"))
+        if not vector.shape == first.shape == second.shape == self.vector.shape or len(steps) != len(self.parts):
             raise ValueError(f"the network has {self.vector.numel()} weights, the saved one {vector.numel()}")
-        self.restore((vector, first, second, int(state["steps"])))
+        self.restore((vector, first, second, list(steps)))

@@ -31,11 +31,12 @@ class KLConfig:
     penalty: Literal["adaptive", "fixed", "none"] = "adaptive"
     """KL penalty in the loss: its coefficient doubles or halves outside a band around the target, stays, or is 0."""
     coef: NonNegative = 1.0
-    """The penalty's coefficient at the start."""
+    """The penalty's coefficient at the start; an adaptive one stays within 1e-4 to 1e4."""
     stop: NonNegative = 1.5
-    """Stop the policy's part of an update once its KL exceeds this many times the target; 0 never stops."""
+    """Stop an update once its KL, measured as kl.check says, exceeds this many times the target; 0 never stops."""
     check: Literal["update", "epoch", "minibatch"] = "epoch"
-    """When the whole batch's exact KL is measured: after the update, after each epoch too, or after each minibatch."""
+    """When the whole batch's exact KL is measured: after each epoch, each minibatch, or only after the update, which
+    then cannot be stopped."""
     on_overshoot: Literal["keep", "rollback", "project"] = "keep"
     """What happens to an update whose KL ends above the target: kept, undone, or moved back to the boundary."""
     direction: Direction = "forward"
@@ -49,7 +50,7 @@ class KLConfig:
         coefficient: Coefficient = (
             Fixed(self.coef)
             if self.penalty == "fixed"
-            else Banded(min(max(self.coef, 1e-4), 1e4), high=high, least=1e-4, most=1e4)
+            else Banded(max(self.coef, 1e-4), high=high, least=1e-4, most=max(self.coef, 1e4))
         )
         return Penalty(at_most(self.target), coefficient)
 
@@ -130,7 +131,7 @@ class Agent(ABC):
     def distribution(self, inputs: Inputs) -> PolicyDistribution:
         """The policy at encoded observations [B] as data: in chunks, without gradients, no view of the weights."""
         with torch.no_grad():
-            result: PolicyDistribution = concatenate([self.actor.with_pullback(x)[0] for x in chunks(inputs)])
+            result: PolicyDistribution = concatenate([self.actor(chunk) for chunk in chunks(inputs)])
         return freeze(result)
 
     @abstractmethod

@@ -53,7 +53,9 @@ class RewardScale:
 
     def __call__(self, reward: Floats, ended: Bools, valid: Bools) -> Floats:
         """Take the rewards [T, N] of a rollout in and return them scaled. ``ended``: terminated or truncated."""
-        running = np.zeros(reward.shape[1]) if self.running is None else self.running
+        fits = self.running is not None and len(self.running) == reward.shape[1]
+        running = self.running if fits else np.zeros(reward.shape[1])
+        assert running is not None
         discounted = np.empty(reward.shape)
         for t in range(len(reward)):
             running = running * self.gamma + reward[t]
@@ -67,7 +69,10 @@ class RewardScale:
             self.var = float((spread + delta**2 * self.count * len(sample) / total) / total)
             self.mean = float(self.mean + delta * len(sample) / total)
             self.count = float(total)
-        return (reward / np.sqrt(self.var + 1e-8)).astype(np.float32)
+        deviation = np.sqrt(self.var)
+        if deviation <= 1e-4 * (1.0 + abs(self.mean)):  # returns that do not vary have no scale to be divided by
+            return reward
+        return (reward / deviation).astype(np.float32)
 
     def state_dict(self) -> dict[str, float | list[float]]:
         running = [] if self.running is None else self.running.tolist()

@@ -26,8 +26,15 @@ def check_action_space(space: spaces.Space[Any]) -> None:
 
 def check_observation_space(space: spaces.Space[Any]) -> None:
     """Raise UsageError unless ``space`` is a Box, a Discrete, or a Dict of those."""
-    parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
+    parts = list(space.spaces.values()) if isinstance(space, spaces.Dict) else [space]
+    if not parts:
+        raise UsageError("observation space Dict() is empty: there is nothing to learn from")
     for part in parts:
+        if isinstance(part, spaces.Box) and part.dtype == np.uint8 and len(part.shape) > 3:
+            raise UsageError(
+                f"observation space {part} is not supported: images have 3 dimensions; "
+                "gymnasium.wrappers.ReshapeObservation can merge stacked frames into channels"
+            )
         if not isinstance(part, spaces.Box | spaces.Discrete):
             raise UsageError(
                 f"observation space {part} is not supported: klrl takes Box, Discrete and a Dict of those; "
@@ -51,9 +58,10 @@ def to_json(space: spaces.Space[Any]) -> dict[str, Any]:
         case spaces.Dict():
             return {"type": "Dict", "spaces": {key: to_json(part) for key, part in space.spaces.items()}}
         case spaces.Discrete():
-            return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
+            return {"type": "Discrete", "n": int(space.n), "start": int(space.start), "dtype": str(space.dtype)}
         case spaces.MultiDiscrete():
-            return {"type": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": space.start.tolist()}
+            nvec, start = space.nvec.tolist(), space.start.tolist()
+            return {"type": "MultiDiscrete", "nvec": nvec, "start": start, "dtype": str(space.dtype)}
         case spaces.MultiBinary():
             return {"type": "MultiBinary", "n": space.n if isinstance(space.n, int) else list(space.shape)}
         case spaces.Box():
@@ -73,9 +81,10 @@ def from_json(data: dict[str, Any]) -> spaces.Space[Any]:
         case "Dict":
             return spaces.Dict({key: from_json(part) for key, part in data["spaces"].items()})
         case "Discrete":
-            return spaces.Discrete(data["n"], start=data["start"])
+            return spaces.Discrete(data["n"], start=data["start"], dtype=np.dtype(data["dtype"]).type)
         case "MultiDiscrete":
-            return spaces.MultiDiscrete(np.array(data["nvec"]), start=np.array(data["start"]))
+            dtype = np.dtype(data["dtype"])
+            return spaces.MultiDiscrete(np.array(data["nvec"]), dtype.type, start=np.array(data["start"], dtype))
         case "MultiBinary":
             return spaces.MultiBinary(data["n"])
         case "Box":

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -18,21 +18,21 @@ import tyro
 from gymnasium.vector import VectorEnv
 
 from klrl import agents, checkpoint, spaces
-from klrl.config import Count, PositiveInt, build, hints, merge, suggest, to_dict
+from klrl.config import Count, PositiveInt, Seed, build, hints, merge, suggest, to_dict
 from klrl.envs.make import EnvConfig, EnvFactory, env_name, import_module, make_vector, preset
 from klrl.errors import NonFiniteError, UsageError
+from klrl.evaluation import EVAL_SEED, FINAL_SEED, FRESH_SEED, Evaluation, run_episodes
 from klrl.logger import Console, Logger
 from klrl.protocol import Agent
 
 _FINAL_EPISODES = 20
-_EVAL_SEED = 1_000_000  # evaluation environments are seeded this far from training's
 
 
 @dataclass(frozen=True)
 class RunConfig:
     total_timesteps: PositiveInt = 1_000_000
     """Environment steps to train for; a run ends with the first whole rollout at or beyond this."""
-    seed: Count = 0
+    seed: Seed = 0
     """Seed of weights, environments and sampling."""
     n_envs: PositiveInt = 8
     """Environments stepped side by side."""
@@ -55,15 +55,6 @@ class RunConfig:
     env: EnvConfig = field(default_factory=EnvConfig)
 
 
-class Evaluation(NamedTuple):
-    """Undiscounted returns of whole episodes."""
-
-    mean: float
-    std: float
-    returns: list[float]
-    lengths: list[int]
-
-
 @dataclass(frozen=True)
 class Run:
     """A finished training run."""
@@ -75,9 +66,13 @@ class Run:
     score: Evaluation
     """The final evaluation, 20 episodes."""
 
-    def evaluate(self, episodes: int = 20, deterministic: bool = True) -> Evaluation:
-        """Fresh episodes with the trained agent."""
-        return evaluate(self.agent, self.env, episodes, self.config, deterministic)
+    def evaluate(self, episodes: int = 20, deterministic: bool = True, seed: int = 0) -> Evaluation:
+        """Episodes with the trained agent that are not those of the final evaluation; another seed gives others."""
+        envs = make_vector(self.env, episodes, self.config.env)
+        try:
+            return run_episodes(self.agent, envs, self.config.seed + FRESH_SEED + seed, deterministic)
+        finally:
+            envs.close()
 
 
 def train(agent: str, env: str | EnvFactory, /, **config: Any) -> Run:
@@ -110,19 +105,23 @@ def run_training(name: str, env: str | EnvFactory, config: RunConfig, agent_conf
     """Train as configured: ``train`` after its options were resolved."""
     agent_class, _ = agents.find(name)
     for package in config.imports:
-        import_module(package)
+        import_module(package, f"--import {package}")
     device = pick_device(config.device, lambda: images_of(env, config.env))
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
+    options = {"agent": name, "env_id": env_name(env), **to_dict(config), **to_dict(agent_config)}
+    try:
+        toml = tomli_w.dumps(options)
+    except TypeError as problem:
+        raise UsageError(f"--env.kwargs holds a value that a config file cannot: {problem}") from None
     envs = make_vector(env, config.n_envs, config.env)
     evaluator: VectorEnv[Any, Any, Any] | None = None
+    threads_before, frozen_before = torch.get_num_threads(), gc.get_freeze_count()
+    torch.set_num_threads(config.threads)
     try:
         spaces.check_observation_space(envs.single_observation_space)
         agent = agent_class(envs.single_observation_space, envs.single_action_space, agent_config, device, config.seed)
         buffer = agent.new_buffer(config.n_envs)
         folder = make_folder(config.run_dir, f"{name}-{env_name(env)}-{config.seed}")
-        options = {"agent": name, "env_id": env_name(env), **to_dict(config), **to_dict(agent_config)}
-        (folder / "config.toml").write_text(tomli_w.dumps(options))
+        (folder / "config.toml").write_text(toml)
         if config.eval_every:
             evaluator = make_vector(env, config.eval_episodes, config.env)
         gc.collect()
@@ -132,7 +131,8 @@ def run_training(name: str, env: str | EnvFactory, config: RunConfig, agent_conf
         print(f"run         {folder}")
         print(f"watch       tensorboard --logdir {config.run_dir}", flush=True)
     finally:
-        gc.unfreeze()
+        if not frozen_before:
+            gc.unfreeze()
         torch.set_num_threads(threads_before)
         envs.close()
         if evaluator is not None:
@@ -160,7 +160,11 @@ def _loop(
             start, steps_before = time.perf_counter(), episodes.steps
             while True:
                 action = agent.act(obs)
-                next_obs, reward, terminated, truncated, _ = envs.step(agent.env_action(action))
+                try:
+                    next_obs, reward, terminated, truncated, _ = envs.step(agent.env_action(action))
+                except Exception:
+                    buffer.check_finite()  # a nan that the environment showed may be what made it fail
+                    raise
                 buffer.add(obs, action, reward, terminated, truncated, next_obs)
                 episodes.add(reward, terminated | truncated)
                 obs = next_obs
@@ -178,9 +182,11 @@ def _loop(
 
             finished, score = episodes.steps >= config.total_timesteps, None
             if finished:
-                score = evaluate(agent, env, _FINAL_EPISODES, config)
+                final = make_vector(env, _FINAL_EPISODES, config.env)
+                score = run_episodes(agent, final, config.seed + FINAL_SEED)
+                final.close()
             elif evaluator is not None and updates % config.eval_every == 0:
-                score = run_episodes(agent, evaluator, config.seed + _EVAL_SEED)
+                score = run_episodes(agent, evaluator, config.seed + EVAL_SEED)
             if score is not None:
                 figures["eval/mean_reward"], figures["eval/std_reward"] = score.mean, score.std
                 figures["eval/mean_ep_length"] = statistics.fmean(score.lengths)
@@ -233,32 +239,6 @@ class Episodes:
             "rollout/ep_rew_mean": statistics.fmean(returns),
             "rollout/ep_len_mean": statistics.fmean(lengths),
         }
-
-
-def evaluate(
-    agent: Agent, env: str | EnvFactory, episodes: int, config: RunConfig, deterministic: bool = True
-) -> Evaluation:
-    """``episodes`` whole episodes, each in an environment of its own, so that short ones do not count twice."""
-    envs = make_vector(env, episodes, config.env)
-    try:
-        return run_episodes(agent, envs, config.seed + _EVAL_SEED + 1, deterministic)
-    finally:
-        envs.close()
-
-
-def run_episodes(agent: Agent, envs: VectorEnv[Any, Any, Any], seed: int, deterministic: bool = True) -> Evaluation:
-    """The first episode of each environment. Sampled actions do not disturb the agent's own random state."""
-    rng_state = agent.rng.bit_generator.state
-    obs, _ = envs.reset(seed=seed)
-    returns, lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs, np.int64)
-    running = np.ones(envs.num_envs, np.bool_)
-    while running.any():
-        obs, reward, terminated, truncated, _ = envs.step(agent.env_action(agent.act(obs, deterministic)))
-        returns += reward * running
-        lengths += running
-        running &= ~(terminated | truncated)
-    agent.rng.bit_generator.state = rng_state
-    return Evaluation(float(returns.mean()), float(returns.std()), returns.tolist(), lengths.tolist())
 
 
 def load(path: str | Path, which: Literal["last", "best"] = "last") -> Agent:

@@ -17,7 +17,7 @@ LAYERS = [
     {"klrl.networks", "klrl.buffers"},
     {"klrl.protocol"},
     {"klrl.agents"},
-    {"klrl.envs", "klrl.checkpoint", "klrl.logger"},
+    {"klrl.envs", "klrl.checkpoint", "klrl.logger", "klrl.evaluation"},
     {"klrl.training"},
     {"klrl.cli"},
     {"klrl.__main__"},

@@ -87,6 +87,10 @@ def test_import_registers_a_packages_environments() -> None:
     )
     done = klrl("train", "ppo", "Mine-v0", *QUICK, "--import", "myenvs", env={"PYTHONPATH": "."})
     assert done.returncode == 0, done.stderr
+    folder = done.stdout.splitlines()[-2].split()[1]
+    again = klrl("train", "ppo", "Mine-v0", "--config", f"{folder}/config.toml", env={"PYTHONPATH": "."})
+    assert again.returncode == 0, again.stderr
+    assert klrl("eval", folder, "--episodes", "1", env={"PYTHONPATH": "."}).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -96,7 +100,12 @@ def test_import_registers_a_packages_environments() -> None:
         (["train", "pop", "CartPole-v1"], "unknown agent 'pop' (did you mean 'ppo'?)"),
         (["train", "ppo"], "train needs an agent and an env"),
         (["train", "ppo", "CartPole-v11"], "unknown env 'CartPole-v11' (did you mean 'CartPole-v1'?)"),
-        (["train", "ppo", "nowhere:Env-v0"], "no module named 'nowhere'"),
+        (["train", "ppo", "nowhere:Env-v0"], "env 'nowhere:Env-v0': no module named 'nowhere'"),
+        (["train", "ppo", ":CartPole-v1"], "env ':CartPole-v1': importing '' failed"),
+        (["train", "ppo", "phys2d/CartPole-v1"], "needs a package that is not installed"),
+        (["train", "ppo", "LunarLander-v3", "--env.kwargs", "gravity=5"], "--env.kwargs {'gravity': 5} does not fit"),
+        (["train", "ppo", "CartPole-v1", "--seed", "1e30"], "--seed must be at least 0 and at most 4294967295"),
+        (["train", "ppo", "CartPole-v1", "--n-steps", "1"], "--n-steps must be at least 2, got 1"),
         (["train", "ppo", "CartPole-v1", "--import", "nowhere"], "--import nowhere"),
         (["train", "ppo", "CartPole-v1", "--n-env", "4"], "unknown option '--n-env' (did you mean '--n-envs'?)"),
         (["train", "ppo", "CartPole-v1", "--kl.targt", "4"], "(did you mean '--kl.target'?)"),
@@ -117,7 +126,10 @@ def test_import_registers_a_packages_environments() -> None:
         ),
         (["train", "ppo", "CartPole-v1", "--device", "cuda"], "--device cuda: no CUDA device"),
         (["train", "ppo", "CartPole-v1", "--run-dir", "/proc/none"], "--run-dir /proc/none"),
-        (["train", "ppo", "CartPole-v1", "--env.kwargs", "speed=3"], "--env.kwargs does not fit CartPole-v1"),
+        (
+            ["train", "ppo", "CartPole-v1", "--env.kwargs", "speed=3"],
+            "--env.kwargs {'speed': 3} does not fit CartPole-v1",
+        ),
         (["train", "ppo", "CartPole-v1", "--env.kwargs", "speed"], "name=value"),
         (["train", "ppo", "CartPole-v1", "--config", "none.toml"], "--config none.toml: No such file"),
         (["train", "ppo", "Blackjack-v1"], "observation space Discrete(32) is not supported"),

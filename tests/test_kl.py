@@ -144,6 +144,8 @@ def test_what_cannot_be_compared_is_named() -> None:
         kl(td.Normal(torch.zeros(2), torch.ones(2)), td.Categorical(logits=torch.zeros(2, 2)))
     with pytest.raises(ValueError, match="one shape"):
         kl(td.Categorical(logits=torch.zeros(2, 3)), td.Categorical(logits=torch.zeros(4, 3)))
+    with pytest.raises(ValueError, match="one shape"):
+        kl(td.Categorical(logits=torch.zeros(2, 1)), td.Categorical(logits=torch.zeros(2, 3)))
     with pytest.raises(ValueError, match="Gamma is not supported"):
         freeze(td.Gamma(torch.ones(1), torch.ones(1)))
 
@@ -254,6 +256,8 @@ def test_report_ignores_rows_that_only_reset() -> None:
     new = td.Categorical(logits=torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 0.0]]))
     assert measure(old, new, valid=torch.tensor([True, False, True])).max == 0.0
     assert measure(old, new).max > 1.0
+    assert measure(old, old, at_most(0.0)).of_limit == 0.0
+    assert measure(old, new, at_most(0.0)).of_limit == INF
     with pytest.raises(ValueError, match="no valid state"):
         measure(old, new, valid=torch.zeros(3, dtype=torch.bool))
 

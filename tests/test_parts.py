@@ -1,23 +1,18 @@
-"""The parts that agents are made of: distributions, parameters, networks, spaces, buffers, returns."""
+"""The parts that agents are made of: distributions, parameters, networks, projection."""
 
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
 from torch import distributions as td
 
-from klrl import spaces as klrl_spaces
-from klrl.buffers import RolloutBuffer
 from klrl.distributions import Categoricals, DiagonalNormal
-from klrl.errors import NonFiniteError, UsageError
 from klrl.kl import kl
 from klrl.networks import MLP, Actor, Network
 from klrl.observations import ObservationEncoder
 from klrl.parameters import FlatParameters
-from klrl.returns import RewardScale, gae
 from klrl.trust_region import project
 
 CPU = torch.device("cpu")
@@ -103,12 +98,13 @@ def test_snapshots_restore_weights_and_optimizer_bit_for_bit() -> None:
     before, saved = flat.snapshot(), flat.state_dict()
     flat.adam_step(0.1)
     moved = second.weight.clone()
-    flat.restore(before, flat.parts[0])
+    flat.restore(before, only=0)
+    assert flat.steps == [1, 2]
     assert torch.equal(first.weight.flatten(), before[0][:4])
     assert torch.equal(second.weight, moved), "the other part stays"
     flat.restore(before)
     assert all(torch.equal(flat.state_dict()[key], saved[key]) for key in ("vector", "first_moment", "second_moment"))
-    assert flat.steps == 1
+    assert flat.steps == [1, 1]
     with pytest.raises(ValueError, match="weights"):
         FlatParameters(first).load_state_dict(saved)
 
@@ -127,7 +123,7 @@ def test_the_mlp_written_out_equals_autograd_and_numpy(activation: Any) -> None:
         pullback(direction)
     assert torch.allclose(output, mlp(x))
     assert torch.allclose(flat.grad, by_autograd)
-    assert float(by_autograd.abs().min()) >= 0.0 < float(by_autograd.abs().sum())
+    assert float(by_autograd.abs().sum()) > 0.0
     assert np.allclose(mlp.on_host(x.numpy()), output.numpy())
 
 
@@ -207,113 +203,13 @@ def test_bounded_actions_start_in_the_middle_with_the_bounds_as_their_scale() ->
     assert dist.log_std.exp().item() == pytest.approx(4.0)
 
 
-def test_running_statistics_equal_those_of_all_data_and_skip_reset_rows() -> None:
-    encoder = ObservationEncoder(spaces.Box(-np.inf, np.inf, (2,)), CPU, normalize=True)
-    rng = np.random.default_rng(0)
-    data = (rng.normal(size=(300, 2)) * [1.0, 50.0] + [1e3, -2.0]).astype(np.float32)
-    valid = torch.from_numpy(rng.random(300) < 0.8)
-    for part in (slice(0, 100), slice(100, 300)):
-        encoder.update(data[part], valid[part])
-    kept = data[valid.numpy()].astype(np.float64)
-    assert np.allclose(encoder.mean.numpy(), kept.mean(0), rtol=1e-5)
-    assert np.allclose(encoder.var.numpy(), kept.var(0), rtol=1e-4)
-    assert np.allclose(encoder.on_host(data), encoder(data)["vector"].numpy(), atol=1e-4)
-
-
-def test_dict_observations_are_encoded_part_by_part() -> None:
-    space = spaces.Dict(
-        {
-            "camera": spaces.Box(0, 255, (40, 50, 3), np.uint8),
-            "room": spaces.Discrete(3, start=1),
-            "speed": spaces.Box(-1, 1, (2,)),
-        }
-    )
-    encoder = ObservationEncoder(space, CPU, normalize=True)
-    obs = {key: np.stack([part.sample() for _ in range(4)]) for key, part in space.spaces.items()}
-    inputs = encoder(obs)
-    assert inputs["camera"].shape == (4, 3, 40, 50)
-    assert inputs["vector"].shape == (4, 5)
-    assert torch.equal(inputs["vector"][:, :3].argmax(1), torch.from_numpy(obs["room"]) - 1)
-
-
-def test_spaces_survive_json_and_others_are_refused_with_a_remedy() -> None:
-    everything = [
-        *ACTION_SPACES,
-        spaces.Discrete(3, start=-1),
-        spaces.Dict({"a": spaces.Box(0, 255, (36, 36, 1), np.uint8), "b": spaces.Discrete(2)}),
-    ]
-    for space in everything:
-        assert klrl_spaces.from_json(klrl_spaces.to_json(space)) == space
-    for bad in (spaces.Tuple([spaces.Discrete(2)]), spaces.Text(3), spaces.Graph(spaces.Discrete(2), None)):
-        with pytest.raises(UsageError, match=r"gymnasium\.wrappers"):
-            klrl_spaces.check_observation_space(bad)
-        with pytest.raises(UsageError, match=r"gymnasium\.wrappers"):
-            klrl_spaces.check_action_space(bad)
-
-
-def test_gae_matches_a_hand_computed_example() -> None:
-    reward = np.array([[1.0], [2.0], [3.0]], np.float32)
-    value = np.array([[0.5], [1.0], [1.5], [4.0]], np.float32)
-    no = np.zeros((3, 1), np.bool_)
-    advantage, returns = gae(reward, value, no, no, gamma=0.5, gae_lambda=0.5)
-    # deltas: 1 + 0.5*1 - 0.5 = 1; 2 + 0.5*1.5 - 1 = 1.75; 3 + 0.5*4 - 1.5 = 3.5; decay 0.25
-    assert advantage.flatten().tolist() == pytest.approx([1 + 0.25 * (1.75 + 0.25 * 3.5), 1.75 + 0.25 * 3.5, 3.5])
-    assert returns.flatten().tolist() == pytest.approx((advantage + value[:-1]).flatten().tolist())
-
-
-def test_truncation_bootstraps_final_value_and_termination_does_not() -> None:
-    reward, value = (
-        np.ones((2, 2), np.float32),
-        np.array([[0.0, 0.0], [10.0, 10.0], [99.0, 99.0]], np.float32),
-    )
-    terminated = np.array([[True, False], [False, False]])
-    truncated = np.array([[False, True], [False, False]])
-    advantage, _ = gae(reward, value, terminated, truncated, gamma=0.9, gae_lambda=1.0)
-    assert advantage[0].tolist() == pytest.approx([1.0, 1.0 + 0.9 * 10.0]), "and nothing leaks from the next episode"
-
-
-def test_reward_scale_is_the_deviation_of_the_discounted_return() -> None:
-    rng = np.random.default_rng(0)
-    scale, gamma = RewardScale(0.9), 0.9
-    reward = rng.normal(size=(50, 3)).astype(np.float32) * 7
-    ended = rng.random((50, 3)) < 0.1
-    running, seen = np.zeros(3), []
-    for t in range(50):
-        running = running * gamma + reward[t]
-        seen.append(running.copy())
-        running[ended[t]] = 0
-    half = [
-        scale(reward[:25], ended[:25], np.ones((25, 3), bool)),
-        scale(reward[25:], ended[25:], np.ones((25, 3), bool)),
-    ]
-    assert np.allclose(half[1], reward[25:] / np.std(seen), rtol=1e-4)
-
-
-def test_buffer_marks_the_rows_that_only_reset() -> None:
-    env = gym.make_vec("klrl.envs:klrl/Truncation-v0", 1, vectorization_mode="sync")
-    buffer = RolloutBuffer(env.single_observation_space, env.single_action_space, 8, 1)
-    obs, _ = env.reset(seed=0)
-    for _ in range(8):
-        next_obs, reward, terminated, truncated, _ = env.step(env.action_space.sample())
-        buffer.add(obs, np.zeros((1, 1), np.int64), reward, terminated, truncated, next_obs)
-        obs = next_obs
-    assert buffer.valid[:, 0].tolist() == [True] * 5 + [False] + [True] * 2
-    assert buffer.truncated[:, 0].tolist() == [False] * 4 + [True] + [False] * 3
-    assert isinstance(buffer.obs, np.ndarray)
-    assert buffer.obs[5, 0, 0] == 1.0, "row 5 shows the true final observation"
-    assert buffer.obs[6, 0, 0] == -1.0, "row 6 the one after the reset"
-
-
-def test_non_finite_facts_are_named() -> None:
-    buffer = RolloutBuffer(spaces.Box(-1, 1, (2,)), spaces.Discrete(2), 2, 3)
-    zeros, no = np.zeros((3, 2), np.float32), np.zeros(3, np.bool_)
-    for t in range(2):
-        reward = np.array([0.0, 0.0, np.nan if t == 1 else 0.0])
-        buffer.add(zeros, np.zeros((3, 1), np.int64), reward, no, no, zeros)
-    with pytest.raises(NonFiniteError, match="reward is nan in env 2 at step 1"):
-        buffer.check_finite()
-    with pytest.raises(ValueError, match="action has shape"):
-        buffer.add(zeros, np.zeros(3), np.zeros(3), no, no, zeros)
+@pytest.mark.parametrize("bound", [3.4e38, 0.0])
+def test_bounds_that_bound_nothing_or_everything_still_act_and_learn(bound: float) -> None:
+    encoder = ObservationEncoder(spaces.Box(-1, 1, (3,)), CPU, normalize=False)
+    space = spaces.Box(-bound, bound, (2,))
+    actor = Actor(encoder, space, (8,), "tanh", 0.0, torch.Generator().manual_seed(0))
+    action = torch.from_numpy(actor.act(np.zeros((4, 2), np.float32), np.random.default_rng(0)))
+    assert bool(torch.isfinite(actor({"vector": torch.zeros(4, 3)}).log_prob(action)).all())
 
 
 def test_projection_ends_inside_the_limit_or_at_the_start() -> None:

@@ -185,6 +185,7 @@ def test_rollback_restores_policy_and_optimizer_bit_for_bit(check: Any) -> None:
     assert report.kl.mean == 0.0
     assert report.kl.attempted > 1e-9
     assert report.kl.stop_epoch == (0 if check == "update" else 1)
+    assert agent.parameters.steps[0] == 0 < agent.parameters.steps[1]
     for i, tensor in enumerate(
         (agent.parameters.vector, agent.parameters.first_moment, agent.parameters.second_moment)
     ):
@@ -203,7 +204,8 @@ def test_the_update_stops_on_the_exact_kl() -> None:
 
 def test_a_non_finite_gradient_stops_and_leaves_the_weights() -> None:
     env = make_vector("CartPole-v1", 8, EnvConfig())
-    agent = PPO(env.single_observation_space, env.single_action_space, PROBE)
+    config = replace(PROBE, normalize_advantage=False)
+    agent = PPO(env.single_observation_space, env.single_action_space, config)
     buffer = agent.new_buffer(8)
     collect(agent, env, buffer, env.reset(seed=0)[0])
     buffer.reward[3, 2] = 1e30
@@ -211,9 +213,20 @@ def test_a_non_finite_gradient_stops_and_leaves_the_weights() -> None:
     with pytest.raises(NonFiniteError, match="value_loss is inf in update 1"):
         agent.update(buffer)
     assert torch.equal(agent.parameters.vector, before[0])
+    assert agent.reward_scale is None or agent.reward_scale.count == 0
     buffer.reward[3, 2] = np.inf
     with pytest.raises(NonFiniteError, match="reward is inf in env 2 at step 3"):
         agent.update(buffer)
+
+
+def test_weights_that_are_not_finite_never_stay() -> None:
+    env = make_vector("CartPole-v1", 8, EnvConfig())
+    agent = PPO(env.single_observation_space, env.single_action_space, replace(PROBE, learning_rate=1e39, n_epochs=1))
+    buffer = agent.new_buffer(8)
+    collect(agent, env, buffer, env.reset(seed=0)[0])
+    with pytest.raises(NonFiniteError, match="in update 1"):
+        agent.update(buffer)
+    assert bool(torch.isfinite(agent.parameters.vector).all())
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "kl"])

@@ -3,6 +3,7 @@
 import json
 import math
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from klrl.envs.make import EnvConfig, make_vector, preset, presets
 from klrl.envs.wrappers import next_step
 from klrl.errors import NonFiniteError, UsageError
 from klrl.logger import Console
-from klrl.training import Episodes, Run, evaluate, make_folder, pick_device, resolve
+from klrl.training import Episodes, Run, make_folder, pick_device, resolve
 
 QUICK: dict[str, Any] = {
     "total_timesteps": 1500,
@@ -100,7 +101,8 @@ def test_load_gives_the_agent_back_with_its_normaliser() -> None:
         assert float(agent.encoder.count) > 1000
         obs = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
         assert np.array_equal(agent.act(obs, deterministic=True), run.agent.act(obs, deterministic=True))
-    assert evaluate(klrl.load(run.folder), "Pendulum-v1", 4, run.config) == run.evaluate(episodes=4)
+    loaded = replace(run, agent=klrl.load(run.folder))
+    assert loaded.evaluate(episodes=4) == run.evaluate(episodes=4) != run.evaluate(episodes=4, seed=1)
 
 
 def test_checkpoints_keep_the_last_and_the_best(run: Run) -> None:
@@ -230,6 +232,33 @@ def test_a_same_step_environment_is_seen_as_next_step() -> None:
     assert shown[5][1] == expected[5][1] == [0.0, 0.0]
     with pytest.raises(UsageError, match="autoreset disabled"):
         next_step(make(AutoresetMode.DISABLED), "x")
+
+
+def test_an_episode_that_never_ends_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("klrl.evaluation._MOST_EVAL_STEPS", 50)
+    run = klrl.train("ppo", lambda: gym.make("Pendulum-v1", max_episode_steps=10**9), **QUICK)
+    assert run.score.lengths == [50] * 20
+
+
+def test_one_step_episodes_of_a_same_step_environment_are_seen() -> None:
+    from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+    factory = [lambda: gym.make("klrl.envs:klrl/OneStep-v0")]
+    env = next_step(SyncVectorEnv(factory, autoreset_mode=AutoresetMode.SAME_STEP), "x")
+    env.reset(seed=0)
+    ended = [bool(env.step(np.array([0]))[2][0]) for _ in range(4)]
+    assert ended == [True, False, True, False]
+
+
+def test_training_gives_back_what_it_borrowed() -> None:
+    torch.set_num_threads(2)
+    with pytest.raises(UsageError, match="config file cannot"):
+        klrl.train("ppo", "CartPole-v1", env={"kwargs": {"render_mode": None}})
+    with pytest.raises(UsageError, match="unknown env"):
+        klrl.train("ppo", "nope-v0")
+    klrl.train("ppo", "CartPole-v1", **QUICK)
+    assert torch.get_num_threads() == 2
+    assert len(list(Path("runs").iterdir())) == 1
 
 
 def test_worker_processes_train_the_same_agent() -> None:

@@ -131,7 +131,7 @@ class Penalty:
     coefficient: Coefficient
 
     def term(self, x: Tensor) -> Tensor:
-        """What to add to a loss that is minimised: coefficient times the excess's direction. x is a scalar tensor."""
+        """What to add to a loss that is minimised: the coefficient times x, or times -x for a lower bound."""
         return (self.coefficient.value * self.bound.sign) * x
 
     def adapt(self, measured: float) -> None:

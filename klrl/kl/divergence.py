@@ -39,6 +39,8 @@ def kl(old: td.Distribution, new: td.Distribution) -> Tensor:
     for family, function in _STABLE.items():
         if isinstance(old, family) and isinstance(new, family):
             _same_shape(old, new)
+            if getattr(old, "param_shape", None) != getattr(new, "param_shape", None):  # a Categorical's choices
+                raise ValueError(f"old and new must have one shape: {old.param_shape} and {new.param_shape}")  # type: ignore[attr-defined]
             return function(old, new)
     try:
         return td.kl_divergence(old, new)

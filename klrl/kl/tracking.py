@@ -40,7 +40,7 @@ class KLReport:
     coefficient: float = 0.0
     """The penalty's coefficient during this update."""
     stop_epoch: int = 0
-    """The epoch after which the policy's update was stopped early; 0 if it ran to its end."""
+    """The epoch in which the update was stopped early; 0 if it ran to its end."""
     rolled_back: float = 0.0
     """The share of the update that was taken back: 0 kept, 1 rolled back, between them projected to the boundary."""
     attempted: float = 0.0
@@ -54,6 +54,8 @@ class KLReport:
     @property
     def of_limit(self) -> float:
         """The bounded KL as a share of its limit: above 1 the policy moved further than it should."""
+        if self.limit == 0.0:
+            return float("inf") if self.bounded > 0.0 else 0.0
         return self.bounded / self.limit
 
     def write(self, record: Callable[[str, float], object]) -> None:

@@ -1,0 +1,58 @@
+"""Whole episodes with an agent that does not learn: during training, at its end, and whenever one asks."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import tyro
+from gymnasium.vector import VectorEnv
+
+from klrl.config import PositiveInt
+from klrl.protocol import Agent
+
+# Evaluations are seeded this far from training: those along the way, the final one, and those asked for afterwards.
+EVAL_SEED, FINAL_SEED, FRESH_SEED = 1_000_000, 1_000_001, 2_000_000
+_MOST_EVAL_STEPS = 27_000  # of an episode that neither the environment nor the policy ends; Atari's half hour
+
+
+class Evaluation(NamedTuple):
+    """Undiscounted returns of whole episodes."""
+
+    mean: float
+    std: float
+    returns: list[float]
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    episodes: PositiveInt = 20
+    """Episodes to run, each in an environment of its own."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which of a run's checkpoints."""
+    env_id: str = ""
+    """Another environment with the same spaces; the run's own by default."""
+    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
+    """Packages to import first, for the environments they register."""
+    stochastic: bool = False
+    """Sample actions instead of taking the most likely ones."""
+    json: bool = False
+    """Print one line of JSON."""
+
+
+def run_episodes(agent: Agent, envs: VectorEnv[Any, Any, Any], seed: int, deterministic: bool = True) -> Evaluation:
+    """The first episode of each environment, so that short ones do not count twice.
+
+    Sampled actions do not disturb the agent's own random state. An episode that goes on for 27,000 steps is cut off.
+    """
+    rng_state = agent.rng.bit_generator.state
+    obs, _ = envs.reset(seed=seed)
+    returns, lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs, np.int64)
+    running = np.ones(envs.num_envs, np.bool_)
+    while running.any() and lengths.max() < _MOST_EVAL_STEPS:
+        obs, reward, terminated, truncated, _ = envs.step(agent.env_action(agent.act(obs, deterministic)))
+        returns += reward * running
+        lengths += running
+        running &= ~(terminated | truncated)
+    agent.rng.bit_generator.state = rng_state
+    return Evaluation(float(returns.mean()), float(returns.std()), returns.tolist(), lengths.tolist())
