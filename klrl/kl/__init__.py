@@ -1,16 +1,18 @@
 """KL and entropy of policies: exact divergences, control of coefficients, tracking of updates. Needs only torch."""
 
 from klrl.kl.closed_form import categorical_kl, normal_kl
-from klrl.kl.control import Banded, Bound, Coefficient, Fixed, Penalty, at_least, at_most
+from klrl.kl.control import Annealed, Banded, Bound, Coefficient, Dual, Fixed, Penalty, at_least, at_most
 from klrl.kl.divergence import concatenate, freeze, joint, kl, reverse_kl, select
 from klrl.kl.estimators import Estimate, kl_estimate
 from klrl.kl.tracking import Direction, KLReport, Tracked, measure, track
 
 __all__ = [
+    "Annealed",
     "Banded",
     "Bound",
     "Coefficient",
     "Direction",
+    "Dual",
     "Estimate",
     "Fixed",
     "KLReport",

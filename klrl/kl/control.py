@@ -1,12 +1,13 @@
 """A measured scalar has a bound, and a coefficient answers the excess.
 
-``Bound`` says what should hold, a coefficient (``Fixed`` or ``Banded``) moves once per update in answer to what was
-measured, and ``Penalty`` puts the two into a loss. PPO's beta and its KL-driven learning rate are both ``Banded``.
+``Bound`` says what should hold, a coefficient (``Fixed``, ``Banded``, ``Dual``, ``Annealed``) moves once per update in
+answer to what was measured, and ``Penalty`` puts the two into a loss. PPO's beta and its KL-driven learning rate are
+both ``Banded``; a temperature held by an entropy at least so large is a ``Dual``.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -76,7 +77,7 @@ class Fixed:
 
 
 class Banded:
-    """Times ``factor`` above ``limit * high``, divided by it below ``limit * low``, always within ``[least, most]``.
+    """Times ``factor`` above ``limit * high``, times ``shrink`` (1 / factor) below ``limit * low``, in [least, most].
 
     The default is PPO's adaptive KL penalty (Schulman et al. 2017, section 4: factor 2 outside 1.5). With a factor
     below 1 the same rule drives a learning rate: smaller when the KL was too large.
@@ -88,6 +89,7 @@ class Banded:
         value: float = 1.0,
         *,
         factor: float = 2.0,
+        shrink: float | None = None,
         low: float = 1 / 1.5,
         high: float = 1.5,
         least: float = 1e-4,
@@ -99,8 +101,22 @@ class Banded:
         if not (0.0 < low <= high):
             raise ValueError(f"low and high must satisfy 0 < low <= high, got {low} and {high}")
         self.factor, self.low, self.high = _positive("factor", factor), low, high
+        self.shrink = 1 / self.factor if shrink is None else _positive("shrink", shrink)
         self._range = (math.log(least), math.log(most))
         self._log_value = math.log(value)
+
+    @classmethod
+    def preset(cls, name: Literal["paper", "rllib"], value: float | None = None) -> "Banded":
+        """The published rules: "paper" doubles or halves outside 1.5 (Schulman et al. 2017, section 4), from 1; "rllib"
+        takes 1.5 times above 2 limits and half below half a limit (Ray RLlib's ``kl_coeff`` update), from 0.2.
+
+        Raises ValueError for another name.
+        """
+        if name == "paper":
+            return cls(1.0 if value is None else value)
+        if name == "rllib":
+            return cls(0.2 if value is None else value, factor=1.5, shrink=0.5, low=0.5, high=2.0)
+        raise ValueError(f"name must be 'paper' or 'rllib', got {name!r}")
 
     @property
     def value(self) -> float:
@@ -110,7 +126,7 @@ class Banded:
         """Answer one update's measurement. ``bound`` is an upper bound above zero, as every KL bound is."""
         step = math.log(self.factor)
         if measured < bound.limit * self.low:
-            step = -step
+            step = math.log(self.shrink)
         elif measured <= bound.limit * self.high:
             return
         lowest, highest = self._range
@@ -121,6 +137,105 @@ class Banded:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self._log_value = state["log_value"]
+
+
+class Dual:
+    """Gradient ascent on the logarithm of a Lagrange multiplier: log value += rate * excess, within [least, most].
+
+    The dual step of a bound, in log space so that the multiplier stays positive. With ``at_least(H)`` it is SAC's
+    temperature (Haarnoja et al. 2018b, section 5). ``proportional`` above 0 adds a term in the excess's change, the
+    velocity form of a PI controller, which keeps no integral beside the value itself and so cannot wind up; it damps
+    the ringing of the plain step. ``relative`` divides the excess by the limit, so that one rate suits every limit.
+    """
+
+    def __init__(
+        self,
+        value: float = 1.0,
+        *,
+        rate: float = 0.1,
+        proportional: float = 0.0,
+        relative: bool = False,
+        least: float = 1e-6,
+        most: float = 1e6,
+    ) -> None:
+        _positive("least", least)
+        if not (least <= value <= most < math.inf):
+            raise ValueError(f"value must lie within [{least}, {most}], got {value}")
+        self.rate, self.relative = _positive("rate", rate), relative
+        self.proportional = _positive("proportional", proportional, zero_allowed=True)
+        self._range = (math.log(least), math.log(most))
+        self._log_value = math.log(value)
+        self._last_excess: float | None = None
+
+    @property
+    def value(self) -> float:
+        return math.exp(self._log_value)
+
+    def adapt(self, measured: float, bound: Bound) -> None:
+        """Answer one update's measurement; nan counts as far too large. No step is larger than a factor e."""
+        excess = bound.excess(measured) if not math.isnan(measured) else math.inf
+        if self.relative:
+            excess /= abs(bound.limit)
+        step = self.rate * excess
+        if self.proportional and math.isfinite(excess):
+            step += self.proportional * (excess - (excess if self._last_excess is None else self._last_excess))
+            self._last_excess = excess
+        lowest, highest = self._range
+        self._log_value = min(max(self._log_value + min(max(step, -1.0), 1.0), lowest), highest)
+
+    def state_dict(self) -> dict[str, float]:
+        last = {} if self._last_excess is None else {"last_excess": self._last_excess}
+        return {"log_value": self._log_value, **last}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._log_value = state["log_value"]
+        self._last_excess = state.get("last_excess")
+
+
+class Annealed:
+    """A coefficient that follows a schedule over ``steps`` updates and answers nothing.
+
+    ``shape``: "linear" or "cosine" from ``start`` to ``end``; "cyclical" repeats ``cycles`` ramps, each rising over its
+    first half and resting at ``end`` over its second (Fu et al. 2019). ``warmup`` updates at ``start`` come first.
+    After the last step the value stays at ``end``; a schedule of one step is at ``end`` after its first update.
+    """
+
+    def __init__(
+        self,
+        start: float,
+        end: float,
+        steps: int,
+        *,
+        shape: Literal["linear", "cosine", "cyclical"] = "linear",
+        cycles: int = 4,
+        warmup: int = 0,
+    ) -> None:
+        self.start, self.end = (_positive(n, x, zero_allowed=True) for n, x in (("start", start), ("end", end)))
+        if steps < 1 or cycles < 1 or warmup < 0:
+            raise ValueError(f"steps and cycles must be at least 1 and warmup at least 0: {steps}, {cycles}, {warmup}")
+        if shape not in ("linear", "cosine", "cyclical"):
+            raise ValueError(f"shape must be 'linear', 'cosine' or 'cyclical', got {shape!r}")
+        self.steps, self.shape, self.cycles, self.warmup = steps, shape, cycles, warmup
+        self.count = 0
+
+    @property
+    def value(self) -> float:
+        done = min(max(self.count - self.warmup, 0) / self.steps, 1.0)
+        if self.shape == "cosine":
+            done = 0.5 - 0.5 * math.cos(math.pi * done)
+        elif self.shape == "cyclical" and done < 1.0:
+            done = min(2 * (done * self.cycles % 1.0), 1.0)
+        return self.start * (1 - done) + self.end * done
+
+    def adapt(self, measured: float, bound: Bound) -> None:
+        """One update further along the schedule, whatever was measured."""
+        self.count += 1
+
+    def state_dict(self) -> dict[str, float]:
+        return {"count": float(self.count)}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.count = int(state["count"])
 
 
 @dataclass
