@@ -129,6 +129,15 @@ def test_kl_takes_torch_distributions_and_gives_their_joint_when_asked() -> None
     assert torch.equal(reverse_kl(a, b), kl(b, a))
 
 
+def test_probabilities_of_zero_are_taken_as_they_are() -> None:
+    old, new = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([1.0, 0.0, 0.0])
+    pair = td.Categorical(probs=old), td.Categorical(probs=new.clone().requires_grad_())
+    assert float(kl(*pair).detach()) == INF
+    assert float(kl(pair[1], pair[0]).detach()) == pytest.approx(math.log(2))
+    assert float(kl(td.Bernoulli(probs=torch.tensor(1.0)), td.Bernoulli(probs=torch.tensor(0.0)))) == INF
+    assert float(kl(freeze(pair[0]), td.Categorical(probs=old))) == 0.0
+
+
 def test_our_distributions_are_registered_with_torch() -> None:
     old, new = Categoricals(torch.randn(4, 2, 3)), Categoricals(torch.randn(4, 2, 3))
     assert torch.equal(td.kl_divergence(old, new), kl(old, new))

@@ -1,6 +1,7 @@
 """KL and entropy of policies: exact divergences, control of coefficients, tracking of updates. Needs only torch."""
 
 from klrl.kl.closed_form import categorical_kl, normal_kl
+from klrl.kl.comparisons import cross_entropy, entropy, jeffreys, js, pinsker, renyi, total_variation
 from klrl.kl.control import Annealed, Banded, Bound, Coefficient, Dual, Fixed, Penalty, at_least, at_most
 from klrl.kl.divergence import concatenate, freeze, joint, kl, reverse_kl, select
 from klrl.kl.estimators import Estimate, kl_estimate
@@ -22,13 +23,20 @@ __all__ = [
     "at_most",
     "categorical_kl",
     "concatenate",
+    "cross_entropy",
+    "entropy",
     "freeze",
+    "jeffreys",
     "joint",
+    "js",
     "kl",
     "kl_estimate",
     "measure",
     "normal_kl",
+    "pinsker",
+    "renyi",
     "reverse_kl",
     "select",
+    "total_variation",
     "track",
 ]

@@ -33,19 +33,19 @@ def kl(old: td.Distribution, new: td.Distribution) -> Tensor:
     Source: Kullback and Leibler (1951), equation 2.4.
     """
     if isinstance(old, td.Independent) and isinstance(new, td.Independent):
-        _same_shape(old, new)
+        same_shape(old, new)
         inner = kl(old.base_dist, new.base_dist)
         return inner.sum(dim=tuple(range(-old.reinterpreted_batch_ndims, 0)))
     for family, function in _STABLE.items():
         if isinstance(old, family) and isinstance(new, family):
-            _same_shape(old, new)
+            same_shape(old, new)
             if getattr(old, "param_shape", None) != getattr(new, "param_shape", None):  # a Categorical's choices
                 raise ValueError(f"old and new must have one shape: {old.param_shape} and {new.param_shape}")  # type: ignore[attr-defined]
             return function(old, new)
     try:
         return td.kl_divergence(old, new)
     except NotImplementedError:
-        raise ValueError(f"no closed-form KL between {_name(old)} and {_name(new)}") from None
+        raise ValueError(f"no closed-form KL between {name_of(old)} and {name_of(new)}") from None
 
 
 def reverse_kl(old: td.Distribution, new: td.Distribution) -> Tensor:
@@ -97,12 +97,16 @@ def _map_parameters(dist: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return td.Independent(_map_parameters(dist.base_dist, function), dist.reinterpreted_batch_ndims)
     if isinstance(dist, td.Normal):
         return td.Normal(function(dist.loc), function(dist.scale), validate_args=False)
-    if isinstance(dist, td.Categorical):
-        return td.Categorical(logits=function(dist.logits), validate_args=False)
-    if isinstance(dist, td.Bernoulli):
-        return td.Bernoulli(logits=function(dist.logits), validate_args=False)
+    if isinstance(dist, td.Categorical | td.Bernoulli):
+        name = "probs" if dist._param is dist.__dict__.get("probs") else "logits"
+        return type(dist)(**{name: function(getattr(dist, name))}, validate_args=False)
+    if isinstance(dist, td.MultivariateNormal):
+        loc, factor = function(dist.loc), function(dist.scale_tril)
+        return td.MultivariateNormal(loc, scale_tril=factor, validate_args=False)
+    if isinstance(dist, td.TransformedDistribution):
+        return td.TransformedDistribution(_map_parameters(dist.base_dist, function), dist.transforms)
     raise ValueError(
-        f"{_name(dist)} is not supported: give a Normal, Categorical or Bernoulli, bare or in Independent, "
+        f"{name_of(dist)} is not supported: give a Normal (also multivariate or squashed), Categorical or Bernoulli, "
         "or a class with a method map_parameters(function)"
     )
 
@@ -112,12 +116,44 @@ def _normal(old: td.Normal, new: td.Normal) -> Tensor:
 
 
 def _categorical(old: td.Categorical, new: td.Categorical) -> Tensor:
-    return closed_form.categorical_kl(old.logits, new.logits)
+    return closed_form.categorical_kl(logits_of(old), logits_of(new))
+
+
+def _multivariate_normal(old: td.MultivariateNormal, new: td.MultivariateNormal) -> Tensor:
+    # With the Cholesky factors L and M = L_new^-1 L_old, lower triangular: KL is half of
+    # sum phi(2 log M_ii) + sum_{i>j} M_ij^2 + |L_new^-1 (mu_new - mu_old)|^2. No inverse, no determinant.
+    factors = [dist.scale_tril.double() for dist in (old, new)]
+    ratio = torch.linalg.solve_triangular(factors[1], factors[0], upper=False)
+    diagonals = [factor.diagonal(dim1=-2, dim2=-1).log() for factor in factors]
+    shift = (new.loc.double() - old.loc.double()).unsqueeze(-1)
+    z = torch.linalg.solve_triangular(factors[1], shift, upper=False).squeeze(-1)
+    terms = closed_form.phi(2 * (diagonals[0] - diagonals[1])) + z * z
+    return (0.5 * (terms.sum(-1) + ratio.tril(-1).square().sum((-2, -1)))).to(new.loc.dtype)
+
+
+def _squashed(old: td.TransformedDistribution, new: td.TransformedDistribution) -> Tensor:
+    # An invertible transform changes no KL: that of the bases.
+    if [type(t) for t in old.transforms] != [type(t) for t in new.transforms]:
+        raise ValueError(f"{name_of(old)} and {name_of(new)} have different transforms")
+    return kl(old.base_dist, new.base_dist)
+
+
+def logits_of(dist: td.Categorical | td.Bernoulli) -> Tensor:
+    """Log-probabilities up to a constant, [..., n]; a Bernoulli's are those of 0 and 1.
+
+    torch turns probabilities into logits by way of an epsilon, which would make an impossible action possible: where
+    the distribution was given by its probabilities, these are taken as they are.
+    """
+    pair = isinstance(dist, td.Bernoulli)
+    if dist._param is not dist.__dict__.get("probs"):
+        return torch.stack([torch.zeros_like(dist.logits), dist.logits], dim=-1) if pair else dist.logits
+    p = torch.stack([1 - dist.probs, dist.probs], dim=-1) if pair else dist.probs
+    possible = p > 0
+    return torch.where(possible, torch.where(possible, p, 1.0).log(), float("-inf"))
 
 
 def _bernoulli(old: td.Bernoulli, new: td.Bernoulli) -> Tensor:
-    pair = [torch.stack([torch.zeros_like(d.logits), d.logits], dim=-1) for d in (old, new)]
-    return closed_form.categorical_kl(pair[0], pair[1])
+    return closed_form.categorical_kl(logits_of(old), logits_of(new))
 
 
 # torch's own formulas cancel in float32; these families are computed here, all others by torch's registry,
@@ -126,18 +162,20 @@ _STABLE: dict[type[td.Distribution], Callable[[Any, Any], Tensor]] = {
     td.Normal: _normal,
     td.Categorical: _categorical,
     td.Bernoulli: _bernoulli,
+    td.MultivariateNormal: _multivariate_normal,
+    td.TransformedDistribution: _squashed,
 }
 
 
-def _same_shape(old: td.Distribution, new: td.Distribution) -> None:
+def same_shape(old: td.Distribution, new: td.Distribution) -> None:
     if old.batch_shape != new.batch_shape or old.event_shape != new.event_shape:
         raise ValueError(
-            f"old and new must have one shape: {_name(old)} has batch {tuple(old.batch_shape)} and event "
-            f"{tuple(old.event_shape)}, {_name(new)} has {tuple(new.batch_shape)} and {tuple(new.event_shape)}"
+            f"old and new must have one shape: {name_of(old)} has batch {tuple(old.batch_shape)} and event "
+            f"{tuple(old.event_shape)}, {name_of(new)} has {tuple(new.batch_shape)} and {tuple(new.event_shape)}"
         )
 
 
-def _name(dist: object) -> str:
+def name_of(dist: object) -> str:
     if isinstance(dist, td.Independent):
-        return f"Independent({_name(dist.base_dist)})"
+        return f"Independent({name_of(dist.base_dist)})"
     return type(dist).__name__

@@ -1,0 +1,122 @@
+"""JS, Jeffreys, Renyi, total variation, entropies, and KL of full-covariance and squashed normals."""
+
+import math
+
+import pytest
+import torch
+from torch import distributions as td
+
+from klrl.distributions import Categoricals, DiagonalNormal
+from klrl.kl import cross_entropy, entropy, freeze, jeffreys, joint, js, kl, pinsker, renyi, total_variation
+
+
+def random_categoricals(spread: float = 1.0) -> tuple[td.Categorical, td.Categorical]:
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(500, 5, generator=rng)
+    return td.Categorical(logits=logits), td.Categorical(logits=logits + spread * torch.randn(500, 5, generator=rng))
+
+
+def test_js_matches_a_hand_computed_example_and_its_bounds() -> None:
+    old = td.Categorical(probs=torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+    new = td.Categorical(probs=torch.tensor([[0.0, 1.0], [0.5, 0.5]]))
+    assert js(old, new).tolist() == pytest.approx([math.log(2), 0.0], abs=1e-6)
+    assert js(old, new, units="bits").tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
+    assert total_variation(old, new).tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
+
+
+def test_root_js_is_a_metric() -> None:
+    torch.manual_seed(0)
+    a, b, c = (td.Categorical(logits=2 * torch.randn(1000, 4)) for _ in range(3))
+    assert torch.allclose(js(a, b), js(b, a))
+    assert bool((js(a, c).sqrt() <= js(a, b).sqrt() + js(b, c).sqrt() + 1e-6).all())
+
+
+def test_identities_between_the_measures() -> None:
+    old, new = random_categoricals()
+    assert torch.allclose(cross_entropy(old, new), -(old.probs * new.logits).sum(-1), rtol=1e-5)
+    assert torch.allclose(cross_entropy(old, new), entropy(old) + kl(old, new))
+    assert torch.allclose(jeffreys(old, new), kl(old, new) + kl(new, old))
+    assert torch.allclose(entropy(old, "bits") * math.log(2), entropy(old))
+    assert bool((total_variation(old, new) <= pinsker(kl(old, new)) + 1e-6).all())
+    with pytest.raises(ValueError, match="units"):
+        entropy(old, "hartleys")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 2.0])
+def test_renyi_equals_its_definition_and_kl_in_the_limit(spread: float, alpha: float) -> None:
+    old, new = random_categoricals(spread)
+    log_p, log_q = (torch.log_softmax(d.logits.double(), -1) for d in (old, new))
+    definition = torch.logsumexp(alpha * log_p + (1 - alpha) * log_q, -1) / (alpha - 1)
+    assert torch.allclose(renyi(old, new, alpha).double(), definition, rtol=1e-5, atol=1e-14)
+    assert torch.allclose(renyi(old, new, 1 + 1e-7), kl(old, new), rtol=1e-4)
+    assert torch.equal(renyi(old, new, 1.0), kl(old, new))
+
+
+def test_renyi_of_normals_matches_quadrature() -> None:
+    old, new, alpha = td.Normal(0.2, 0.7), td.Normal(-0.1, 1.1), 0.6
+    x = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+    integrand = torch.exp(alpha * old.log_prob(x) + (1 - alpha) * new.log_prob(x))
+    expected = torch.log(torch.trapezoid(integrand, x)) / (alpha - 1)
+    one = [td.Normal(torch.tensor([float(d.loc)]), torch.tensor([float(d.scale)])) for d in (old, new)]
+    assert float(renyi(one[0], one[1], alpha)) == pytest.approx(float(expected), rel=1e-4)
+    wide, narrow = td.Normal(torch.zeros(1), 3 * torch.ones(1)), td.Normal(torch.zeros(1), torch.ones(1))
+    assert float(renyi(wide, narrow, 2.0)) == math.inf, "no density results: the tails are too heavy"
+
+
+def test_joint_distributions_are_compared_as_one() -> None:
+    torch.manual_seed(0)
+    old, new = Categoricals(torch.randn(6, 2, 3)), Categoricals(torch.randn(6, 2, 3))
+    outcomes = [(d.log_probs[:, 0, :, None] + d.log_probs[:, 1, None, :]).flatten(1) for d in (old, new)]
+    flat = [td.Categorical(logits=x) for x in outcomes]
+    assert torch.allclose(js(old, new), js(flat[0], flat[1]), rtol=1e-5)
+    assert torch.allclose(total_variation(old, new), total_variation(flat[0], flat[1]), rtol=1e-5)
+    assert torch.allclose(renyi(old, new, 0.5), renyi(flat[0], flat[1], 0.5), rtol=1e-5)
+    coins = [joint(td.Bernoulli(logits=torch.randn(6, 4))) for _ in range(2)]
+    assert js(coins[0], coins[1]).shape == (6,)
+    many = Categoricals(torch.zeros(1, 20, 3))
+    with pytest.raises(ValueError, match="joint outcomes"):
+        js(many, many)
+
+
+def test_what_has_no_closed_form_is_refused() -> None:
+    normal = DiagonalNormal(torch.zeros(2, 3), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="both must be discrete"):
+        js(normal, normal)
+    with pytest.raises(ValueError, match="alpha"):
+        renyi(normal, normal, 0.0)
+    beta = td.Beta(torch.ones(2), torch.ones(2))
+    with pytest.raises(ValueError, match="no closed form between Beta and Beta"):
+        renyi(beta, beta, 0.5)
+
+
+def ar1(dimension: int, rho: float) -> torch.Tensor:
+    index = torch.arange(dimension, dtype=torch.float64)
+    return torch.linalg.cholesky(rho ** (index[:, None] - index).abs()).float()
+
+
+def test_full_covariance_kl_is_exact_in_200_dimensions_and_near_identity() -> None:
+    old = td.MultivariateNormal(torch.zeros(200), scale_tril=ar1(200, 0.9))
+    new = td.MultivariateNormal(0.1 * torch.ones(200), scale_tril=ar1(200, 0.8))
+    exact = td.kl_divergence(
+        td.MultivariateNormal(old.loc.double(), scale_tril=old.scale_tril.double()),
+        td.MultivariateNormal(new.loc.double(), scale_tril=new.scale_tril.double()),
+    )
+    assert float(kl(old, new)) == pytest.approx(float(exact), rel=1e-6)
+    assert float(kl(old, freeze(old))) == 0.0
+    near = td.MultivariateNormal(torch.zeros(3), scale_tril=torch.eye(3) * (1 + 1e-4))
+    unit = td.MultivariateNormal(torch.zeros(3), scale_tril=torch.eye(3))
+    u = -2 * math.log(float(near.scale_tril[0, 0].double()))
+    assert float(kl(unit, near)) == pytest.approx(1.5 * (math.expm1(u) - u), rel=1e-5)
+
+
+def test_a_squashed_normal_has_the_kl_of_its_base() -> None:
+    def squashed(mean: float) -> td.TransformedDistribution:
+        base = td.Independent(td.Normal(mean * torch.ones(4, 2), torch.ones(4, 2)), 1)
+        return td.TransformedDistribution(base, [td.TanhTransform()])
+
+    assert kl(squashed(0.0), squashed(1.0)).tolist() == pytest.approx([1.0] * 4)
+    assert kl(squashed(0.5), freeze(squashed(0.5))).tolist() == [0.0] * 4
+    other = td.TransformedDistribution(squashed(0.0).base_dist, [td.ExpTransform()])
+    with pytest.raises(ValueError, match="different transforms"):
+        kl(squashed(0.0), other)
