@@ -275,7 +275,9 @@ class PPO(Agent):
         return measure(batch.old, new, self.bound, log_ratio=log_ratio, valid=valid, direction=direction), log_ratio
 
     def _mean_kl(self, batch: Batch, valid: Tensor) -> float:
-        """The bounded KL alone: what stopping and projecting need."""
+        """The bounded KL alone: what stopping and projecting need. Infinite where the weights are not finite."""
+        if not math.isfinite(float(self.parameters.vector.sum())):
+            return math.inf
         divergence = kl if self.config.kl.direction == "forward" else reverse_kl
         values = divergence(batch.old, self.distribution(batch.inputs))
         return float((values if bool(valid.all()) else values[valid]).double().mean())

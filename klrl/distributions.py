@@ -168,6 +168,7 @@ PolicyDistribution = Categoricals | DiagonalNormal
 def _kl_categoricals(old: Categoricals, new: Categoricals) -> Tensor:
     if torch.is_grad_enabled() and (old.logits.requires_grad or new.logits.requires_grad):
         return categorical_kl(old.logits, new.logits).sum(-1)
+    # A policy is measured against many others, forward and in reverse: what KL needs of it is computed once.
     return categorical_kl_of(old.exact_probs, new.exact_probs).sum(-1).to(new.logits.dtype)
 
 

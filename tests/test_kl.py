@@ -8,6 +8,7 @@ from torch import distributions as td
 
 from klrl.distributions import Categoricals, DiagonalNormal
 from klrl.kl import (
+    NoClosedFormError,
     at_most,
     categorical_kl,
     concatenate,
@@ -15,6 +16,7 @@ from klrl.kl import (
     joint,
     kl,
     kl_estimate,
+    mc_kl,
     measure,
     normal_kl,
     reverse_kl,
@@ -93,9 +95,54 @@ def test_kl_is_never_negative_and_zero_only_at_identity() -> None:
     assert bool((normal_kl(mean, log_std, mean.clone(), log_std.clone()) == 0).all())
 
 
-def test_nan_parameters_are_not_hidden() -> None:
-    assert math.isnan(float(categorical_kl(torch.tensor([INF - INF, 0.0]), torch.zeros(2))))
-    assert math.isnan(float(categorical_kl(torch.zeros(2), torch.tensor([float("nan"), 0.0]))))
+def test_nan_parameters_are_named() -> None:
+    good, bad = torch.zeros(2, 3), torch.tensor([[0.0, float("nan"), 0.0], [0.0, 0.0, 0.0]])
+    with pytest.raises(ValueError, match="new is a Categorical with parameters that are nan"):
+        kl(td.Categorical(logits=good), td.Categorical(logits=bad, validate_args=False))
+    with pytest.raises(ValueError, match=r"old is a Independent\(Normal\) with parameters that are nan"):
+        kl(joint(td.Normal(bad, 1.0, validate_args=False)), joint(td.Normal(good, 1.0)))
+
+
+def test_a_list_of_unequal_categoricals_is_one_product() -> None:
+    torch.manual_seed(0)
+    old, new = ([td.Categorical(logits=torch.randn(5, n)) for n in (2, 4, 3)] for _ in range(2))
+    expected = sum(kl(a, b) for a, b in zip(old, new, strict=True))
+    assert torch.allclose(kl(joint(old), joint(new)), expected)  # type: ignore[arg-type]
+    assert torch.equal(td.kl_divergence(joint(old), joint(new)), kl(joint(old), joint(new)))
+    sample = joint(old).sample()
+    assert sample.shape == (5, 3)
+    assert joint(freeze(joint(old))).log_prob(sample).shape == (5,)
+    assert torch.allclose(joint(old).entropy(), sum(part.entropy() for part in old))  # type: ignore[arg-type]
+
+
+def test_beta_agrees_with_torch_in_float64_and_is_zero_at_identity() -> None:
+    torch.manual_seed(0)
+    a, b, c, d = (0.2 + 5 * torch.rand(4, 500)).unbind(0)
+    exact = td.kl_divergence(td.Beta(a.double(), b.double()), td.Beta(c.double(), d.double()))
+    assert torch.allclose(kl(td.Beta(a, b), td.Beta(c, d)).double(), exact, rtol=1e-5)
+    assert bool((kl(td.Beta(a, b), td.Beta(a.clone(), b.clone())) == 0).all())
+
+
+def test_mixtures_are_estimated_and_said_to_be() -> None:
+    torch.manual_seed(0)
+
+    def mixture(shift: float) -> td.MixtureSameFamily:
+        parts = td.Normal(torch.tensor([[-1.0, 1.0]]) + shift, torch.ones(1, 2))
+        return td.MixtureSameFamily(td.Categorical(torch.ones(1, 2)), parts)
+
+    old, new = mixture(0.0), mixture(0.5)
+    x = torch.linspace(-12, 12, 100_001, dtype=torch.float64)[:, None]
+    p, q = old.log_prob(x), new.log_prob(x)
+    exact = float(torch.trapezoid((p.exp() * (p - q))[:, 0], x[:, 0]))
+    value, stderr = mc_kl(old, new, 20_000)
+    assert abs(float(value) - exact) < 4 * float(stderr)
+    with pytest.raises(NoClosedFormError, match="no closed-form KL between MixtureSameFamily"):
+        kl(old, new)
+    report = measure(old, new, at_most(0.1))
+    assert report.estimated
+    assert not measure(*(td.Normal(torch.zeros(3), torch.ones(3)),) * 2).estimated
+    with pytest.raises(ValueError, match="at least 2"):
+        mc_kl(old, new, 1)
 
 
 def test_gradients_equal_finite_differences() -> None:

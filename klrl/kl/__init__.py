@@ -3,8 +3,8 @@
 from klrl.kl.closed_form import categorical_kl, normal_kl
 from klrl.kl.comparisons import cross_entropy, entropy, jeffreys, js, pinsker, renyi, total_variation
 from klrl.kl.control import Annealed, Banded, Bound, Coefficient, Dual, Fixed, Penalty, at_least, at_most
-from klrl.kl.divergence import concatenate, freeze, joint, kl, reverse_kl, select
-from klrl.kl.estimators import Estimate, kl_estimate
+from klrl.kl.divergence import NoClosedFormError, Product, concatenate, freeze, joint, kl, reverse_kl, select
+from klrl.kl.estimators import Estimate, StateEstimates, kl_estimate, mc_kl
 from klrl.kl.tracking import Direction, KLReport, Tracked, measure, track
 
 __all__ = [
@@ -17,7 +17,10 @@ __all__ = [
     "Estimate",
     "Fixed",
     "KLReport",
+    "NoClosedFormError",
     "Penalty",
+    "Product",
+    "StateEstimates",
     "Tracked",
     "at_least",
     "at_most",
@@ -31,6 +34,7 @@ __all__ = [
     "js",
     "kl",
     "kl_estimate",
+    "mc_kl",
     "measure",
     "normal_kl",
     "pinsker",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_FAR = 20.0  # beyond this log-ratio, probabilities that float32 has lost could matter
 _NO_MASS = 1e-300  # a probability below this is 0: its products with e^x could overflow before they cancel
 
 
@@ -51,21 +52,44 @@ def normal_kl(mean_old: Tensor, log_std_old: Tensor, mean_new: Tensor, log_std_n
     return result
 
 
+def normal_kl_of_scale(mean_old: Tensor, std_old: Tensor, mean_new: Tensor, std_new: Tensor) -> Tensor:
+    """The same from standard deviations instead of their logarithms."""
+    result: Tensor = _ScaleNormalKL.apply(mean_old, std_old, mean_new, std_new)  # type: ignore[no-untyped-call]
+    return result
+
+
 class _CategoricalKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_old: Tensor, logits_new: Tensor) -> Tensor:
-        old, new = exact_probs(logits_old), exact_probs(logits_new)
-        value = categorical_kl_of(old, new)
-        ctx.save_for_backward(*old, *new, value)
+        # With any reference r and x = logits_new - logits_old - r, KL = log1p(sum p expm1 x) - sum p x, which
+        # needs one exponential per logit. In float64 the difference of float32 logits is exact, and r = sum p d makes
+        # both sums second order in x, as KL is; p itself may then have float32's accuracy.
+        p = torch.softmax(logits_old, dim=-1)
+        d = logits_new.double() - logits_old
+        x = d - (p * d).sum(dim=-1, keepdim=True)
+        least, most = torch.aminmax(x) if x.numel() else (x.sum(), x.sum())
+        if bool((least > -_FAR) & (most < _FAR)):
+            growth = torch.expm1(x)
+            weight = p.double()
+            weight /= weight.sum(dim=-1, keepdim=True)
+            s = (weight * growth).sum(dim=-1)
+            value = torch.log1p(s).sub_((weight * x).sum(dim=-1)).clamp_min_(0.0)
+            q = weight * (1.0 + growth) / (1.0 + s).unsqueeze(-1) if ctx.needs_input_grad[1] else weight
+            ctx.save_for_backward(weight, q, x)
+        else:  # forbidden actions, overflow, or nan
+            old, new = exact_probs(logits_old), exact_probs(logits_new)
+            value = categorical_kl_of(old, new)
+            ctx.save_for_backward(old[1], new[1], new[0] - old[0])
         return value.to(logits_new.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        log_p, p, log_q, q, value = ctx.saved_tensors
+        p, q, x = ctx.saved_tensors
         grad = grads[0].double().unsqueeze(-1)
         to_old = to_new = None
-        if ctx.needs_input_grad[0]:
-            to_old = grad * torch.where(p < _NO_MASS, 0.0, p * (log_p - log_q - value.unsqueeze(-1)))
+        if ctx.needs_input_grad[0]:  # p * (log p - log q - KL), where sum p * (log p - log q) = KL
+            ratio = torch.where(p < _NO_MASS, 0.0, -x)
+            to_old = grad * p * (ratio - (p * ratio).sum(dim=-1, keepdim=True))
         if ctx.needs_input_grad[1]:
             to_new = grad * (q - p)
         return to_old, to_new
@@ -94,3 +118,28 @@ class _NormalKL(torch.autograd.Function):
             gradient.to(dtype) if needed else None
             for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs_input_grad, strict=True)
         )
+
+
+class _ScaleNormalKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mean_old: Tensor, std_old: Tensor, mean_new: Tensor, std_new: Tensor) -> Tensor:
+        z = (mean_new - mean_old) / std_new
+        ratio = std_old.double() / std_new
+        # r^2 - 1 - 2 log r; the float64 of float32 inputs leaves it an error of 1e-16, whatever r is.
+        spread = torch.log(ratio).mul_(-2.0).add_(ratio * ratio).sub_(1.0).clamp_min_(0.0)
+        ctx.save_for_backward(z, ratio, std_new)
+        return (z * z).add_(spread).mul_(0.5).to(mean_new.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z, ratio, std_new = ctx.saved_tensors
+        grad = grads[0]
+        gradients: list[Tensor | None] = [None] * 4
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
+            to_mean = grad * z / std_new
+            gradients[0], gradients[2] = -to_mean, to_mean
+        if ctx.needs_input_grad[1]:
+            gradients[1] = (grad * (ratio - 1 / ratio) / std_new).to(grad.dtype)
+        if ctx.needs_input_grad[3]:
+            gradients[3] = (grad * (1 - z * z - ratio * ratio) / std_new).to(grad.dtype)
+        return tuple(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=True))

@@ -6,32 +6,31 @@ ValueError that names it.
 """
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributions as td
 
 from klrl.kl.closed_form import categorical_kl_of, exact_probs
-from klrl.kl.divergence import kl, logits_of, name_of, same_shape
+from klrl.kl.divergence import Units, in_units, kl, logits_of, name_of, same_shape
 
-Units = Literal["nats", "bits"]
 _MOST_OUTCOMES = 65_536  # of a joint discrete distribution that is written out
 
 
 def entropy(dist: td.Distribution, units: Units = "nats") -> Tensor:
     """H(dist), shape ``batch_shape``; differential for continuous distributions."""
-    return _in(dist.entropy(), units)
+    return in_units(dist.entropy(), units)
 
 
 def cross_entropy(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Tensor:
     """H(old, new) = -E_old log new = H(old) + KL(old || new): the cost of coding old's actions with new's code."""
-    return _in(old.entropy() + kl(old, new), units)
+    return in_units(old.entropy() + kl(old, new), units)
 
 
 def jeffreys(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Tensor:
     """KL(old || new) + KL(new || old), symmetric. Source: Jeffreys (1946)."""
-    return _in(kl(old, new) + kl(new, old), units)
+    return in_units(kl(old, new) + kl(new, old), units)
 
 
 def js(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Tensor:
@@ -43,7 +42,7 @@ def js(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Ten
     log_middle = torch.logaddexp(log_p, log_q) - math.log(2)
     middle = (log_middle, log_middle.exp())
     value = 0.5 * (categorical_kl_of((log_p, p), middle) + categorical_kl_of((log_q, q), middle))
-    return _in(value, units).to(torch.get_default_dtype())
+    return in_units(value, units).to(torch.get_default_dtype())
 
 
 def total_variation(old: td.Distribution, new: td.Distribution) -> Tensor:
@@ -65,7 +64,7 @@ def renyi(old: td.Distribution, new: td.Distribution, alpha: float, units: Units
     if not (alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"alpha must be finite and above 0, got {alpha}")
     if alpha == 1:
-        return _in(kl(old, new), units)
+        return in_units(kl(old, new), units)
     same_shape(old, new)
     if _log_probs(old) is not None and _log_probs(new) is not None:
         (log_p, p), (log_q, _) = (exact_probs(x) for x in (_log_probs(old), _log_probs(new)) if x is not None)
@@ -74,7 +73,7 @@ def renyi(old: td.Distribution, new: td.Distribution, alpha: float, units: Units
         covered = (log_q.exp() * (p > 0)).sum(-1) - 1
         terms = p * (torch.expm1((1 - alpha) * x) - (1 - alpha) * torch.expm1(x))
         value = torch.log1p(terms.sum(-1) + (1 - alpha) * covered) / (alpha - 1)
-        return _in(_sum_parts(old, value.clamp_min(0.0)), units).to(torch.get_default_dtype())
+        return in_units(_sum_parts(old, value.clamp_min(0.0)), units).to(torch.get_default_dtype())
     (mean_p, log_std_p), (mean_q, log_std_q) = _normal(old, new), _normal(new, old)
     var_p, var_q = (2 * log_std_p).exp(), (2 * log_std_q).exp()
     mixed = alpha * var_q + (1 - alpha) * var_p
@@ -83,13 +82,7 @@ def renyi(old: td.Distribution, new: td.Distribution, alpha: float, units: Units
     logarithm = torch.log1p((1 - alpha) * torch.expm1(ratio)) - (1 - alpha) * ratio
     value = 0.5 * alpha * (mean_q - mean_p) ** 2 / mixed + 0.5 * logarithm / (1 - alpha)
     value = torch.where(mixed > 0, value.clamp_min(0.0), math.inf)
-    return _in(_sum_parts(old, value), units).to(torch.get_default_dtype())
-
-
-def _in(nats: Tensor, units: Units) -> Tensor:
-    if units not in ("nats", "bits"):
-        raise ValueError(f"units must be 'nats' or 'bits', got {units!r}")
-    return nats if units == "nats" else nats / math.log(2)
+    return in_units(_sum_parts(old, value), units).to(torch.get_default_dtype())
 
 
 def _base(dist: Any) -> Any:
@@ -101,7 +94,7 @@ def _log_probs(dist: td.Distribution) -> Tensor | None:
     base = _base(dist)
     if isinstance(base, td.Bernoulli | td.Categorical):
         return logits_of(base)
-    return base.logits if hasattr(base, "exact_probs") else None
+    return base.logits if hasattr(base, "exact_probs") else None  # klrl's Categoricals
 
 
 def _normal(dist: td.Distribution, other: td.Distribution) -> tuple[Tensor, Tensor]:

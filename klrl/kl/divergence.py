@@ -11,8 +11,9 @@ Conventions: 0*log 0 = 0; where old has mass and new has none, KL is +inf, never
 forbid (logit -inf) drop out. KL >= 0 always and KL(p||p) = 0 exactly.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,20 +22,31 @@ from torch import distributions as td
 from klrl.kl import closed_form
 
 D = TypeVar("D", bound=td.Distribution)
+Units = Literal["nats", "bits"]
 
 
-def kl(old: td.Distribution, new: td.Distribution) -> Tensor:
-    """KL(old || new) in closed form, shape ``batch_shape``, in nats.
+def kl(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Tensor:
+    """KL(old || new) in closed form, shape ``batch_shape``.
 
     A bare ``Normal`` or ``Bernoulli`` with parameters of shape [B, d] keeps its dimensions, as everywhere in torch;
     wrap it in ``joint`` to sum over them. Differentiable once, in both arguments.
 
-    Raises ValueError for different families, different shapes, or a pair without a closed form.
-    Source: Kullback and Leibler (1951), equation 2.4.
+    Raises ValueError for different families, different shapes, parameters that are nan, or a pair without a closed form
+    (``mc_kl`` estimates that). Source: Kullback and Leibler (1951), equation 2.4.
     """
+    value = _kl(old, new)
+    if bool(value.isnan().any()):
+        for side, dist in (("old", old), ("new", new)):
+            if any(bool(parameter.isnan().any()) for parameter in parameters_of(dist)):
+                raise ValueError(f"{side} is a {name_of(dist)} with parameters that are nan")
+        raise ValueError(f"the KL between {name_of(old)} and {name_of(new)} is nan: their parameters are out of range")
+    return in_units(value, units)
+
+
+def _kl(old: td.Distribution, new: td.Distribution) -> Tensor:
     if isinstance(old, td.Independent) and isinstance(new, td.Independent):
         same_shape(old, new)
-        inner = kl(old.base_dist, new.base_dist)
+        inner = _kl(old.base_dist, new.base_dist)
         return inner.sum(dim=tuple(range(-old.reinterpreted_batch_ndims, 0)))
     for family, function in _STABLE.items():
         if isinstance(old, family) and isinstance(new, family):
@@ -42,10 +54,23 @@ def kl(old: td.Distribution, new: td.Distribution) -> Tensor:
             if getattr(old, "param_shape", None) != getattr(new, "param_shape", None):  # a Categorical's choices
                 raise ValueError(f"old and new must have one shape: {old.param_shape} and {new.param_shape}")  # type: ignore[attr-defined]
             return function(old, new)
+    if type(old) is type(new):
+        same_shape(old, new)
     try:
         return td.kl_divergence(old, new)
     except NotImplementedError:
-        raise ValueError(f"no closed-form KL between {name_of(old)} and {name_of(new)}") from None
+        raise NoClosedFormError(f"no closed-form KL between {name_of(old)} and {name_of(new)}") from None
+
+
+class NoClosedFormError(ValueError):
+    """The pair of distributions has no closed-form KL; ``mc_kl`` estimates it where both can score samples."""
+
+
+def in_units(nats: Tensor, units: Units) -> Tensor:
+    """Nats as "nats" or "bits". Raises ValueError for another unit."""
+    if units not in ("nats", "bits"):
+        raise ValueError(f"units must be 'nats' or 'bits', got {units!r}")
+    return nats if units == "nats" else nats / math.log(2)
 
 
 def reverse_kl(old: td.Distribution, new: td.Distribution) -> Tensor:
@@ -53,13 +78,57 @@ def reverse_kl(old: td.Distribution, new: td.Distribution) -> Tensor:
     return kl(new, old)
 
 
-def joint(dist: td.Distribution) -> td.Distribution:
+def joint(dist: td.Distribution | Sequence[td.Distribution]) -> td.Distribution:
     """One distribution per state: every batch dimension after the first becomes an action dimension.
 
     ``joint(Normal(mean, std))`` with parameters of shape [B, d] has ``batch_shape`` [B], so its KL is the joint one.
+    A list of distributions, such as a MultiDiscrete's categoricals of unequal sizes, becomes their product.
     """
+    if not isinstance(dist, td.Distribution):
+        return Product([joint(part) for part in dist])
     extra = len(dist.batch_shape) - 1
     return td.Independent(dist, extra) if extra > 0 else dist
+
+
+class Product(td.Distribution):
+    """Independent distributions of one ``batch_shape`` as one; a value is [*batch, parts], one column for each."""
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (torch's own declaration)
+
+    def __init__(self, parts: Sequence[td.Distribution]) -> None:
+        if not parts or len({(p.batch_shape, p.event_shape) for p in parts}) != 1 or parts[0].event_shape:
+            raise ValueError("a product needs at least one distribution, all of one batch shape, each of one number")
+        self.parts = list(parts)
+        super().__init__(parts[0].batch_shape, torch.Size([len(parts)]), validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return torch.stack([p.log_prob(v) for p, v in zip(self.parts, value.unbind(-1), strict=True)]).sum(0)
+
+    def entropy(self) -> Tensor:
+        return torch.stack([part.entropy() for part in self.parts]).sum(0)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return torch.stack([part.sample(sample_shape) for part in self.parts], dim=-1)
+
+    def map_parameters(self, function: Callable[[Tensor], Tensor]) -> "Product":
+        return Product([_map_parameters(part, function) for part in self.parts])
+
+
+@td.register_kl(Product, Product)  # type: ignore[no-untyped-call, untyped-decorator]
+def _kl_product(old: Product, new: Product) -> Tensor:
+    return torch.stack([_kl(a, b) for a, b in zip(old.parts, new.parts, strict=True)]).sum(0)
+
+
+def parameters_of(dist: td.Distribution) -> list[Tensor]:
+    """The distribution's parameter tensors, in a fixed order."""
+    found: list[Tensor] = []
+
+    def collect(parameter: Tensor) -> Tensor:
+        found.append(parameter)
+        return parameter
+
+    _map_parameters(dist, collect)
+    return found
 
 
 def freeze(dist: D) -> D:
@@ -76,16 +145,7 @@ def concatenate(dists: list[D]) -> D:
     """The distributions of consecutive chunks of states as one distribution. All must be of one type."""
     if len(dists) == 1:
         return dists[0]
-    columns: list[list[Tensor]] = []
-    for dist in dists:
-        parameters: list[Tensor] = []
-
-        def collect(parameter: Tensor, into: list[Tensor] = parameters) -> Tensor:
-            into.append(parameter)
-            return parameter
-
-        _map_parameters(dist, collect)
-        columns.append(parameters)
+    columns = [parameters_of(dist) for dist in dists]
     whole = iter([torch.cat(column) for column in zip(*columns, strict=True)])
     return _map_parameters(dists[0], lambda _: next(whole))
 
@@ -103,16 +163,23 @@ def _map_parameters(dist: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(dist, td.MultivariateNormal):
         loc, factor = function(dist.loc), function(dist.scale_tril)
         return td.MultivariateNormal(loc, scale_tril=factor, validate_args=False)
+    if isinstance(dist, td.Beta):
+        return td.Beta(function(dist.concentration1), function(dist.concentration0), validate_args=False)
+    if isinstance(dist, td.MixtureSameFamily):
+        weights, parts = (
+            _map_parameters(d, function) for d in (dist.mixture_distribution, dist.component_distribution)
+        )
+        return td.MixtureSameFamily(weights, parts, validate_args=False)
     if isinstance(dist, td.TransformedDistribution):
         return td.TransformedDistribution(_map_parameters(dist.base_dist, function), dist.transforms)
     raise ValueError(
-        f"{name_of(dist)} is not supported: give a Normal (also multivariate or squashed), Categorical or Bernoulli, "
-        "or a class with a method map_parameters(function)"
+        f"{name_of(dist)} is not supported: give a Normal (also multivariate or squashed), Categorical, Bernoulli, "
+        "Beta, a mixture of those, or a class with a method map_parameters(function)"
     )
 
 
 def _normal(old: td.Normal, new: td.Normal) -> Tensor:
-    return closed_form.normal_kl(old.loc, old.scale.double().log(), new.loc, new.scale.double().log())
+    return closed_form.normal_kl_of_scale(old.loc, old.scale, new.loc, new.scale)
 
 
 def _categorical(old: td.Categorical, new: td.Categorical) -> Tensor:
@@ -131,11 +198,18 @@ def _multivariate_normal(old: td.MultivariateNormal, new: td.MultivariateNormal)
     return (0.5 * (terms.sum(-1) + ratio.tril(-1).square().sum((-2, -1)))).to(new.loc.dtype)
 
 
+def _beta(old: td.Beta, new: td.Beta) -> Tensor:
+    (a, b), (c, d) = ((x.concentration1.double(), x.concentration0.double()) for x in (old, new))
+    normalisers = [torch.lgamma(x) + torch.lgamma(y) - torch.lgamma(x + y) for x, y in ((a, b), (c, d))]
+    slopes = (a - c) * torch.digamma(a) + (b - d) * torch.digamma(b) - (a + b - c - d) * torch.digamma(a + b)
+    return (normalisers[1] - normalisers[0] + slopes).clamp_min(0.0).to(new.concentration1.dtype)
+
+
 def _squashed(old: td.TransformedDistribution, new: td.TransformedDistribution) -> Tensor:
     # An invertible transform changes no KL: that of the bases.
     if [type(t) for t in old.transforms] != [type(t) for t in new.transforms]:
         raise ValueError(f"{name_of(old)} and {name_of(new)} have different transforms")
-    return kl(old.base_dist, new.base_dist)
+    return _kl(old.base_dist, new.base_dist)
 
 
 def logits_of(dist: td.Categorical | td.Bernoulli) -> Tensor:
@@ -163,6 +237,7 @@ _STABLE: dict[type[td.Distribution], Callable[[Any, Any], Tensor]] = {
     td.Categorical: _categorical,
     td.Bernoulli: _bernoulli,
     td.MultivariateNormal: _multivariate_normal,
+    td.Beta: _beta,
     td.TransformedDistribution: _squashed,
 }
 

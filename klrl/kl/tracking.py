@@ -10,8 +10,8 @@ from torch import Tensor
 from torch import distributions as td
 
 from klrl.kl.control import Bound
-from klrl.kl.divergence import freeze, kl, reverse_kl
-from klrl.kl.estimators import Estimate, kl_estimate
+from klrl.kl.divergence import NoClosedFormError, freeze, kl, reverse_kl
+from klrl.kl.estimators import Estimate, kl_estimate, mc_kl
 
 Direction = Literal["forward", "reverse"]
 
@@ -43,6 +43,8 @@ class KLReport:
     """The epoch in which the update was stopped early; 0 if it ran to its end."""
     rolled_back: float = 0.0
     """The share of the update that was taken back: 0 kept, 1 rolled back, between them projected to the boundary."""
+    estimated: bool = False
+    """Whether the KLs are Monte Carlo estimates, for want of a closed form; exact otherwise."""
     attempted: float = 0.0
     """The bounded KL that the update reached, before anything was taken back."""
 
@@ -63,6 +65,8 @@ class KLReport:
         for tag in ("mean", "max", "p50", "p95", "p99", "reverse", "stop_epoch", "rolled_back"):
             record(f"kl/{tag}", float(getattr(self, tag)))
         record("kl/coef", self.coefficient)
+        if self.estimated:
+            record("kl/estimated", 1.0)
         if self.limit != float("inf"):
             record("kl/limit", self.limit)
             record("kl/of_limit", self.of_limit)
@@ -82,23 +86,29 @@ def measure(
     log_ratio: Tensor | None = None,
     valid: Tensor | None = None,
     direction: Direction = "forward",
+    samples: int = 256,
 ) -> KLReport:
     """Compare two policies on the same B states and return the report of the move from ``old`` to ``new``.
 
     ``log_ratio``: log new(a) - log old(a), [B], of actions drawn from ``old``, for the estimates k1 and k3.
+    ``samples``: how many per state where there is no closed form (mixtures); the report is then ``estimated``.
     ``valid``: bool [B], the states that count (False on an autoreset's filler rows); all by default.
 
-    Raises ValueError where the two have no closed-form KL, or where the result is not one value per state
-    (use ``joint``), or where no state is valid.
+    Raises ValueError where the result is not one value per state (use ``joint``) or no state is valid.
     """
     with torch.no_grad():
-        forward, backward = kl(old, new), reverse_kl(old, new)
+        estimated = False
+        try:
+            forward, backward = kl(old, new), reverse_kl(old, new)
+        except NoClosedFormError:
+            estimated = True
+            forward, backward = mc_kl(old, new, samples).value, mc_kl(new, old, samples).value
         if forward.dim() != 1:
             raise ValueError(
                 f"KL has shape {tuple(forward.shape)}, but a report needs one value per state, shape [B]: "
                 "wrap the distributions in joint(...)"
             )
-        before, after = old.entropy(), new.entropy()
+        before, after = (_entropy(dist, samples) for dist in (old, new))
         if valid is not None and not bool(valid.all()):
             forward, backward, before, after = forward[valid], backward[valid], before[valid], after[valid]
             log_ratio = None if log_ratio is None else log_ratio[valid]
@@ -111,6 +121,7 @@ def measure(
         p50, p95, p99, largest = ordered[ranks].tolist()
         mean, reverse, entropy_before, entropy = means.tolist()
     return KLReport(
+        estimated=estimated,
         attempted=mean if direction == "forward" else reverse,
         mean=mean,
         max=largest,
@@ -125,6 +136,14 @@ def measure(
         k1=None if log_ratio is None else kl_estimate(log_ratio, "k1"),
         k3=None if log_ratio is None else kl_estimate(log_ratio, "k3"),
     )
+
+
+def _entropy(dist: td.Distribution, samples: int) -> Tensor:
+    """The exact entropy, or a sampled one where torch has none (mixtures, squashed normals)."""
+    try:
+        return dist.entropy()
+    except NotImplementedError:
+        return -dist.log_prob(dist.sample(torch.Size([samples]))).mean(0)
 
 
 class Tracked:
