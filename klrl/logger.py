@@ -80,11 +80,11 @@ def _layout_summary() -> Any:
 
 
 class Console:
-    """A run's progress: one live line on a terminal, a plain line every few seconds elsewhere."""
+    """A run's progress: one live line on a terminal; elsewhere a plain line each tenth, and at least each minute."""
 
-    def __init__(self, total: int, quiet: bool, every: float = 5.0) -> None:
-        self._total, self._quiet, self._every = total, quiet, every
-        self._next = 0.0
+    def __init__(self, total: int, quiet: bool) -> None:
+        self._total, self._quiet = total, quiet
+        self._next_step, self._next_time = 0.0, 0.0
         self._progress: Any = None
         if not quiet and sys.stdout.isatty():
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -104,8 +104,8 @@ class Console:
             return
         if self._progress is not None:
             self._progress.update(self._task, completed=min(step, self._total), description=_line(step, figures))
-        elif time.monotonic() >= self._next:
-            self._next = time.monotonic() + self._every
+        elif step >= self._next_step or time.monotonic() >= self._next_time:
+            self._next_step, self._next_time = (step * 10 // self._total + 1) * self._total / 10, time.monotonic() + 60
             print(f"{100 * min(step / self._total, 1):3.0f}%  {_line(step, figures)}", flush=True)
 
     def close(self) -> None:
