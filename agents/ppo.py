@@ -167,9 +167,8 @@ class PPO(Agent):
         self.bound = at_most(config.kl.target)
         self.penalty = config.kl.make_penalty()
         rate = config.learning_rate
-        self.learning_rate = Banded(
-            rate, factor=1 / 1.5, low=0.5, high=2.0, least=min(rate, 1e-5), most=max(rate, 1e-2)
-        )
+        least, most = min(rate, 1e-5), max(rate, 1e-2)
+        self.learning_rate = Banded(rate, factor=1 / 1.5, low=0.5, high=2.0, least=least, most=most)
         self.n_updates = 0
 
     def new_buffer(self, n_envs: int) -> RolloutBuffer:
@@ -218,15 +217,17 @@ class PPO(Agent):
 
         means = torch.stack(trace).view(-1, len(_TRACED)).double().mean(0).tolist()
         metrics = dict(zip(_TRACED, means, strict=True))
-        weights = float(parameters.vector.abs().sum())
-        for tag, figure in [*metrics.items(), ("health/sum_of_weights", weights)]:
-            if not math.isfinite(figure):
-                parameters.restore(before)
-                if self.reward_scale is not None:
-                    self.reward_scale.load_state_dict(scale_before)
-                raise NonFiniteError(f"{tag.split('/')[1]} is {figure} in update {self.n_updates + 1}")
+        try:
+            for tag, figure in [*metrics.items(), ("/largest weight", float(parameters.vector.abs().max()))]:
+                if not math.isfinite(figure):
+                    raise NonFiniteError(f"{tag.split('/')[1]} is {figure} in update {self.n_updates + 1}")
+            report, log_ratio = self._settle(batch, valid, before, stop_epoch)
+        except (NonFiniteError, ValueError) as problem:  # ValueError: the new policy has no KL, as its outputs overflow
+            parameters.restore(before)
+            if self.reward_scale is not None:
+                self.reward_scale.load_state_dict(scale_before)
+            raise NonFiniteError(str(problem)) from None
 
-        report, log_ratio = self._settle(batch, valid, before, stop_epoch)
         if self.penalty is not None:
             self.penalty.adapt(report.attempted)
         if config.lr_schedule == "kl":
@@ -275,11 +276,12 @@ class PPO(Agent):
         return measure(batch.old, new, self.bound, log_ratio=log_ratio, valid=valid, direction=direction), log_ratio
 
     def _mean_kl(self, batch: Batch, valid: Tensor) -> float:
-        """The bounded KL alone: what stopping and projecting need. Infinite where the weights are not finite."""
-        if not math.isfinite(float(self.parameters.vector.sum())):
-            return math.inf
+        """The bounded KL alone: what stopping and projecting need. Infinite where the policy is not finite."""
         divergence = kl if self.config.kl.direction == "forward" else reverse_kl
-        values = divergence(batch.old, self.distribution(batch.inputs))
+        try:
+            values = divergence(batch.old, self.distribution(batch.inputs))
+        except ValueError:
+            return math.inf
         return float((values if bool(valid.all()) else values[valid]).double().mean())
 
     def _should_stop(self, batch: Batch, valid: Tensor) -> bool:
@@ -299,11 +301,9 @@ class PPO(Agent):
                 self.parameters.restore(before, only=0)
                 kept = 0.0
             report, log_ratio = self._measure(batch, valid)
-        coefficient = 0.0 if self.penalty is None else self.penalty.coefficient.value
-        report = replace(
-            report, attempted=reached, rolled_back=1 - kept, coefficient=coefficient, stop_epoch=stop_epoch
-        )
-        return report, log_ratio
+        beta = 0.0 if self.penalty is None else self.penalty.coefficient.value
+        settled = {"attempted": reached, "rolled_back": 1 - kept, "coefficient": beta}
+        return replace(report, stop_epoch=stop_epoch, **settled), log_ratio  # type: ignore[arg-type]
 
     def _diagnostics(self, batch: Batch, valid: Tensor, log_ratio: Tensor, learning_rate: float) -> dict[str, float]:
         """SB3's figures, over the whole batch; the values are those from before the update, as SB3 logs them."""

@@ -219,12 +219,14 @@ def test_a_non_finite_gradient_stops_and_leaves_the_weights() -> None:
         agent.update(buffer)
 
 
-def test_weights_that_are_not_finite_never_stay() -> None:
+@pytest.mark.parametrize(("rate", "check"), [(1e39, "update"), (1e39, "minibatch"), (1e37, "update")])
+def test_weights_that_are_not_finite_or_overflow_never_stay(rate: float, check: Any) -> None:
     env = make_vector("CartPole-v1", 8, EnvConfig())
-    agent = PPO(env.single_observation_space, env.single_action_space, replace(PROBE, learning_rate=1e39, n_epochs=1))
+    config = replace(PROBE, learning_rate=rate, n_epochs=1, kl=KLConfig(check=check))
+    agent = PPO(env.single_observation_space, env.single_action_space, config)
     buffer = agent.new_buffer(8)
     collect(agent, env, buffer, env.reset(seed=0)[0])
-    with pytest.raises(NonFiniteError, match="in update 1"):
+    with pytest.raises(NonFiniteError, match=r"in update 1|nan"):
         agent.update(buffer)
     assert bool(torch.isfinite(agent.parameters.vector).all())
 
