@@ -5,6 +5,7 @@ from klrl.kl.comparisons import cross_entropy, entropy, jeffreys, js, pinsker, r
 from klrl.kl.control import Annealed, Banded, Bound, Coefficient, Dual, Fixed, Penalty, at_least, at_most
 from klrl.kl.divergence import NoClosedFormError, Product, concatenate, freeze, joint, kl, reverse_kl, select
 from klrl.kl.estimators import Estimate, StateEstimates, kl_estimate, mc_kl
+from klrl.kl.fisher import fisher_vector_product
 from klrl.kl.tracking import Direction, KLReport, Tracked, measure, track
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "concatenate",
     "cross_entropy",
     "entropy",
+    "fisher_vector_product",
     "freeze",
     "jeffreys",
     "joint",
