@@ -1,7 +1,12 @@
 """klrl in other people's code: Stable-Baselines3's evaluation, and KL tracked around its PPO."""
 
+from statistics import fmean
+from typing import Any
+
 import gymnasium as gym
+import numpy as np
 import pytest
+from sb3_contrib import TRPO
 from stable_baselines3 import A2C
 from stable_baselines3 import PPO as SB3PPO
 from stable_baselines3.common.env_util import make_vec_env
@@ -9,6 +14,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 import klrl
 from klrl.kl import at_most, joint, kl, track
+from klrl.sb3 import KLCallback
 
 
 def test_sb3_evaluates_a_klrl_agent() -> None:
@@ -37,3 +43,50 @@ def test_track_measures_a_foreign_update_exactly(algorithm: type, env_id: str) -
     # The policy as it was when track began stays what it was: the KL to it is that of SB3's whole update.
     assert kl(old, policy()).mean().item() == pytest.approx(update.report.mean, rel=1e-4)  # type: ignore[arg-type]
     assert update.report.of_limit == pytest.approx(update.report.mean / 0.02)
+
+
+class SixDimensions(gym.Env[Any, Any]):
+    """One step, six action dimensions that are rewarded alike and independently."""
+
+    observation_space = gym.spaces.Box(-1.0, 1.0, (2,))
+    action_space = gym.spaces.Box(-1.0, 1.0, (6,))
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self.np_random.uniform(-1, 1, 2).astype(np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return np.zeros(2, np.float32), -float(np.square(action - 0.5).sum()), True, False, {}
+
+
+@pytest.mark.parametrize("algorithm", [SB3PPO, A2C, TRPO])
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_the_callback_logs_every_update_of_sb3(algorithm: Any, env_id: str) -> None:
+    model = algorithm("MlpPolicy", make_vec_env(env_id, 2, seed=0), n_steps=64, seed=0, device="cpu")
+    callback = KLCallback(at_most(0.01))
+    model.learn(5 * 128, callback=callback)
+    assert len(callback.reports) == 5
+    assert all(report.mean >= 0.0 for report in callback.reports)
+    assert any(report.mean > 0.0 for report in callback.reports)
+    recorded = model.logger.name_to_value
+    assert recorded["kl/mean"] == callback.reports[-1].mean
+    assert recorded["kl/of_limit"] == pytest.approx(callback.reports[-1].mean / 0.01)
+
+
+def test_trpo_of_sb3_contrib_bounds_the_mean_over_dimensions_of_the_reverse_kl() -> None:
+    model = TRPO("MlpPolicy", make_vec_env(SixDimensions, 8, seed=0), n_steps=64, seed=0, target_kl=0.01, device="cpu")
+    theirs = []
+
+    class Watch(KLCallback):
+        def _on_rollout_start(self) -> None:
+            if self._old is not None:
+                theirs.append(float(self.logger.name_to_value["train/kl_divergence_loss"]))
+            super()._on_rollout_start()
+
+    callback = Watch(at_most(0.01))
+    model.learn(6 * 512, callback=callback)
+    moved = [(report, kl) for report, kl in zip(callback.reports, theirs, strict=True) if kl > 1e-4]
+    assert len(moved) >= 3
+    for report, their_kl in moved:
+        assert report.reverse == pytest.approx(6 * their_kl, rel=1e-3), "KL(new || old), divided by six dimensions"
+    assert fmean(report.mean for report, _ in moved) > 0.03, "the joint KL is far beyond the limit of 0.01"
