@@ -61,13 +61,14 @@ def _dispatch(arguments: list[str]) -> None:
 
 def _train(arguments: list[str]) -> None:
     help_wanted = any(word in ("-h", "--help") for word in arguments)
+    from klrl import agents
+
     if help_wanted and (not arguments or arguments[0].startswith("-")):
-        arguments = ["ppo", *arguments]
+        arguments = [next(iter(agents.AGENTS)), *arguments]
     names = [word for word in arguments[:2] if not word.startswith("-")]
     if not names or (len(names) < 2 and not help_wanted):
         raise UsageError("train needs an agent and an env: klrl train ppo CartPole-v1")
 
-    from klrl import agents
     from klrl.envs.make import check, import_module
     from klrl.training import RunConfig, resolve, run_training
 
@@ -128,7 +129,7 @@ def _eval(arguments: list[str]) -> None:
     score = run_episodes(agent, envs, run_config.seed + FRESH_SEED, not given.stochastic)
     envs.close()
     if given.json:
-        print(json.dumps({"env_id": env, "mean": score.mean, "std": score.std, **score._asdict()}))
+        print(json.dumps({"env_id": env, **score._asdict()}))
     else:
         print(f"{score.mean:.1f} +- {score.std:.1f} over {given.episodes} episodes of {env}")
 

@@ -92,7 +92,7 @@ def test_dual_is_a_gradient_step_in_log_space() -> None:
 def test_dual_with_a_proportional_term_rings_less() -> None:
     def overshoot(proportional: float) -> float:
         """The plant answers the coefficient with a delay: its log follows slowly."""
-        beta, bound, state = Dual(1e-2, rate=0.5, proportional=proportional, relative=True), at_most(0.02), 0.0
+        beta, bound, state = Dual(1e-2, rate=25.0, proportional=50.0 * proportional), at_most(0.02), 0.0
         signs = []
         for _ in range(200):
             state += 0.2 * (math.log(beta.value) - state)
@@ -109,8 +109,8 @@ def test_dual_with_a_proportional_term_rings_less() -> None:
     [
         lambda start: Banded(start),
         lambda start: Banded.preset("rllib", start),
-        lambda start: Dual(start, rate=0.5, relative=True),
-        lambda start: Dual(start, rate=0.5, proportional=0.5, relative=True),
+        lambda start: Dual(start, rate=25.0),
+        lambda start: Dual(start, rate=25.0, proportional=25.0),
     ],
 )
 @pytest.mark.parametrize("start", [1e-2, 1.0, 1e2])

@@ -145,7 +145,7 @@ class Dual:
     The dual step of a bound, in log space so that the multiplier stays positive. With ``at_least(H)`` it is SAC's
     temperature (Haarnoja et al. 2018b, section 5). ``proportional`` above 0 adds a term in the excess's change, the
     velocity form of a PI controller, which keeps no integral beside the value itself and so cannot wind up; it damps
-    the ringing of the plain step. ``relative`` divides the excess by the limit, so that one rate suits every limit.
+    the ringing of the plain step. ``rate`` is per unit of excess: for a KL bound, take it in units of 1 / limit.
     """
 
     def __init__(
@@ -154,14 +154,13 @@ class Dual:
         *,
         rate: float = 0.1,
         proportional: float = 0.0,
-        relative: bool = False,
         least: float = 1e-6,
         most: float = 1e6,
     ) -> None:
         _positive("least", least)
         if not (least <= value <= most < math.inf):
             raise ValueError(f"value must lie within [{least}, {most}], got {value}")
-        self.rate, self.relative = _positive("rate", rate), relative
+        self.rate = _positive("rate", rate)
         self.proportional = _positive("proportional", proportional, zero_allowed=True)
         self._range = (math.log(least), math.log(most))
         self._log_value = math.log(value)
@@ -174,8 +173,6 @@ class Dual:
     def adapt(self, measured: float, bound: Bound) -> None:
         """Answer one update's measurement; nan counts as far too large. No step is larger than a factor e."""
         excess = bound.excess(measured) if not math.isnan(measured) else math.inf
-        if self.relative:
-            excess /= abs(bound.limit)
         step = self.rate * excess
         if self.proportional and math.isfinite(excess):
             step += self.proportional * (excess - (excess if self._last_excess is None else self._last_excess))

@@ -1,11 +1,10 @@
 """Exact divergences between policy distributions, one value per state.
 
 Every function takes ``old`` first, returns nats and sums over action dimensions. The arithmetic runs in float64
-whatever the input, and sums terms that are each >= 0, so that nothing cancels:
+where float32 would cancel, in forms that are second order in the difference of the two policies, as KL itself is:
 
 - with x = log q - log p, KL(p||q) = sum p * phi(x), where phi(x) = e^x - 1 - x >= 0 (the sum of q - p is zero);
-- a float32 log-ratio of 1e-5 leaves phi with an absolute error of 1e-21 in float64, where p*log(p/q) in float32
-  would leave one of 1e-7, which is more than the KL of a small policy step.
+- p*log(p/q) in float32 would leave an error of about 1e-7, which is more than the KL of a small policy step.
 
 Conventions: 0*log 0 = 0; where old has mass and new has none, KL is +inf, never a clamped number; actions that both
 forbid (logit -inf) drop out. KL >= 0 always and KL(p||p) = 0 exactly.
