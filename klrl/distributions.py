@@ -15,7 +15,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from klrl.kl import Direction, categorical_kl, normal_kl
-from klrl.kl.closed_form import categorical_kl_of, exact_probs
+from klrl.kl.closed_form import categorical_kl_of, exact_log_probs
 
 _LOG_SQRT_TWO_PI = 0.5 * math.log(2 * math.pi)
 
@@ -39,9 +39,9 @@ class Categoricals(td.Distribution):
         return torch.log_softmax(self.logits, dim=-1)
 
     @cached_property
-    def exact_probs(self) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and probabilities in float64, without gradient: what KL is measured with."""
-        return exact_probs(self.logits.detach())
+    def exact_log_probs(self) -> Tensor:
+        """Log-probabilities in float64, without gradient: what KL is measured with."""
+        return exact_log_probs(self.logits.detach())
 
     def map_parameters(self, function: Callable[[Tensor], Tensor]) -> "Categoricals":
         return Categoricals(function(self.logits))
@@ -169,7 +169,7 @@ def _kl_categoricals(old: Categoricals, new: Categoricals) -> Tensor:
     if torch.is_grad_enabled() and (old.logits.requires_grad or new.logits.requires_grad):
         return categorical_kl(old.logits, new.logits).sum(-1)
     # A policy is measured against many others, forward and in reverse: what KL needs of it is computed once.
-    return categorical_kl_of(old.exact_probs, new.exact_probs).sum(-1).to(new.logits.dtype)
+    return categorical_kl_of(old.exact_log_probs, new.exact_log_probs).sum(-1).to(new.logits.dtype)
 
 
 @td.register_kl(DiagonalNormal, DiagonalNormal)  # type: ignore[no-untyped-call, untyped-decorator]

@@ -7,7 +7,20 @@ import torch
 from torch import distributions as td
 
 from klrl.distributions import Categoricals, DiagonalNormal
-from klrl.kl import cross_entropy, entropy, freeze, jeffreys, joint, js, kl, pinsker, renyi, total_variation
+from klrl.kl import (
+    NoClosedFormError,
+    cross_entropy,
+    entropy,
+    freeze,
+    jeffreys,
+    joint,
+    js,
+    kl,
+    mc_entropy,
+    pinsker,
+    renyi,
+    total_variation,
+)
 
 
 def random_categoricals(spread: float = 1.0) -> tuple[td.Categorical, td.Categorical]:
@@ -111,12 +124,43 @@ def test_full_covariance_kl_is_exact_in_200_dimensions_and_near_identity() -> No
 
 
 def test_a_squashed_normal_has_the_kl_of_its_base() -> None:
-    def squashed(mean: float) -> td.TransformedDistribution:
-        base = td.Independent(td.Normal(mean * torch.ones(4, 2), torch.ones(4, 2)), 1)
-        return td.TransformedDistribution(base, [td.TanhTransform()])
-
-    assert kl(squashed(0.0), squashed(1.0)).tolist() == pytest.approx([1.0] * 4)
-    assert kl(squashed(0.5), freeze(squashed(0.5))).tolist() == [0.0] * 4
-    other = td.TransformedDistribution(squashed(0.0).base_dist, [td.ExpTransform()])
+    dist = squashed(0.5, 1.0)[1]
+    assert kl(squashed(0.0, 1.0)[1], squashed(1.0, 1.0)[1]).tolist() == pytest.approx([1.0])
+    assert kl(dist, freeze(dist)).tolist() == [0.0]
+    other = td.TransformedDistribution(dist.base_dist, [td.ExpTransform()])
     with pytest.raises(ValueError, match="different transforms"):
-        kl(squashed(0.0), other)
+        kl(dist, other)
+
+
+def squashed(mean: float, std: float) -> tuple[td.TransformedDistribution, td.TransformedDistribution]:
+    """A tanh of a normal, bare in one dimension and joint in two."""
+    loc, scale = torch.full((1, 2), mean), torch.full((1, 2), std)
+    tanh = [td.TanhTransform()]
+    one = td.TransformedDistribution(td.Normal(loc[:, 0], scale[:, 0]), tanh)
+    return one, td.TransformedDistribution(td.Independent(td.Normal(loc, scale), 1), tanh)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (3.0, 0.5), (-9.0, 3.0), (0.0, 0.01), (50.0, 1e-3)])
+def test_the_entropy_of_a_squashed_normal_is_estimated_as_quadrature_has_it(mean: float, std: float) -> None:
+    torch.manual_seed(0)
+    x = torch.linspace(mean - 12 * std, mean + 12 * std, 200_001, dtype=torch.float64)
+    log_p = td.Normal(torch.tensor(mean, dtype=torch.float64), std).log_prob(x)
+    log_slope = 2 * (math.log(2) - x - torch.nn.functional.softplus(-2 * x))
+    exact = float(torch.trapezoid(log_p.exp() * (log_slope - log_p), x))
+    for dist, dimensions in zip(squashed(mean, std), (1, 2), strict=True):
+        value, stderr = mc_entropy(dist, 10_000)
+        assert value.shape == (1,)
+        assert abs(float(value) - dimensions * exact) < 4 * float(stderr) + 1e-5 * abs(exact)
+        assert float(stderr) < 0.1
+        with pytest.raises(NoClosedFormError, match="mc_entropy estimates it"):
+            entropy(dist)
+
+
+def test_the_entropy_of_a_mixture_is_estimated() -> None:
+    torch.manual_seed(0)
+    mixture = td.MixtureSameFamily(
+        td.Categorical(torch.ones(1, 2)), td.Normal(torch.tensor([[-50.0, 50.0]]), torch.ones(1, 2))
+    )
+    value, stderr = mc_entropy(mixture, 4_000)
+    exact = math.log(2) + 0.5 * math.log(2 * math.pi * math.e)  # the two do not overlap
+    assert abs(float(value) - exact) < 4 * float(stderr)

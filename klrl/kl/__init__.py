@@ -4,7 +4,7 @@ from klrl.kl.closed_form import categorical_kl, normal_kl
 from klrl.kl.comparisons import cross_entropy, entropy, jeffreys, js, pinsker, renyi, total_variation
 from klrl.kl.control import Annealed, Banded, Bound, Coefficient, Dual, Fixed, Penalty, at_least, at_most
 from klrl.kl.divergence import NoClosedFormError, Product, concatenate, freeze, joint, kl, reverse_kl, select
-from klrl.kl.estimators import Estimate, StateEstimates, kl_estimate, mc_kl
+from klrl.kl.estimators import Estimate, StateEstimates, kl_estimate, mc_entropy, mc_kl
 from klrl.kl.fisher import fisher_vector_product
 from klrl.kl.tracking import Direction, KLReport, Tracked, measure, track
 
@@ -36,6 +36,7 @@ __all__ = [
     "js",
     "kl",
     "kl_estimate",
+    "mc_entropy",
     "mc_kl",
     "measure",
     "normal_kl",

@@ -1,7 +1,7 @@
-"""The KL formulas themselves, on parameter tensors, with their gradients in closed form.
+"""The KL formulas themselves, on parameter tensors.
 
-Each is one autograd function: the value is computed in float64 without a graph, and the backward pass is the
-derivative written out, which is both exact and several times cheaper than differentiating the forward pass.
+Written in phi(x) = e^x - 1 - x, which is never negative and second order in x, as KL is in a change of the policy:
+terms that small cannot be got by subtracting large ones. Gradients are in closed form, and twice differentiable.
 """
 
 from typing import Any
@@ -9,137 +9,175 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FAR = 20.0  # beyond this log-ratio, probabilities that float32 has lost could matter
+_SAFE = 500.0  # up to here e^x is well inside float64's range
 _NO_MASS = 1e-300  # a probability below this is 0: its products with e^x could overflow before they cancel
+
+# Nodes and weights on [0, 1].
+_GAUSS_LEGENDRE = (
+    (0.03376524289842403, 0.08566224618958514),
+    (0.16939530676686776, 0.18038078652406936),
+    (0.38069040695840156, 0.23395696728634552),
+    (0.6193095930415985, 0.23395696728634552),
+    (0.8306046932331322, 0.18038078652406936),
+    (0.9662347571015759, 0.08566224618958514),
+)
 
 
 def phi(x: Tensor) -> Tensor:
-    """e^x - 1 - x for float64 ``x``, elementwise, >= 0: the excess of e^x over its tangent at 0."""
-    return torch.expm1(x).sub_(x).clamp_min_(0.0)
+    """e^x - 1 - x, elementwise and in ``x``'s dtype, >= 0: the excess of e^x over its tangent at 0."""
+    result: Tensor = _Phi.apply(x)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Phi(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        wide = x.double()
+        return torch.expm1(wide).sub_(wide).clamp_min_(0.0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grads[0] * torch.expm1(x)
+
+
+def sum_last(x: Tensor) -> Tensor:
+    """The sum over the last dimension."""
+    # As a product with ones it takes half the time where that dimension is short, but its backward pass costs more.
+    return x.sum(dim=-1) if x.requires_grad else x @ x.new_ones(x.shape[-1])
+
+
+def exact_log_probs(logits: Tensor) -> Tensor:
+    """Normalised log-probabilities in float64, shape [..., n]."""
+    # By hand, as torch.log_softmax takes several times as long on rows as short as an action space.
+    x = logits.to(torch.float64, copy=True)
+    if not _ordinary(x):
+        x = x - x.amax(dim=-1, keepdim=True)
+    return x.sub_(sum_last(x.exp()).log().unsqueeze(-1))
+
+
+def _ordinary(x: Tensor) -> bool:
+    """Whether e^x is safe to take of every element; False where one is nan."""
+    if not x.numel():
+        return True
+    least, most = torch.aminmax(x.detach())
+    return float(least) > -_SAFE and float(most) < _SAFE
 
 
 def categorical_kl(logits_old: Tensor, logits_new: Tensor) -> Tensor:
     """KL(old || new) of categoricals given by unnormalised logits of shape [..., n]; the result has shape [...].
 
-    -inf marks a forbidden action. Gradients: d/d logits_new = softmax(new) - softmax(old), finite wherever the logits
-    are; d/d logits_old = p * (log p - log q - KL).
+    -inf marks a forbidden action. Computed in float64, returned in ``logits_new``'s dtype. Gradients, finite wherever
+    the logits are: d/d logits_new = softmax(new) - softmax(old); d/d logits_old = p * (log p - log q - KL).
     """
     result: Tensor = _CategoricalKL.apply(logits_old, logits_new)  # type: ignore[no-untyped-call]
     return result
 
 
-def categorical_kl_of(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Tensor:
-    """The same without gradients, from each side's ``exact_probs``, which a loop of measurements computes once."""
-    (log_p, p), (log_q, q) = old, new
+def categorical_kl_of(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The same without gradients, from each side's ``exact_log_probs``, which a loop of measurements computes once."""
+    # Few arrays, used again: on a batch of thousands, fresh memory costs as much as the arithmetic.
     x = log_q - log_p
-    # Where old forbids an action (p = 0, x = inf or nan) the term's limit is q; where only new does, it is inf.
-    return torch.where(p < _NO_MASS, q, phi(x).mul_(p)).sum(dim=-1)
-
-
-def exact_probs(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalised log-probabilities and probabilities in float64, [..., n]."""
-    log_probs = torch.log_softmax(logits.double(), dim=-1)
-    return log_probs, log_probs.exp()
-
-
-def normal_kl(mean_old: Tensor, log_std_old: Tensor, mean_new: Tensor, log_std_new: Tensor) -> Tensor:
-    """KL(old || new) per dimension of normals, elementwise: ((mu_new - mu_old)/sigma_new)^2/2 + phi(2 log ratio)/2.
-
-    The four tensors have one shape, and so has the result, in ``mean_new``'s dtype.
-    Source: the standard form log(s_new/s_old) + (s_old^2 + d^2)/(2 s_new^2) - 1/2, regrouped so that it cannot cancel.
-    """
-    result: Tensor = _NormalKL.apply(mean_old, log_std_old, mean_new, log_std_new)  # type: ignore[no-untyped-call]
-    return result
-
-
-def normal_kl_of_scale(mean_old: Tensor, std_old: Tensor, mean_new: Tensor, std_new: Tensor) -> Tensor:
-    """The same from standard deviations instead of their logarithms."""
-    result: Tensor = _ScaleNormalKL.apply(mean_old, std_old, mean_new, std_new)  # type: ignore[no-untyped-call]
-    return result
+    ordinary = _ordinary(x)
+    terms = torch.expm1(x).sub_(x)
+    p = torch.exp(log_p, out=x)
+    terms *= p  # p * phi(log q/p); their sum is the KL, as that of q - p is 0
+    if not ordinary:
+        # Where old forbids an action (p = 0, x = inf or nan) the term's limit is q; where only new does, it is inf.
+        terms = torch.where(p < _NO_MASS, log_q.exp(), terms)
+    return sum_last(terms).clamp_min_(0.0)
 
 
 class _CategoricalKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_old: Tensor, logits_new: Tensor) -> Tensor:
-        # With any reference r and x = logits_new - logits_old - r, KL = log1p(sum p expm1 x) - sum p x, which
-        # needs one exponential per logit. In float64 the difference of float32 logits is exact, and r = sum p d makes
-        # both sums second order in x, as KL is; p itself may then have float32's accuracy.
-        p = torch.softmax(logits_old, dim=-1)
-        d = logits_new.double() - logits_old
-        x = d - (p * d).sum(dim=-1, keepdim=True)
-        least, most = torch.aminmax(x) if x.numel() else (x.sum(), x.sum())
-        if bool((least > -_FAR) & (most < _FAR)):
-            growth = torch.expm1(x)
-            weight = p.double()
-            weight /= weight.sum(dim=-1, keepdim=True)
-            s = (weight * growth).sum(dim=-1)
-            value = torch.log1p(s).sub_((weight * x).sum(dim=-1)).clamp_min_(0.0)
-            q = weight * (1.0 + growth) / (1.0 + s).unsqueeze(-1) if ctx.needs_input_grad[1] else weight
-            ctx.save_for_backward(weight, q, x)
-        else:  # forbidden actions, overflow, or nan
-            old, new = exact_probs(logits_old), exact_probs(logits_new)
-            value = categorical_kl_of(old, new)
-            ctx.save_for_backward(old[1], new[1], new[0] - old[0])
-        return value.to(logits_new.dtype)
+        log_p, log_q = exact_log_probs(logits_old), exact_log_probs(logits_new)
+        ctx.save_for_backward(logits_old, logits_new, log_p, log_q)
+        return categorical_kl_of(log_p, log_q).to(logits_new.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        p, q, x = ctx.saved_tensors
-        grad = grads[0].double().unsqueeze(-1)
+        logits_old, logits_new, log_p, log_q = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is asked for: it needs the way from the logits
+            log_p, log_q = exact_log_probs(logits_old), exact_log_probs(logits_new)
+        grad, p = grads[0].unsqueeze(-1), log_p.exp()
         to_old = to_new = None
         if ctx.needs_input_grad[0]:  # p * (log p - log q - KL), where sum p * (log p - log q) = KL
-            ratio = torch.where(p < _NO_MASS, 0.0, -x)
-            to_old = grad * p * (ratio - (p * ratio).sum(dim=-1, keepdim=True))
+            ratio = torch.where(p < _NO_MASS, 0.0, log_p - log_q)
+            to_old = (p * (ratio - (p * ratio).sum(dim=-1, keepdim=True))).to(logits_old.dtype) * grad
         if ctx.needs_input_grad[1]:
-            to_new = grad * (q - p)
+            to_new = (log_q.exp() - p).to(logits_new.dtype) * grad
         return to_old, to_new
 
 
-class _NormalKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, mean_old: Tensor, log_std_old: Tensor, mean_new: Tensor, log_std_new: Tensor) -> Tensor:
-        log_std = log_std_new.double()
-        u = 2.0 * (log_std_old.double() - log_std)
-        inverse_std = torch.exp(-log_std)
-        z = (mean_new.double() - mean_old.double()) * inverse_std
-        ctx.save_for_backward(z, u, inverse_std)
-        ctx.dtypes = (mean_old.dtype, log_std_old.dtype, mean_new.dtype, log_std_new.dtype)
-        return (0.5 * (z * z + phi(u))).to(mean_new.dtype)
+def normal_kl(mean_old: Tensor, log_std_old: Tensor, mean_new: Tensor, log_std_new: Tensor) -> Tensor:
+    """KL(old || new) per dimension of normals, elementwise: ((mu_new - mu_old)/sigma_new)^2/2 + phi(2 log ratio)/2.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        z, u, inverse_std = ctx.saved_tensors
-        grad = grads[0].double()
-        to_mean = grad * z * inverse_std
-        growth = torch.expm1(u)
-        to_log_std_new = -grad * (z * z + growth)
-        gradients = (-to_mean, grad * growth, to_mean, to_log_std_new)
-        return tuple(
-            gradient.to(dtype) if needed else None
-            for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs_input_grad, strict=True)
-        )
+    The four tensors have one shape, and so has the result.
+    Source: the standard form log(s_new/s_old) + (s_old^2 + d^2)/(2 s_new^2) - 1/2, regrouped so that it cannot cancel.
+    """
+    z = (mean_new - mean_old) * torch.exp(-log_std_new)
+    return torch.addcmul(phi(2.0 * (log_std_old - log_std_new)), z, z).mul_(0.5)
+
+
+def normal_kl_of_scale(mean_old: Tensor, std_old: Tensor, mean_new: Tensor, std_new: Tensor) -> Tensor:
+    """The same from standard deviations: with z = (mu_new - mu_old)/sigma_new and c = sigma_old/sigma_new - 1,
+
+    z^2/2 + c^2/2 + (c - log(1 + c)), where no term is negative.
+    """
+    parameters = (mean_old, std_old, mean_new, std_new)
+    if not torch.is_grad_enabled():
+        return _normal_kl_of_scale(*parameters)[0]
+    result: Tensor = _ScaleNormalKL.apply(*parameters)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _normal_kl_of_scale(
+    mean_old: Tensor, std_old: Tensor, mean_new: Tensor, std_new: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    z = (mean_new - mean_old).div_(std_new)
+    c = (std_old - std_new).div_(std_new)
+    if c.numel() and float(c.min()) > -0.9:
+        ratio = c.to(torch.float64, copy=True).add_(1.0)
+    else:  # too little of the ratio is left in c; dividing in float64 takes five times as long
+        ratio = std_old.double() / std_new
+    # ratio - 1 is exact near 1 and the logarithm precise relative to itself, so their difference does not see what the
+    # ratio was rounded by.
+    logarithm = ratio.log()
+    excess = ratio.sub_(1.0).sub_(logarithm).to(z.dtype).clamp_min_(0.0)
+    return excess.addcmul_(z, z, value=0.5).addcmul_(c, c, value=0.5), z, c
 
 
 class _ScaleNormalKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mean_old: Tensor, std_old: Tensor, mean_new: Tensor, std_new: Tensor) -> Tensor:
-        z = (mean_new - mean_old) / std_new
-        ratio = std_old.double() / std_new
-        # r^2 - 1 - 2 log r; the float64 of float32 inputs leaves it an error of 1e-16, whatever r is.
-        spread = torch.log(ratio).mul_(-2.0).add_(ratio * ratio).sub_(1.0).clamp_min_(0.0)
-        ctx.save_for_backward(z, ratio, std_new)
-        return (z * z).add_(spread).mul_(0.5).to(mean_new.dtype)
+        value, z, c = _normal_kl_of_scale(mean_old, std_old, mean_new, std_new)
+        ctx.save_for_backward(mean_old, std_old, mean_new, std_new, z, c)
+        return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        z, ratio, std_new = ctx.saved_tensors
+        mean_old, std_old, mean_new, std_new, z, c = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is asked for: it needs the way from the parameters
+            z, c = (mean_new - mean_old) / std_new, (std_old - std_new) / std_new
         grad = grads[0]
         gradients: list[Tensor | None] = [None] * 4
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
-            to_mean = grad * z / std_new
+            to_mean = grad * (z / std_new)
             gradients[0], gradients[2] = -to_mean, to_mean
-        if ctx.needs_input_grad[1]:
-            gradients[1] = (grad * (ratio - 1 / ratio) / std_new).to(grad.dtype)
-        if ctx.needs_input_grad[3]:
-            gradients[3] = (grad * (1 - z * z - ratio * ratio) / std_new).to(grad.dtype)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
+            growth = c * (2.0 + c)
+            gradients[1] = grad * (growth / std_old)
+            gradients[3] = -grad * ((z * z + growth) / std_new)
         return tuple(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=True))
+
+
+def lgamma_excess(x: Tensor, y: Tensor) -> Tensor:
+    """log G(y) - log G(x) - (y - x) digamma(x) for float64 x, y > 0: that of log-gamma over its tangent at x, >= 0."""
+    d = y - x
+    near = d.abs() < 0.1 * x
+    # By Taylor's theorem it is d^2 times the integral of (1 - s) trigamma(x + s d) over s from 0 to 1, where the
+    # difference would cancel: six nodes of Gauss and Legendre give it to 1e-12.
+    curvature = sum(w * (1 - s) * torch.polygamma(1, x + s * torch.where(near, d, 0.0)) for s, w in _GAUSS_LEGENDRE)
+    return torch.where(near, d * d * curvature, torch.lgamma(y) - torch.lgamma(x) - d * torch.digamma(x))

@@ -12,20 +12,26 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from klrl.kl.closed_form import categorical_kl_of, exact_probs
-from klrl.kl.divergence import Units, in_units, kl, logits_of, name_of, same_shape
+from klrl.kl.closed_form import categorical_kl_of, exact_log_probs
+from klrl.kl.divergence import NoClosedFormError, Units, in_units, kl, logits_of, name_of, same_shape
 
 _MOST_OUTCOMES = 65_536  # of a joint discrete distribution that is written out
 
 
 def entropy(dist: td.Distribution, units: Units = "nats") -> Tensor:
-    """H(dist), shape ``batch_shape``; differential for continuous distributions."""
-    return in_units(dist.entropy(), units)
+    """H(dist), shape ``batch_shape``; differential for continuous distributions.
+
+    Raises NoClosedFormError for squashed normals and mixtures, whose entropy ``mc_entropy`` estimates.
+    """
+    try:
+        return in_units(dist.entropy(), units)
+    except NotImplementedError:
+        raise NoClosedFormError(f"no closed-form entropy of {name_of(dist)}: mc_entropy estimates it") from None
 
 
 def cross_entropy(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Tensor:
     """H(old, new) = -E_old log new = H(old) + KL(old || new): the cost of coding old's actions with new's code."""
-    return in_units(old.entropy() + kl(old, new), units)
+    return in_units(entropy(old) + kl(old, new), units)
 
 
 def jeffreys(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Tensor:
@@ -38,17 +44,16 @@ def js(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Ten
 
     A joint of several categoricals is written out, up to 65,536 outcomes. Source: Lin (1991), equation 3.3.
     """
-    (log_p, p), (log_q, q) = _tables(old, new)
-    log_middle = torch.logaddexp(log_p, log_q) - math.log(2)
-    middle = (log_middle, log_middle.exp())
-    value = 0.5 * (categorical_kl_of((log_p, p), middle) + categorical_kl_of((log_q, q), middle))
+    log_p, log_q = _tables(old, new)
+    middle = torch.logaddexp(log_p, log_q) - math.log(2)
+    value = 0.5 * (categorical_kl_of(log_p, middle) + categorical_kl_of(log_q, middle))
     return in_units(value, units).to(torch.get_default_dtype())
 
 
 def total_variation(old: td.Distribution, new: td.Distribution) -> Tensor:
     """Half the sum of |p - q| over the outcomes of discrete distributions: 0 to 1, no unit."""
-    (_, p), (_, q) = _tables(old, new)
-    return (0.5 * (p - q).abs().sum(-1)).to(torch.get_default_dtype())
+    log_p, log_q = _tables(old, new)
+    return (0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)).to(torch.get_default_dtype())
 
 
 def pinsker(divergence: Tensor) -> Tensor:
@@ -67,7 +72,8 @@ def renyi(old: td.Distribution, new: td.Distribution, alpha: float, units: Units
         return in_units(kl(old, new), units)
     same_shape(old, new)
     if _log_probs(old) is not None and _log_probs(new) is not None:
-        (log_p, p), (log_q, _) = (exact_probs(x) for x in (_log_probs(old), _log_probs(new)) if x is not None)
+        log_p, log_q = (exact_log_probs(x) for x in (_log_probs(old), _log_probs(new)) if x is not None)
+        p = log_p.exp()
         x = torch.where(p > 0, log_q - log_p, 0.0)
         # sum p^a q^(1-a) - 1, with the first order taken out: it sums to zero wherever old's support covers new's.
         covered = (log_q.exp() * (p > 0)).sum(-1) - 1
@@ -94,7 +100,7 @@ def _log_probs(dist: td.Distribution) -> Tensor | None:
     base = _base(dist)
     if isinstance(base, td.Bernoulli | td.Categorical):
         return logits_of(base)
-    return base.logits if hasattr(base, "exact_probs") else None  # klrl's Categoricals
+    return base.logits if hasattr(base, "exact_log_probs") else None  # klrl's Categoricals
 
 
 def _normal(dist: td.Distribution, other: td.Distribution) -> tuple[Tensor, Tensor]:
@@ -111,15 +117,15 @@ def _sum_parts(dist: td.Distribution, value: Tensor) -> Tensor:
     return value.sum(dim=tuple(range(-extra, 0))) if extra else value
 
 
-def _tables(old: td.Distribution, new: td.Distribution) -> list[tuple[Tensor, Tensor]]:
-    """Every joint outcome's exact probability [*batch, outcomes], of both distributions."""
+def _tables(old: td.Distribution, new: td.Distribution) -> list[Tensor]:
+    """Every joint outcome's exact log-probability [*batch, outcomes], of both distributions."""
     same_shape(old, new)
     tables = []
     for dist in (old, new):
         logits = _log_probs(dist)
         if logits is None:
             raise ValueError(f"no closed form between {name_of(old)} and {name_of(new)}: both must be discrete")
-        log_p, _ = exact_probs(logits)
+        log_p = exact_log_probs(logits)
         parts = log_p.flatten(len(dist.batch_shape), -2) if log_p.dim() > len(dist.batch_shape) + 1 else None
         if parts is not None:
             if parts.shape[-1] ** parts.shape[-2] > _MOST_OUTCOMES:
@@ -127,7 +133,7 @@ def _tables(old: td.Distribution, new: td.Distribution) -> list[tuple[Tensor, Te
             log_p = parts[..., 0, :]
             for i in range(1, parts.shape[-2]):
                 log_p = (log_p.unsqueeze(-1) + parts[..., i, :].unsqueeze(-2)).flatten(-2)
-        tables.append((log_p, log_p.exp()))
-    if tables[0][0].shape != tables[1][0].shape:
-        raise ValueError(f"old has {tables[0][0].shape[-1]} outcomes, new has {tables[1][0].shape[-1]}")
+        tables.append(log_p)
+    if tables[0].shape != tables[1].shape:
+        raise ValueError(f"old has {tables[0].shape[-1]} outcomes, new has {tables[1].shape[-1]}")
     return tables

@@ -1,10 +1,8 @@
 """Exact divergences between policy distributions, one value per state.
 
-Every function takes ``old`` first, returns nats and sums over action dimensions. The arithmetic runs in float64
-where float32 would cancel, in forms that are second order in the difference of the two policies, as KL itself is:
-
-- with x = log q - log p, KL(p||q) = sum p * phi(x), where phi(x) = e^x - 1 - x >= 0 (the sum of q - p is zero);
-- p*log(p/q) in float32 would leave an error of about 1e-7, which is more than the KL of a small policy step.
+Every function takes ``old`` first, returns nats and sums over action dimensions. No formula subtracts large numbers to
+get a small one: each is second order in the difference of the two policies, as KL itself is. The textbook p*log(p/q) in
+float32 leaves an error of about 1e-7, which is more than the KL of a small policy step.
 
 Conventions: 0*log 0 = 0; where old has mass and new has none, KL is +inf, never a clamped number; actions that both
 forbid (logit -inf) drop out. KL >= 0 always and KL(p||p) = 0 exactly.
@@ -28,25 +26,36 @@ def kl(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Ten
     """KL(old || new) in closed form, shape ``batch_shape``.
 
     A bare ``Normal`` or ``Bernoulli`` with parameters of shape [B, d] keeps its dimensions, as everywhere in torch;
-    wrap it in ``joint`` to sum over them. Differentiable once, in both arguments.
+    wrap it in ``joint`` to sum over them. Differentiable in both arguments, and twice, so that its Hessian at
+    old = new is the Fisher information.
+
+    What is exact is the KL of the parameters that the distributions hold. ``Categorical(logits=...)`` normalises its
+    logits in their own dtype when it is made; ``categorical_kl`` takes them as they are.
 
     Raises ValueError for different families, different shapes, parameters that are nan, or a pair without a closed form
     (``mc_kl`` estimates that). Source: Kullback and Leibler (1951), equation 2.4.
     """
     value = _kl(old, new)
-    if bool(value.isnan().any()):
-        for side, dist in (("old", old), ("new", new)):
-            if any(bool(parameter.isnan().any()) for parameter in parameters_of(dist)):
-                raise ValueError(f"{side} is a {name_of(dist)} with parameters that are nan")
-        raise ValueError(f"the KL between {name_of(old)} and {name_of(new)} is nan: their parameters are out of range")
+    if math.isnan(value.detach().sum()):  # no KL is -inf, so only a nan makes their sum one
+        explain_nan(old, new)
     return in_units(value, units)
+
+
+def explain_nan(old: td.Distribution, new: td.Distribution) -> None:
+    """Raise the ValueError that says why the divergence of the two is nan."""
+    for side, dist in (("old", old), ("new", new)):
+        if any(bool(parameter.isnan().any()) for parameter in parameters_of(dist)):
+            raise ValueError(f"{side} is a {name_of(dist)} with parameters that are nan")
+    raise ValueError(f"the KL between {name_of(old)} and {name_of(new)} is nan: their parameters are out of range")
 
 
 def _kl(old: td.Distribution, new: td.Distribution) -> Tensor:
     if isinstance(old, td.Independent) and isinstance(new, td.Independent):
         same_shape(old, new)
-        inner = _kl(old.base_dist, new.base_dist)
-        return inner.sum(dim=tuple(range(-old.reinterpreted_batch_ndims, 0)))
+        value = _kl(old.base_dist, new.base_dist)
+        for _ in range(old.reinterpreted_batch_ndims):
+            value = closed_form.sum_last(value)
+        return value
     for family, function in _STABLE.items():
         if isinstance(old, family) and isinstance(new, family):
             same_shape(old, new)
@@ -181,8 +190,8 @@ def _normal(old: td.Normal, new: td.Normal) -> Tensor:
     return closed_form.normal_kl_of_scale(old.loc, old.scale, new.loc, new.scale)
 
 
-def _categorical(old: td.Categorical, new: td.Categorical) -> Tensor:
-    return closed_form.categorical_kl(logits_of(old), logits_of(new))
+def _discrete(old: td.Categorical | td.Bernoulli, new: td.Categorical | td.Bernoulli) -> Tensor:
+    return closed_form.categorical_kl(logits_of(old), logits_of(new)).to(new._param.dtype)
 
 
 def _multivariate_normal(old: td.MultivariateNormal, new: td.MultivariateNormal) -> Tensor:
@@ -198,10 +207,10 @@ def _multivariate_normal(old: td.MultivariateNormal, new: td.MultivariateNormal)
 
 
 def _beta(old: td.Beta, new: td.Beta) -> Tensor:
+    # In an exponential family, KL is the Bregman divergence of the log-normaliser: log G(a) + log G(b) - log G(a + b).
     (a, b), (c, d) = ((x.concentration1.double(), x.concentration0.double()) for x in (old, new))
-    normalisers = [torch.lgamma(x) + torch.lgamma(y) - torch.lgamma(x + y) for x, y in ((a, b), (c, d))]
-    slopes = (a - c) * torch.digamma(a) + (b - d) * torch.digamma(b) - (a + b - c - d) * torch.digamma(a + b)
-    return (normalisers[1] - normalisers[0] + slopes).clamp_min(0.0).to(new.concentration1.dtype)
+    parts = [closed_form.lgamma_excess(x, y) for x, y in ((a, c), (b, d), (a + b, c + d))]
+    return (parts[0] + parts[1] - parts[2]).clamp_min(0.0).to(new.concentration1.dtype)
 
 
 def _squashed(old: td.TransformedDistribution, new: td.TransformedDistribution) -> Tensor:
@@ -215,26 +224,23 @@ def logits_of(dist: td.Categorical | td.Bernoulli) -> Tensor:
     """Log-probabilities up to a constant, [..., n]; a Bernoulli's are those of 0 and 1.
 
     torch turns probabilities into logits by way of an epsilon, which would make an impossible action possible: where
-    the distribution was given by its probabilities, these are taken as they are.
+    the distribution was given by its probabilities, these are taken as they are, in float64.
     """
     pair = isinstance(dist, td.Bernoulli)
     if dist._param is not dist.__dict__.get("probs"):
         return torch.stack([torch.zeros_like(dist.logits), dist.logits], dim=-1) if pair else dist.logits
-    p = torch.stack([1 - dist.probs, dist.probs], dim=-1) if pair else dist.probs
+    p = dist.probs.double()
+    p = torch.stack([1 - p, p], dim=-1) if pair else p
     possible = p > 0
     return torch.where(possible, torch.where(possible, p, 1.0).log(), float("-inf"))
-
-
-def _bernoulli(old: td.Bernoulli, new: td.Bernoulli) -> Tensor:
-    return closed_form.categorical_kl(logits_of(old), logits_of(new))
 
 
 # torch's own formulas cancel in float32; these families are computed here, all others by torch's registry,
 # where klrl.distributions enters its own.
 _STABLE: dict[type[td.Distribution], Callable[[Any, Any], Tensor]] = {
     td.Normal: _normal,
-    td.Categorical: _categorical,
-    td.Bernoulli: _bernoulli,
+    td.Categorical: _discrete,
+    td.Bernoulli: _discrete,
     td.MultivariateNormal: _multivariate_normal,
     td.Beta: _beta,
     td.TransformedDistribution: _squashed,

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
+from klrl.kl.divergence import explain_nan
+
 
 class StateEstimates(NamedTuple):
     """A sample mean and its standard error for each state, [B], in nats."""
@@ -60,4 +62,39 @@ def mc_kl(old: td.Distribution, new: td.Distribution, n: int = 256) -> StateEsti
         sample = old.sample(torch.Size([n]))
         x = (new.log_prob(sample) - old.log_prob(sample)).double()
         terms = torch.expm1(x) - x
-        return StateEstimates(terms.mean(0).float(), (terms.std(0) / n**0.5).float())
+        if bool(terms.isnan().any()):
+            explain_nan(old, new)
+        return _over_samples(terms)
+
+
+def mc_entropy(dist: td.Distribution, n: int = 256) -> StateEstimates:
+    """Estimate the entropy per state from ``n`` samples for each: for squashed normals and mixtures, which have none in
+    closed form.
+
+    Of a transformed distribution only the transform's part is sampled: H(T(X)) = H(X) + E[log |dT/dx|], with the
+    Jacobian taken at the sample of the base, so that a saturated tanh neither overflows nor loses digits. No gradients.
+    Raises ValueError for fewer than 2 samples.
+    """
+    if n < 2:
+        raise ValueError(f"n must be at least 2 for a standard error, got {n}")
+    size = torch.Size([n])
+    with torch.no_grad():
+        if not isinstance(dist, td.TransformedDistribution):
+            return _over_samples(-dist.log_prob(dist.sample(size)).double())
+        x, base = dist.base_dist.sample(size), dist.base_dist
+        terms = torch.zeros((), dtype=torch.float64)
+        for transform in dist.transforms:
+            y = transform(x)
+            jacobian: Tensor = transform.log_abs_det_jacobian(x, y).double()  # type: ignore[no-untyped-call]
+            terms = terms + _per_state(jacobian, 1 + len(dist.batch_shape))
+            x = y
+        return _over_samples(terms + _per_state(base.entropy().double(), len(dist.batch_shape)))
+
+
+def _per_state(x: Tensor, dims: int) -> Tensor:
+    """Summed over all dimensions after the first ``dims``."""
+    return x.flatten(dims).sum(-1) if x.dim() > dims else x
+
+
+def _over_samples(terms: Tensor) -> StateEstimates:
+    return StateEstimates(terms.mean(0).float(), (terms.std(0) / len(terms) ** 0.5).float())

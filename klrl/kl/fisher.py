@@ -27,7 +27,7 @@ def fisher_vector_product(dist: td.Distribution, *vectors: Tensor) -> tuple[Tens
     shapes = [tuple(parameter.shape) for parameter in parameters_of(dist)]
     if [tuple(vector.shape) for vector in vectors] != shapes:
         raise ValueError(f"{name_of(dist)} has parameters of shapes {shapes}, got {[tuple(v.shape) for v in vectors]}")
-    if hasattr(dist, "exact_probs") or isinstance(dist, td.Categorical | td.Bernoulli):
+    if hasattr(dist, "exact_log_probs") or isinstance(dist, td.Categorical | td.Bernoulli):
         return (_discrete(dist, *vectors),)
     if hasattr(dist, "log_std"):
         return vectors[0] * torch.exp(-2 * dist.log_std), 2 * vectors[1]

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch import distributions as td
 
 from klrl.kl.control import Bound
-from klrl.kl.divergence import NoClosedFormError, freeze, kl, reverse_kl
-from klrl.kl.estimators import Estimate, kl_estimate, mc_kl
+from klrl.kl.divergence import NoClosedFormError, freeze, kl, parameters_of, reverse_kl, select
+from klrl.kl.estimators import Estimate, kl_estimate, mc_entropy, mc_kl
 
 Direction = Literal["forward", "reverse"]
 
@@ -96,7 +96,8 @@ def measure(
 
     Raises ValueError where the result is not one value per state (use ``joint``) or no state is valid.
     """
-    with torch.no_grad():
+    cuda = [parameter.device for parameter in parameters_of(old)[:1] if parameter.device.type == "cuda"]
+    with torch.no_grad(), torch.random.fork_rng(cuda):  # what an estimate samples is nobody else's loss
         estimated = False
         try:
             forward, backward = kl(old, new), reverse_kl(old, new)
@@ -143,46 +144,82 @@ def _entropy(dist: td.Distribution, samples: int) -> Tensor:
     try:
         return dist.entropy()
     except NotImplementedError:
-        return -dist.log_prob(dist.sample(torch.Size([samples]))).mean(0)
+        return mc_entropy(dist, samples).value
 
 
 class Tracked:
-    """What ``track`` hands out: ``report`` is there once the block has ended."""
+    """What ``track`` hands out: ``check()`` inside the block, ``report`` once it has ended."""
 
-    def __init__(self, old: td.Distribution) -> None:
-        self.old = old
+    def __init__(self, measure_now: Callable[[], KLReport]) -> None:
+        self._measure_now = measure_now
         self._report: KLReport | None = None
+
+    def check(self) -> KLReport:
+        """The report of the move so far, as if the block ended here: to stop an update that has gone far enough."""
+        return self._measure_now()
 
     @property
     def report(self) -> KLReport:
         """The finished update's KLReport. Raises RuntimeError inside the block, where nothing is measured yet."""
         if self._report is None:
-            raise RuntimeError("the update has not ended: read the report after the with block")
+            raise RuntimeError("the update has not ended: read the report after the with block, or call check()")
         return self._report
 
 
 @contextmanager
 def track(
-    policy_dist: Callable[[], td.Distribution],
+    policy_dist: Callable[..., td.Distribution],
     bound: Bound | None = None,
     *,
+    obs: Tensor | None = None,
     actions: Tensor | None = None,
+    subsample: int | None = None,
     direction: Direction = "forward",
 ) -> Iterator[Tracked]:
     """Measure any update, anyone's: old policy frozen on entry, new policy compared with it on exit.
 
-    ``policy_dist()`` returns the policy's distribution on a fixed batch of states; it is called twice, without
-    gradients. ``actions``: one per state, drawn from the old policy, for the estimates k1 and k3. Nothing about the
-    update itself changes. If the block raises, nothing is measured.
+    ``policy_dist()`` returns the policy's distribution on a fixed batch of states, or ``policy_dist(obs)`` where
+    ``obs``, [B, ...], is given. ``actions``: one per state, drawn from the old policy, for the estimates k1 and k3.
+    Nothing about the update itself changes. If the block raises, nothing is measured.
 
-        with track(lambda: policy(obs), at_most(0.01)) as update:
-            train_one_epoch()
+        with track(policy, at_most(0.01), obs=obs) as update:
+            for epoch in range(10):
+                train_one_epoch()
+                if update.check().of_limit > 1.5:
+                    break
         print(update.report.mean, update.report.of_limit)
+
+    What it costs, beside a copy of the old policy's outputs:
+
+    - final: without ``check``, two forward passes over the B states, without gradients, and two KLs over them;
+    - full: one such pass and two KLs more for every ``check``;
+    - ``subsample=n``: the same on n states, drawn once on entry. Their mean is an unbiased estimate of the batch's,
+      their maximum a lower bound of its maximum. Without ``obs`` the policy still returns all B states, and only the
+      KLs cost less.
+
+    Raises ValueError where ``subsample`` is not between 1 and B.
     """
+    rows: Tensor | slice = slice(None)
+
+    def now() -> td.Distribution:
+        return select(policy_dist(), rows) if obs is None else policy_dist(obs[rows])
+
     with torch.no_grad():
-        update = Tracked(freeze(policy_dist()))
+        if subsample is not None:
+            states = policy_dist().batch_shape[0] if obs is None else len(obs)
+            if not 1 <= subsample <= states:
+                raise ValueError(f"subsample must be between 1 and the {states} states, got {subsample}")
+            # A generator of its own: torch's global one belongs to the update.
+            rows = torch.randperm(states, generator=torch.Generator().manual_seed(0))[:subsample]
+        taken = None if actions is None else actions[rows]
+        old = freeze(now())
+
+    @torch.no_grad()
+    def measure_now() -> KLReport:
+        new = now()
+        log_ratio = None if taken is None else new.log_prob(taken) - old.log_prob(taken)
+        return measure(old, new, bound, log_ratio=log_ratio, direction=direction)
+
+    update = Tracked(measure_now)
     yield update
-    with torch.no_grad():
-        new = policy_dist()
-        log_ratio = None if actions is None else new.log_prob(actions) - update.old.log_prob(actions)
-        update._report = measure(update.old, new, bound, log_ratio=log_ratio, direction=direction)
+    update._report = measure_now()

@@ -52,6 +52,9 @@ def compare(make: Pair, width: int, gradient: bool, rounds: int = 300) -> tuple[
 
 def main() -> None:
     torch.set_num_threads(1)
+    # glibc hands freed memory back to the system beyond twice the largest array freed so far. A process that trains has
+    # freed larger ones than these; here the two sides would pay for each other's.
+    torch.zeros(30 * 2**20, dtype=torch.uint8)
     for name, make, width in (
         ("categorical", categoricals, 6),
         ("categorical", categoricals, 18),
