@@ -1,4 +1,4 @@
-"""The command: ``klrl train | eval | list``. torch is imported only inside the commands."""
+"""The command: ``klrl train | eval | list | plot``. torch is imported only inside the commands."""
 
 import contextlib
 import io
@@ -23,6 +23,7 @@ commands:
   klrl train AGENT ENV [options]   train an agent, e.g. klrl train ppo CartPole-v1
   klrl eval RUN [options]          evaluate a run or checkpoint
   klrl list                        agents, presets and their measured scores
+  klrl plot FIGURE [options]       kl-gaussian, kl-2d, fit or families, as .png or .svg
   klrl COMMAND --help              a command's options
   klrl --version
 """
@@ -53,7 +54,7 @@ def _dispatch(arguments: list[str]) -> None:
     if arguments[0] == "--version":
         print(f"klrl {__version__}")
         return
-    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "eval": _eval, "list": _list}
+    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "eval": _eval, "list": _list, "plot": _plot}
     if arguments[0] not in commands:
         raise UsageError(f"unknown command {arguments[0]!r}{suggest(arguments[0], commands)}; see klrl --help")
     commands[arguments[0]](arguments[1:])
@@ -152,6 +153,27 @@ def _list(arguments: list[str]) -> None:
             seeds = " ".join(map(str, measured["seeds"]))
             table.add_row(agent, env_id, f"{measured['steps']:,}", score, seeds, entry["source"])
     Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def _plot(arguments: list[str]) -> None:
+    try:
+        from klrl import plots
+    except ModuleNotFoundError as problem:
+        if not (problem.name or "").startswith("matplotlib"):
+            raise
+        raise UsageError('klrl plot needs matplotlib: pip install "klrl[plot]"') from None
+    help_wanted = any(word in ("-h", "--help") for word in arguments)
+    name, words = ("FIGURE", arguments) if help_wanted else ("".join(arguments[:1]), arguments[1:])
+    given = _parse(plots.PlotConfig, words, f"klrl plot {name}")
+    if name not in plots.FIGURES:
+        raise UsageError(
+            f"plot needs one of {', '.join(plots.FIGURES)}, got {name or 'nothing'}{suggest(name, plots.FIGURES)}"
+        )
+    path = Path(given.output or f"{name}.png")
+    if path.suffix not in (".png", ".svg") or not path.parent.is_dir():
+        raise UsageError(f"--output {path}: must end in .png or .svg and lie in a folder that exists")
+    plots.FIGURES[name](given).savefig(path, dpi=150)
+    print(path)
 
 
 def _read_config(path: str, agent: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first; a room may import from those above it in this list, and from itself.
 LAYERS = [
     {"klrl.errors", "klrl.kl"},
-    {"klrl.config", "klrl.spaces", "klrl.sb3"},
+    {"klrl.config", "klrl.spaces", "klrl.sb3", "klrl.plots"},
     {"klrl.distributions", "klrl.parameters", "klrl.trust_region", "klrl.returns", "klrl.observations"},
     {"klrl.networks", "klrl.buffers"},
     {"klrl.protocol"},
