@@ -1,6 +1,7 @@
 """JS, Jeffreys, Renyi, total variation, entropies, and KL of full-covariance and squashed normals."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -64,6 +65,23 @@ def test_renyi_equals_its_definition_and_kl_in_the_limit(spread: float, alpha: f
     assert torch.allclose(renyi(old, new, alpha).double(), definition, rtol=1e-5, atol=1e-14)
     assert torch.allclose(renyi(old, new, 1 + 1e-7), kl(old, new), rtol=1e-4)
     assert torch.equal(renyi(old, new, 1.0), kl(old, new))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+def test_renyi_of_forbidden_and_nearly_forbidden_actions(alpha: float) -> None:
+    inf = math.inf
+    old = torch.tensor([[0.0, -720.0], [-inf, 0.0], [0.0, 0.0], [-inf, 0.0]]).unsqueeze(0)
+    new = torch.tensor([[0.0, 0.0], [0.0, 0.0], [-inf, 0.0], [-inf, 5.0]]).unsqueeze(0)
+    value = renyi(td.Categorical(logits=old), td.Categorical(logits=new), alpha)[0].tolist()
+    masked = math.log(2) if alpha < 1 else inf  # half of old's mass has no counterpart: -2 log(sqrt(1/2)), or infinite
+    assert value == pytest.approx([math.log(2), math.log(2), masked, 0.0], rel=1e-6)
+
+
+@pytest.mark.parametrize("measure", [kl, js, total_variation, jeffreys, lambda old, new: renyi(old, new, 0.5)])
+def test_nan_parameters_are_named_by_every_measure(measure: Callable[..., torch.Tensor]) -> None:
+    good, bad = torch.zeros(2, 3), torch.tensor([[0.0, math.nan, 0.0], [0.0, 0.0, 0.0]])
+    with pytest.raises(ValueError, match="new is a Categorical with parameters that are nan"):
+        measure(td.Categorical(logits=good), td.Categorical(logits=bad, validate_args=False))
 
 
 def test_renyi_of_normals_matches_quadrature() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from sb3_contrib import TRPO
 from stable_baselines3 import A2C
 from stable_baselines3 import PPO as SB3PPO
@@ -43,6 +44,44 @@ def test_track_measures_a_foreign_update_exactly(algorithm: type, env_id: str) -
     # The policy as it was when track began stays what it was: the KL to it is that of SB3's whole update.
     assert kl(old, policy()).mean().item() == pytest.approx(update.report.mean, rel=1e-4)  # type: ignore[arg-type]
     assert update.report.of_limit == pytest.approx(update.report.mean / 0.02)
+
+
+def test_track_in_a_plain_torch_loop_stops_it_at_the_limit() -> None:
+    torch.manual_seed(0)
+    envs = gym.make_vec("CartPole-v1", 8)
+    policy = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.Tanh(), torch.nn.Linear(32, 2))
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.001)
+
+    def pi(obs: torch.Tensor) -> torch.distributions.Categorical:
+        return torch.distributions.Categorical(logits=policy(obs))
+
+    obs, _ = envs.reset(seed=0)
+    for _ in range(5):
+        seen, taken, rewards = [], [], []
+        for _ in range(64):
+            seen.append(torch.as_tensor(obs))
+            with torch.no_grad():
+                taken.append(pi(seen[-1]).sample())
+            obs, reward, *_ = envs.step(taken[-1].numpy())
+            rewards.append(torch.as_tensor(reward))
+        batch, actions = torch.cat(seen), torch.cat(taken)
+        returns = torch.stack(rewards).flip(0).cumsum(0).flip(0).flatten().float()
+        advantage = (returns - returns.mean()) / returns.std()
+        before = pi(batch)
+        with track(pi, at_most(0.005), obs=batch, actions=actions) as update:
+            path = []
+            while len(path) < 100:
+                optimizer.zero_grad()
+                (-(pi(batch).log_prob(actions) * advantage).mean()).backward()
+                optimizer.step()
+                path.append(update.check().of_limit)
+                if path[-1] > 1.0:
+                    break
+        report = update.report
+        assert max(path[:-1]) <= 1.0 < path[-1] == report.of_limit < 4.0
+        assert report.mean == pytest.approx(kl(before, pi(batch)).mean().item(), rel=1e-6)
+        assert report.k1 is not None
+        assert abs(report.k1.value - report.mean) < 5 * report.k1.stderr
 
 
 class SixDimensions(gym.Env[Any, Any]):

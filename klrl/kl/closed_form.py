@@ -52,12 +52,12 @@ def exact_log_probs(logits: Tensor) -> Tensor:
     """Normalised log-probabilities in float64, shape [..., n]."""
     # By hand, as torch.log_softmax takes several times as long on rows as short as an action space.
     x = logits.to(torch.float64, copy=True)
-    if not _ordinary(x):
+    if not ordinary(x):
         x = x - x.amax(dim=-1, keepdim=True)
     return x.sub_(sum_last(x.exp()).log().unsqueeze(-1))
 
 
-def _ordinary(x: Tensor) -> bool:
+def ordinary(x: Tensor) -> bool:
     """Whether e^x is safe to take of every element; False where one is nan."""
     if not x.numel():
         return True
@@ -79,11 +79,11 @@ def categorical_kl_of(log_p: Tensor, log_q: Tensor) -> Tensor:
     """The same without gradients, from each side's ``exact_log_probs``, which a loop of measurements computes once."""
     # Few arrays, used again: on a batch of thousands, fresh memory costs as much as the arithmetic.
     x = log_q - log_p
-    ordinary = _ordinary(x)
+    safe = ordinary(x)
     terms = torch.expm1(x).sub_(x)
     p = torch.exp(log_p, out=x)
     terms *= p  # p * phi(log q/p); their sum is the KL, as that of q - p is 0
-    if not ordinary:
+    if not safe:
         # Where old forbids an action (p = 0, x = inf or nan) the term's limit is q; where only new does, it is inf.
         terms = torch.where(p < _NO_MASS, log_q.exp(), terms)
     return sum_last(terms).clamp_min_(0.0)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from klrl.kl.closed_form import categorical_kl_of, exact_log_probs
-from klrl.kl.divergence import NoClosedFormError, Units, in_units, kl, logits_of, name_of, same_shape
+from klrl.kl.closed_form import categorical_kl_of, exact_log_probs, ordinary
+from klrl.kl.divergence import NoClosedFormError, Units, explain_nan, in_units, kl, logits_of, name_of, same_shape
 
 _MOST_OUTCOMES = 65_536  # of a joint discrete distribution that is written out
 
@@ -30,40 +30,49 @@ def entropy(dist: td.Distribution, units: Units = "nats") -> Tensor:
 
 
 def cross_entropy(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Tensor:
-    """H(old, new) = -E_old log new = H(old) + KL(old || new): the cost of coding old's actions with new's code."""
+    """H(old, new) = -E_old log new = H(old) + KL(old || new): the cost of coding old's actions with new's code.
+
+    Shape ``batch_shape``. Raises as ``kl`` and ``entropy`` do. Source: Cover and Thomas (2006), section 5.4.
+    """
     return in_units(entropy(old) + kl(old, new), units)
 
 
 def jeffreys(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Tensor:
-    """KL(old || new) + KL(new || old), symmetric. Source: Jeffreys (1946)."""
+    """KL(old || new) + KL(new || old), symmetric, shape ``batch_shape``. Raises as ``kl``. Source: Jeffreys (1946)."""
     return in_units(kl(old, new) + kl(new, old), units)
 
 
 def js(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Tensor:
-    """Jensen-Shannon divergence of discrete distributions: 0 to log 2; its square root is a metric.
+    """Jensen-Shannon divergence of discrete distributions, shape ``batch_shape``: 0 to log 2; its root is a metric.
 
-    A joint of several categoricals is written out, up to 65,536 outcomes. Source: Lin (1991), equation 3.3.
+    A joint of several categoricals is written out; raises ValueError beyond 65,536 outcomes, and for distributions that
+    are not discrete. Source: Lin (1991), equation 3.3.
     """
     log_p, log_q = _tables(old, new)
     middle = torch.logaddexp(log_p, log_q) - math.log(2)
     value = 0.5 * (categorical_kl_of(log_p, middle) + categorical_kl_of(log_q, middle))
-    return in_units(value, units).to(torch.get_default_dtype())
+    return in_units(_checked(value, old, new), units).to(torch.get_default_dtype())
 
 
 def total_variation(old: td.Distribution, new: td.Distribution) -> Tensor:
-    """Half the sum of |p - q| over the outcomes of discrete distributions: 0 to 1, no unit."""
+    """Half the sum of |p - q| over the outcomes of discrete distributions, shape ``batch_shape``: 0 to 1, no unit.
+
+    Raises as ``js`` does. Source: Levin, Peres and Wilmer (2009), proposition 4.2.
+    """
     log_p, log_q = _tables(old, new)
-    return (0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)).to(torch.get_default_dtype())
+    value = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+    return _checked(value, old, new).to(torch.get_default_dtype())
 
 
 def pinsker(divergence: Tensor) -> Tensor:
-    """The largest total variation that a KL in nats allows: min(1, sqrt(KL / 2)). Source: Pinsker (1960)."""
+    """The most total variation that a KL in nats allows, elementwise: min(1, sqrt(KL / 2)). Source: Pinsker (1960)."""
     return (divergence / 2).sqrt().clamp_max(1.0)
 
 
 def renyi(old: td.Distribution, new: td.Distribution, alpha: float, units: Units = "nats") -> Tensor:
     """Renyi divergence of order alpha > 0, KL at alpha = 1: discrete distributions and normals of diagonal covariance.
 
+    Shape ``batch_shape``. Raises ValueError for an alpha that is not finite or not above 0, and for other families.
     Source: Renyi (1961); for normals Gil, Alajaji and Linder (2013), table 2, infinite where no density results.
     """
     if not (alpha > 0 and math.isfinite(alpha)):
@@ -73,13 +82,15 @@ def renyi(old: td.Distribution, new: td.Distribution, alpha: float, units: Units
     same_shape(old, new)
     if _log_probs(old) is not None and _log_probs(new) is not None:
         log_p, log_q = (exact_log_probs(x) for x in (_log_probs(old), _log_probs(new)) if x is not None)
-        p = log_p.exp()
-        x = torch.where(p > 0, log_q - log_p, 0.0)
-        # sum p^a q^(1-a) - 1, with the first order taken out: it sums to zero wherever old's support covers new's.
-        covered = (log_q.exp() * (p > 0)).sum(-1) - 1
-        terms = p * (torch.expm1((1 - alpha) * x) - (1 - alpha) * torch.expm1(x))
-        value = torch.log1p(terms.sum(-1) + (1 - alpha) * covered) / (alpha - 1)
-        return in_units(_sum_parts(old, value.clamp_min(0.0)), units).to(torch.get_default_dtype())
+        x = log_q - log_p
+        if ordinary(x):  # sum p^a q^(1-a) - 1, with its first order taken out, as that of q - p sums to 0
+            terms = log_p.exp() * (torch.expm1((1 - alpha) * x) - (1 - alpha) * torch.expm1(x))
+            value = torch.log1p(terms.sum(-1)) / (alpha - 1)
+        else:  # forbidden or nearly forbidden actions
+            powers = torch.where(log_p == -math.inf, log_p, alpha * log_p + (1 - alpha) * log_q)
+            value = torch.logsumexp(powers, -1) / (alpha - 1)
+        value = _checked(value.clamp_min(0.0), old, new)
+        return in_units(_sum_parts(old, value), units).to(torch.get_default_dtype())
     (mean_p, log_std_p), (mean_q, log_std_q) = _normal(old, new), _normal(new, old)
     var_p, var_q = (2 * log_std_p).exp(), (2 * log_std_q).exp()
     mixed = alpha * var_q + (1 - alpha) * var_p
@@ -87,8 +98,14 @@ def renyi(old: td.Distribution, new: td.Distribution, alpha: float, units: Units
     ratio = 2 * (log_std_p - log_std_q)
     logarithm = torch.log1p((1 - alpha) * torch.expm1(ratio)) - (1 - alpha) * ratio
     value = 0.5 * alpha * (mean_q - mean_p) ** 2 / mixed + 0.5 * logarithm / (1 - alpha)
-    value = torch.where(mixed > 0, value.clamp_min(0.0), math.inf)
+    value = _checked(torch.where(mixed <= 0, math.inf, value.clamp_min(0.0)), old, new)
     return in_units(_sum_parts(old, value), units).to(torch.get_default_dtype())
+
+
+def _checked(value: Tensor, old: td.Distribution, new: td.Distribution) -> Tensor:
+    if bool(value.isnan().any()):
+        explain_nan(old, new)
+    return value
 
 
 def _base(dist: Any) -> Any:
