@@ -6,7 +6,10 @@ from typing import Any
 from klrl.config import suggest
 from klrl.errors import UsageError
 
-AGENTS = {"ppo": ("klrl.agents.ppo", "PPO", "PPOConfig")}
+AGENTS = {
+    "ppo": ("klrl.agents.ppo", "PPO", "PPOConfig"),
+    "trpo": ("klrl.agents.trpo", "TRPO", "TRPOConfig"),
+}
 
 
 def find(name: str) -> tuple[Any, Any]:

@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from klrl.agents.ppo import PPO as PPO
     from klrl.agents.ppo import PPOConfig as PPOConfig
+    from klrl.agents.trpo import TRPO as TRPO
+    from klrl.agents.trpo import TRPOConfig as TRPOConfig
     from klrl.buffers import RolloutBuffer as RolloutBuffer
     from klrl.errors import NonFiniteError as NonFiniteError
     from klrl.errors import UsageError as UsageError
@@ -26,6 +28,8 @@ _HOME = {
     "PPOConfig": "klrl.agents.ppo",
     "RolloutBuffer": "klrl.buffers",
     "Run": "klrl.training",
+    "TRPO": "klrl.agents.trpo",
+    "TRPOConfig": "klrl.agents.trpo",
     "UsageError": "klrl.errors",
     "load": "klrl.training",
     "train": "klrl.training",

@@ -68,6 +68,14 @@ def build(cls: type[C], data: Mapping[str, Any], path: str = "") -> C:
     Raises UsageError that names the option for an unknown key, a wrong type or a value out of range.
     """
     fields = hints(cls)
+    # Within a group, what is not given is as this class has it, which need not be the group's own default.
+    groups = {f.name: f.default_factory() for f in dataclasses.fields(cls) if callable(f.default_factory)}  # type: ignore[arg-type]
+    data = {
+        key: merge(to_dict(groups[key]), value)
+        if dataclasses.is_dataclass(groups.get(key)) and isinstance(value, Mapping)
+        else value
+        for key, value in data.items()
+    }
     for key in data:
         if key not in fields:
             raise UsageError(f"unknown option {path + key!r}{suggest(path + key, (path + name for name in fields))}")

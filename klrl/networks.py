@@ -1,6 +1,7 @@
 """Networks: an MLP over encoded observations (after convolutions for images), the policy and its head, the critic."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +14,8 @@ from klrl.observations import Inputs, ObservationEncoder
 
 Activation = Literal["tanh", "relu"]
 Array = np.ndarray[Any, Any]
-Pullback = Callable[[Tensor], None]
+Tangent = Mapping[Tensor, Tensor]  # a direction in weight space: for each weight, a tensor of its shape
+Linearized = tuple[Tensor, Callable[[Tangent], Tensor], Callable[[Tensor], None]]
 _IMAGE_FEATURES = 512
 _UNBOUNDED = 1e9  # bounds further apart than this stand for "no bounds", as float32's largest numbers often do
 
@@ -22,7 +24,7 @@ class MLP(nn.Module):
     """Linear layers with an activation between them: x [B, inputs] to [B, outputs].
 
     Beside ``forward``, the function that autograd differentiates, there are two forms of it for the two places where
-    the cost of many small calls would exceed that of the arithmetic: ``on_host`` for acting, and ``with_pullback``
+    the cost of many small calls would exceed that of the arithmetic: ``on_host`` for acting, and ``linearize``
     for learning.
     """
 
@@ -35,23 +37,36 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return self.with_pullback(x)[0]  # in place where it can be
+            return self.linearize(x)[0]  # in place where it can be
         for layer in self.linears[:-1]:
             x = layer(x)
             x = torch.tanh(x) if self.activation == "tanh" else torch.relu(x)
         return self.linears[-1](x)
 
-    def with_pullback(self, x: Tensor) -> tuple[Tensor, Pullback]:
-        """The output as data, and the function that adds J^T g to the weights' ``.grad`` for a gradient g [B, outputs].
+    def linearize(self, x: Tensor) -> Linearized:
+        """The output as data, with J, the Jacobian in the weights at this x, as two functions.
 
-        The derivative written out: five calls per layer and no graph. Call both under ``torch.no_grad``. The weights
-        need a ``.grad``, as ``FlatParameters`` gives them; x gets no gradient.
+        The first takes a direction in weight space, a tensor for each weight, to J v [B, outputs]; the second adds
+        J^T g to the weights' ``.grad`` for a gradient g [B, outputs]. The derivatives are written out: a few calls per
+        layer and no graph. Call all three under ``torch.no_grad``. The weights need a ``.grad``, as ``FlatParameters``
+        gives them; x gets no gradient.
         """
         inputs = [x]
         for layer in self.linears[:-1]:
             x = torch.addmm(layer.bias, x, layer.weight.t())
             inputs.append(x.tanh_() if self.activation == "tanh" else x.relu_())
         output = torch.addmm(self.linears[-1].bias, x, self.linears[-1].weight.t())
+
+        def pushforward(tangent: Tangent) -> Tensor:
+            moved: Tensor | None = None
+            for i, layer in enumerate(self.linears):
+                weight, bias = tangent[layer.weight], tangent[layer.bias]
+                if moved is not None:
+                    moved = _back(moved, inputs[i], self.activation) @ layer.weight.t()
+                direct = torch.addmm(bias, inputs[i], weight.t())
+                moved = direct if moved is None else moved.add_(direct)
+            assert moved is not None
+            return moved
 
         def pullback(grad: Tensor) -> None:
             for i in range(len(self.linears) - 1, -1, -1):
@@ -60,11 +75,10 @@ class MLP(nn.Module):
                 assert bias.grad is not None
                 bias.grad += grad.sum(0)
                 weight.grad.addmm_(grad.t(), inputs[i])
-                if i > 0:  # both activations' derivatives follow from their output, the layer's input
-                    grad = grad @ weight
-                    grad = _tanh_back(grad, inputs[i]) if self.activation == "tanh" else grad * (inputs[i] > 0)
+                if i > 0:
+                    grad = _back(grad @ weight, inputs[i], self.activation)
 
-        return output, pullback
+        return output, pushforward, pullback
 
     def on_host(self, x: Array) -> Array:
         """The forward pass on views of the weights, which must lie in CPU memory."""
@@ -77,7 +91,11 @@ class MLP(nn.Module):
         return x
 
 
-_tanh_back = torch.ops.aten.tanh_backward
+def _back(grad: Tensor, output: Tensor, activation: Activation) -> Tensor:
+    """``grad`` times the activation's derivative, which follows from its output; forward it is the same product."""
+    if activation == "tanh":
+        return torch.ops.aten.tanh_backward(grad, output)
+    return grad * (output > 0)
 
 
 class Network(nn.Module):
@@ -108,13 +126,25 @@ class Network(nn.Module):
             parts.append(inputs["vector"])
         return self.mlp(torch.cat(parts, dim=-1))
 
-    def with_pullback(self, inputs: Inputs) -> tuple[Tensor, Pullback]:
-        """The output as data, and the function that adds J^T g to the weights' ``.grad``."""
+    def linearize(self, inputs: Inputs) -> Linearized:
+        """As ``MLP.linearize``; with images by autograd."""
         if not self.image_keys:
-            return self.mlp.with_pullback(inputs["vector"])
+            return self.mlp.linearize(inputs["vector"])
+        weights = list(self.parameters())
         with torch.enable_grad():
             output: Tensor = self(inputs)
-        return output.detach(), output.backward
+
+        @cache
+        def transposed() -> tuple[Tensor, tuple[Tensor, ...]]:
+            with torch.enable_grad():
+                u = torch.zeros_like(output, requires_grad=True)
+                return u, torch.autograd.grad(output, weights, u, create_graph=True)
+
+        def pushforward(tangent: Tangent) -> Tensor:
+            u, pulled = transposed()  # J^T u is linear in u: the transpose of that map is J
+            return torch.autograd.grad(pulled, u, [tangent[weight] for weight in weights], retain_graph=True)[0]
+
+        return output.detach(), pushforward, lambda grad: output.backward(grad, retain_graph=True)  # type: ignore[no-untyped-call]
 
 
 class Actor(nn.Module):
@@ -168,9 +198,24 @@ class Actor(nn.Module):
             return Categoricals(logits.masked_fill(self.padding, float("-inf")))
         return Categoricals(output.view(-1, *self.shape))
 
-    def with_pullback(self, inputs: Inputs) -> tuple[PolicyDistribution, Callable[..., None]]:
-        """The policy as data, and the function that takes a gradient with respect to its parameters to ``.grad``."""
-        output, pull_network = self.network.with_pullback(inputs)
+    def linearize(
+        self, inputs: Inputs
+    ) -> tuple[PolicyDistribution, Callable[[Tangent], tuple[Tensor, ...]], Callable[..., None]]:
+        """The policy as data, with its Jacobian in the weights as two functions, as ``MLP.linearize`` has it.
+
+        A direction in weight space goes to one in the distribution's parameters (logits, or mean and log_std), one
+        tensor for each; gradients with respect to those parameters go to the weights' ``.grad``.
+        """
+        output, push_network, pull_network = self.network.linearize(inputs)
+
+        def pushforward(tangent: Tangent) -> tuple[Tensor, ...]:
+            moved = push_network(tangent)
+            if self.continuous:
+                moved = moved * self.scale
+                return moved, tangent[self.log_std].expand_as(moved)
+            if self.padded:
+                return (moved[:, self.index].view(-1, *self.shape).masked_fill(self.padding, 0.0),)
+            return (moved.view(-1, *self.shape),)
 
         def pullback(*gradient: Tensor) -> None:
             if self.continuous:
@@ -183,7 +228,7 @@ class Actor(nn.Module):
             else:
                 pull_network(gradient[0].flatten(1))
 
-        return self.head(output), pullback
+        return self.head(output), pushforward, pullback
 
     def act(self, output: Array, rng: np.random.Generator | None) -> Array:
         """Actions [B, d] from the network's outputs, sampled with ``rng``, or the mode where it is None.
@@ -224,9 +269,9 @@ class Critic(nn.Module):
         value: Tensor = self.network(inputs)
         return value.squeeze(-1)
 
-    def with_pullback(self, inputs: Inputs) -> tuple[Tensor, Pullback]:
+    def linearize(self, inputs: Inputs) -> tuple[Tensor, Callable[[Tensor], None]]:
         """The values [B] as data, and the function that takes a gradient with respect to them to ``.grad``."""
-        output, pull_network = self.network.with_pullback(inputs)
+        output, _, pull_network = self.network.linearize(inputs)
         return output.squeeze(-1), lambda grad: pull_network(grad.unsqueeze(-1))
 
 

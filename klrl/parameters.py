@@ -23,6 +23,7 @@ class FlatParameters:
 
     def __init__(self, *modules: nn.Module, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-5) -> None:
         sizes = [sum(p.numel() for p in module.parameters()) for module in modules]
+        self.modules = modules
         self.parts = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
         parameters = [p for module in modules for p in module.parameters()]
         self.vector = torch.cat([p.detach().flatten() for p in parameters])
@@ -38,6 +39,12 @@ class FlatParameters:
             p.grad = self.grad[start:end].view(p.shape)
             start = end
 
+    def like(self, vector: Tensor, part: int) -> dict[Tensor, Tensor]:
+        """``vector``, of the size of module ``part``, as views of its pieces, one for each of that module's weights."""
+        parameters = list(self.modules[part].parameters())
+        pieces = torch.split(vector, [p.numel() for p in parameters])
+        return {p: piece.view(p.shape) for p, piece in zip(parameters, pieces, strict=True)}
+
     def zero_grad(self) -> None:
         """Set the gradient to 0, in place: autograd then accumulates into the views."""
         self.grad.zero_()
@@ -48,9 +55,12 @@ class FlatParameters:
         self.grad.mul_((max_norm / (norm + 1e-6)).clamp_max(1.0))
         return norm
 
-    def adam_step(self, learning_rate: float) -> None:
-        """One step of Adam along ``grad``."""
-        self.steps = [count + 1 for count in self.steps]
+    def adam_step(self, learning_rate: float, only: int | None = None) -> None:
+        """One step of Adam along ``grad``, of module ``only`` alone where given."""
+        self.steps = [count + (only in (None, i)) for i, count in enumerate(self.steps)]
+        if only is not None:
+            self._adam(self.parts[only], self.steps[only], learning_rate)
+            return
         # The parts differ in their count, and so in their bias correction, once one of them was restored alone.
         together = len(set(self.steps)) == 1
         for part, count in [(slice(None), self.steps[0])] if together else zip(self.parts, self.steps, strict=True):

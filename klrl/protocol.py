@@ -19,7 +19,7 @@ from klrl.spaces import check_action_space
 
 Actions = npt.NDArray[Any]
 State = dict[str, Any]
-_CHUNK = 2048  # rows of a batched pass: their activations stay in cache
+CHUNK = 2048  # rows of a batched pass: their activations stay in cache
 
 
 @dataclass(frozen=True)
@@ -154,4 +154,4 @@ class Agent(ABC):
 def chunks(inputs: Inputs) -> list[Inputs]:
     """Encoded observations in pieces of at most 2048 rows."""
     rows = len(next(iter(inputs.values())))
-    return [{k: v[i : i + _CHUNK] for k, v in inputs.items()} for i in range(0, rows, _CHUNK)]
+    return [{k: v[i : i + CHUNK] for k, v in inputs.items()} for i in range(0, rows, CHUNK)]

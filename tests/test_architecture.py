@@ -16,6 +16,7 @@ LAYERS = [
     {"klrl.distributions", "klrl.parameters", "klrl.trust_region", "klrl.returns", "klrl.observations"},
     {"klrl.networks", "klrl.buffers"},
     {"klrl.protocol"},
+    {"klrl.on_policy"},
     {"klrl.agents"},
     {"klrl.envs", "klrl.checkpoint", "klrl.logger", "klrl.evaluation"},
     {"klrl.training"},

@@ -119,7 +119,7 @@ def test_the_mlp_written_out_equals_autograd_and_numpy(activation: Any) -> None:
     by_autograd = flat.grad.clone()
     flat.zero_grad()
     with torch.no_grad():
-        output, pullback = mlp.with_pullback(x)
+        output, _, pullback = mlp.linearize(x)
         pullback(direction)
     assert torch.allclose(output, mlp(x))
     assert torch.allclose(flat.grad, by_autograd)
@@ -137,7 +137,7 @@ def test_the_actor_pulls_back_to_all_its_weights(space: spaces.Space[Any]) -> No
     inputs = {"vector": torch.randn(5, 3, dtype=torch.float64)}
     parameters = ("loc", "log_std") if actor.continuous else ("logits",)
     with torch.no_grad():
-        dist, pullback = actor.with_pullback(inputs)
+        dist, _, pullback = actor.linearize(inputs)
         finite = [torch.isfinite(getattr(dist, name)) for name in parameters]
         weights = [torch.randn_like(getattr(dist, name)) * keep for name, keep in zip(parameters, finite, strict=True)]
         pullback(*weights)
@@ -155,7 +155,7 @@ def test_an_image_network_pulls_back_to_all_its_weights() -> None:
     network = Network(encoder, (8,), 2, "relu", 1.0, torch.Generator().manual_seed(0))
     flat = FlatParameters(network)
     inputs = encoder({key: np.stack([part.sample() for _ in range(4)]) for key, part in space.spaces.items()})
-    output, pullback = network.with_pullback(inputs)
+    output, _, pullback = network.linearize(inputs)
     pullback(torch.ones_like(output))
     by_pullback = flat.grad.clone()
     flat.zero_grad()

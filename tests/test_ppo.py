@@ -4,19 +4,20 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from helpers import collect, train
 
-from klrl.agents.ppo import PPO, Batch, PPOConfig, policy_gradient, value_gradient
+from klrl.agents.ppo import PPO, PPOConfig, policy_gradient
 from klrl.buffers import RolloutBuffer
 from klrl.distributions import Categoricals
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.errors import NonFiniteError, UsageError
 from klrl.kl import Fixed, Penalty, at_most, freeze, kl
-from klrl.protocol import KLConfig, Report
+from klrl.on_policy import Batch, value_gradient
+from klrl.protocol import KLConfig
 
 PROBE = PPOConfig(
     n_steps=32,
@@ -30,29 +31,6 @@ PROBE = PPOConfig(
     hidden_sizes=(32,),
     kl=KLConfig(target=0.05),
 )
-
-
-def collect(agent: PPO, env: Any, buffer: RolloutBuffer, obs: Any) -> Any:
-    while True:
-        action = agent.act(obs)
-        next_obs, reward, terminated, truncated, _ = env.step(agent.env_action(action))
-        buffer.add(obs, action, reward, terminated, truncated, next_obs)
-        obs = next_obs
-        if buffer.full:
-            return obs
-
-
-def train(config: PPOConfig, env_id: str, updates: int, seed: int = 0, **kwargs: Any) -> tuple[PPO, list[Report]]:
-    env = make_vector(env_id, 8, EnvConfig(kwargs=kwargs))
-    agent = PPO(env.single_observation_space, env.single_action_space, config, seed=seed)
-    buffer = agent.new_buffer(8)
-    obs, _ = env.reset(seed=seed)
-    reports = []
-    for _ in range(updates):
-        obs = collect(agent, env, buffer, obs)
-        reports.append(agent.update(buffer))
-    env.close()
-    return agent, reports
 
 
 def one_row(probability_new: float, advantage: float) -> tuple[Categoricals, Batch]:
@@ -256,75 +234,12 @@ def test_batch_size_must_divide_the_rollout() -> None:
         )
 
 
-CASES = [
-    ("OneStep", "discrete", "box", 30),
-    ("RewardByObservation", "discrete", "box", 40),
-    ("RewardByAction", "discrete", "box", 40),
-    ("RewardByBoth", "discrete", "box", 40),
-    ("Discounting", "discrete", "box", 40),
-    ("Truncation", "discrete", "box", 40),
-    ("RewardByBoth", "box", "box", 100),
-    ("RewardByBoth", "multidiscrete", "box", 60),
-    ("RewardByBoth", "multibinary", "box", 60),
-    ("RewardByBoth", "discrete", "dict", 40),
-    ("RewardByBoth", "discrete", "discrete", 40),
-    ("RewardByBoth", "multibinary", "image", 20),
-    ("Truncation", "box", "dict", 40),
-]
-
-
-@pytest.mark.parametrize(("name", "action", "observation", "updates"), CASES)
-def test_probes_are_solved_and_valued_as_their_closed_form_says(
-    name: str, action: str, observation: str, updates: int
-) -> None:
-    agent, _ = train(PROBE, f"klrl/{name}-v0", updates, action=action, observation=observation)
-    probe: Any = gym.make(f"klrl/{name}-v0", action=action, observation=observation).unwrapped
-    reached = (0, 1) if name in ("RewardByObservation", "RewardByBoth", "Discounting", "Truncation") else (0,)
-    for bit in reached:
-        probe.bit = bit
-        shown = probe.observe()
-        batch = (
-            {k: np.asarray(v)[None] for k, v in shown.items()} if isinstance(shown, dict) else np.asarray(shown)[None]
-        )
-        # The policy still samples: with a Box it loses its variance, so its value lies a little below the optimum.
-        tolerance = 0.1 if action == "box" else 0.02
-        assert agent.critic(agent.encoder(batch)).item() == pytest.approx(probe.value(bit, 0.9), rel=tolerance)
-        if name in ("RewardByAction", "RewardByBoth"):
-            chosen, _ = agent.predict(shown, deterministic=True)
-            assert probe.match(chosen, 1 if name == "RewardByAction" else bit) > 0.97
-
-
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
-def test_one_seed_gives_one_run(env_id: str) -> None:
-    config = PPOConfig(n_steps=64, batch_size=128, n_epochs=2)
-    (first, reports), (second, again) = (train(config, env_id, 3, seed=5) for _ in range(2))
-    assert torch.equal(first.parameters.vector, second.parameters.vector)
-    assert reports == again
-    other, _ = train(config, env_id, 3, seed=6)
-    assert not torch.equal(first.parameters.vector, other.parameters.vector)
-
-
 def test_building_an_agent_leaves_the_callers_random_state_alone() -> None:
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
     PPO(spaces.Box(-1, 1, (2,)), spaces.Discrete(2))
     assert torch.equal(torch.rand(1), expected)
-
-
-def test_state_continues_bit_for_bit() -> None:
-    config = PPOConfig(n_steps=32, batch_size=64, n_epochs=2, lr_schedule="kl")
-    agent, _ = train(config, "Pendulum-v1", 3)
-    copy = PPO(agent.observation_space, agent.action_space, config, seed=99)
-    copy.load_state_dict(agent.state_dict())
-    env = make_vector("Pendulum-v1", 8, EnvConfig())
-    results = []
-    for one in (agent, copy):
-        buffer = one.new_buffer(8)
-        collect(one, env, buffer, env.reset(seed=7)[0])
-        results.append(one.update(buffer))
-    assert results[0] == results[1]
-    assert torch.equal(agent.parameters.vector, copy.parameters.vector)
 
 
 def test_actions_are_given_as_each_space_wants_them() -> None:

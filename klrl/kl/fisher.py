@@ -45,7 +45,8 @@ def _discrete(dist: Any, vector: Tensor) -> Tensor:
         raise ValueError(f"{name_of(dist)} was given by probabilities: give it logits, in whose space F is bounded")
     if isinstance(dist, td.Bernoulli):
         return vector * torch.sigmoid(dist.logits) * torch.sigmoid(-dist.logits)
-    p = torch.softmax(dist.logits, dim=-1)
+    # klrl's own keep their normalised log-probabilities, and softmax is slow on rows as short as an action space.
+    p = dist.log_probs.exp() if hasattr(dist, "log_probs") else torch.softmax(dist.logits, dim=-1)
     return p * (vector - (p * vector).sum(-1, keepdim=True))
 
 

@@ -21,9 +21,9 @@ def shares(updates: int = 100) -> dict[str, float]:
     envs = gym.make_vec("CartPole-v1", 8, vectorization_mode="sync")
     result = {}
     for check, measured, name in (
-        ("update", "_mean_kl", "once"),
-        ("epoch", "_mean_kl", "after each epoch"),
-        ("update", "_measure", "whole report"),
+        ("update", "mean_kl", "once"),
+        ("epoch", "mean_kl", "after each epoch"),
+        ("update", "measure_move", "whole report"),
     ):
         config = PPOConfig(n_steps=128, batch_size=256, n_epochs=4, kl=KLConfig(stop=1e9, check=check))  # type: ignore[arg-type]
         agent = PPO(envs.single_observation_space, envs.single_action_space, config)
@@ -42,7 +42,7 @@ def shares(updates: int = 100) -> dict[str, float]:
             totals.append(time.perf_counter() - start)
             if name == "once":  # the report of such an update already holds it: measure it on its own
                 with torch.no_grad():
-                    agent._mean_kl(*agent._beliefs(buffer))
+                    agent.mean_kl(*agent.beliefs(buffer))
         times = config.n_epochs if name == "after each epoch" else 1
         result[name] = times * statistics.median(calls) / statistics.median(totals)
     return result

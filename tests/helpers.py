@@ -1,0 +1,41 @@
+"""What the agents' tests share."""
+
+from typing import Any
+
+from klrl.agents.ppo import PPO, PPOConfig
+from klrl.agents.trpo import TRPO
+from klrl.buffers import RolloutBuffer
+from klrl.envs.make import EnvConfig, make_vector
+from klrl.on_policy import OnPolicyAgent, OnPolicyConfig
+from klrl.protocol import Report
+
+
+def collect(agent: OnPolicyAgent, env: Any, buffer: RolloutBuffer, obs: Any) -> Any:
+    """Fill the buffer; returns the next observation."""
+    while True:
+        action = agent.act(obs)
+        next_obs, reward, terminated, truncated, _ = env.step(agent.env_action(action))
+        buffer.add(obs, action, reward, terminated, truncated, next_obs)
+        obs = next_obs
+        if buffer.full:
+            return obs
+
+
+def make(config: OnPolicyConfig, env: Any, seed: int = 0) -> Any:
+    """The agent that the config is of."""
+    kind: Any = PPO if isinstance(config, PPOConfig) else TRPO
+    return kind(env.single_observation_space, env.single_action_space, config, seed=seed)
+
+
+def train(config: OnPolicyConfig, env_id: Any, updates: int, seed: int = 0, **kwargs: Any) -> tuple[Any, list[Report]]:
+    """The agent after some updates on eight environments, and their reports."""
+    env = make_vector(env_id, 8, EnvConfig(kwargs=kwargs))
+    agent = make(config, env, seed)
+    buffer = agent.new_buffer(8)
+    obs, _ = env.reset(seed=seed)
+    reports = []
+    for _ in range(updates):
+        obs = collect(agent, env, buffer, obs)
+        reports.append(agent.update(buffer))
+    env.close()
+    return agent, reports

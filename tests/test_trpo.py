@@ -1,0 +1,259 @@
+"""TRPO: its Fisher matrix against the Hessian of KL, its limit, and what may go wrong."""
+
+import math
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from helpers import collect, make, train
+from torch import Tensor
+from torch.func import functional_call
+
+from klrl.agents import trpo
+from klrl.agents.trpo import TRPO, TRPOConfig
+from klrl.envs.make import EnvConfig, make_vector
+from klrl.errors import NonFiniteError, UsageError
+from klrl.kl import freeze, kl
+from klrl.on_policy import Batch
+
+SMALL = TRPOConfig(n_steps=32, batch_size=64, hidden_sizes=(8,))
+
+
+ACTION_SPACES: list[spaces.Space[Any]] = [
+    spaces.Discrete(3),
+    spaces.MultiDiscrete([2, 4, 3]),
+    spaces.MultiBinary(3),
+    spaces.Box(-2.0, 6.0, (2,)),
+]
+SEEN = spaces.Dict({"number": spaces.Box(-1.0, 1.0, (2,)), "which": spaces.Discrete(2)})
+
+
+def in_double(agent: TRPO) -> None:
+    """The agent's networks in float64."""
+    from klrl.parameters import FlatParameters
+
+    agent.actor.double()
+    agent.critic.double()
+    agent.parameters = FlatParameters(agent.actor, agent.critic)
+
+
+@pytest.mark.parametrize("space", ACTION_SPACES, ids=str)
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_the_fisher_product_is_that_of_the_explicit_hessian_of_kl(space: spaces.Space[Any], direction: str) -> None:
+    agent = TRPO(SEEN, space, replace(SMALL, hidden_sizes=(4,), normalize_observation=False))
+    in_double(agent)
+    torch.manual_seed(0)
+    agent.parameters.vector.copy_(0.5 * torch.randn_like(agent.parameters.vector))
+    rows = [SEEN.sample() for _ in range(7)]
+    obs = {key: np.stack([row[key] for row in rows]) for key in SEEN}
+    inputs = {key: part.double() for key, part in agent.encoder(obs).items()}
+    weight = torch.rand(7, dtype=torch.float64)
+    old = agent.distribution(inputs)
+    action = old.sample()
+    batch = Batch(inputs, old, action, weight, weight, weight, weight, weight)
+    with torch.no_grad():
+        product = agent.fisher([(agent.actor.linearize(inputs), batch)])
+        columns = torch.eye(agent.parameters.parts[0].stop, dtype=torch.float64)
+        fisher = torch.stack([product(column) for column in columns])
+    names, weights = zip(*agent.actor.named_parameters(), strict=True)
+    flat = agent.parameters.vector[agent.parameters.parts[0]].clone()
+
+    def mean_kl(vector: Tensor) -> Tensor:
+        pieces = vector.split([w.numel() for w in weights])
+        values = {n: p.view(w.shape) for n, p, w in zip(names, pieces, weights, strict=True)}
+        new: Any = functional_call(agent.actor, values, (inputs,))
+        return weight @ (kl(old, new) if direction == "forward" else kl(new, old))
+
+    hessian = torch.autograd.functional.hessian(mean_kl, flat)
+    assert float(hessian.abs().max()) > 0.01
+    assert torch.allclose(fisher, hessian, rtol=1e-6, atol=1e-9)
+
+
+def test_the_fisher_product_of_an_image_network_is_that_of_the_hessian() -> None:
+    space = spaces.Dict({"camera": spaces.Box(0, 255, (36, 36, 1), np.uint8), "speed": spaces.Box(-1, 1, (2,))})
+    agent = TRPO(space, spaces.Discrete(3), replace(SMALL, hidden_sizes=(4,), normalize_observation=False))
+    inputs = agent.encoder({key: np.stack([part.sample() for _ in range(3)]) for key, part in space.spaces.items()})
+    old, weight = agent.distribution(inputs), torch.ones(3)
+    batch = Batch(inputs, old, old.sample(), weight, weight, weight, weight, weight)
+    torch.manual_seed(0)
+    parameters = list(agent.actor.parameters())
+    v = torch.randn(agent.parameters.parts[0].stop)
+    mean_kl = kl(old, agent.actor(inputs)).sum()
+    gradient = torch.autograd.grad(mean_kl, parameters, create_graph=True)
+    along = sum(
+        (g.flatten() @ part) for g, part in zip(gradient, v.split([p.numel() for p in parameters]), strict=True)
+    )
+    expected = torch.cat([x.flatten() for x in torch.autograd.grad(along, parameters)])
+    with torch.no_grad():
+        product = agent.fisher([(agent.actor.linearize(inputs), batch)])
+        for _ in range(2):  # it can be asked again
+            assert torch.allclose(
+                product(v.double()).float(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())
+            )
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_kl_is_within_the_limit_after_every_update_and_as_predicted(env_id: str, direction: Any) -> None:
+    config = replace(SMALL, kl=replace(SMALL.kl, target=0.004, direction=direction))
+    _, reports = train(config, env_id, 20)
+    assert all(report.kl.bounded <= 0.004 for report in reports)
+    taken = [report for report in reports if report.metrics["train/accepted"]]
+    assert len(taken) >= 18
+    assert fmean(report.kl.of_limit for report in taken) > 0.8, "and no further inside than needed"
+    for report in taken:
+        assert report.metrics["train/improvement"] > 0.0
+        assert report.kl.bounded == pytest.approx(report.metrics["kl/predicted"], rel=0.3)
+        assert report.metrics["train/improvement"] == pytest.approx(
+            report.metrics["train/predicted_improvement"], rel=0.5
+        )
+        assert 0 < report.metrics["train/cg_iterations"] <= 10
+        assert 0.0 <= report.metrics["train/cg_residual"] < 1.0
+
+
+def test_the_reported_kl_is_that_of_the_policy_afterwards() -> None:
+    env = make_vector("CartPole-v1", 8, EnvConfig())
+    agent = make(SMALL, env)
+    buffer = agent.new_buffer(8)
+    collect(agent, env, buffer, env.reset(seed=3)[0])
+    inputs = agent.encoder(buffer.obs[:-1])  # type: ignore[index]
+    before = freeze(agent.distribution(inputs))
+    report = agent.update(buffer)
+    after = kl(before, agent.distribution(inputs))[torch.from_numpy(buffer.valid).flatten()]
+    assert float(after.double().mean()) == pytest.approx(report.kl.mean, rel=1e-6)
+    assert report.kl.mean > 0.0
+
+
+class Dimensions(gym.Env[Any, Any]):
+    """One step; ``n`` action dimensions that are rewarded alike and independently."""
+
+    def __init__(self, n: int) -> None:
+        self.observation_space = spaces.Box(-1.0, 1.0, (2,))
+        self.action_space = spaces.Box(-1.0, 1.0, (n,))
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self.np_random.uniform(-1, 1, 2).astype(np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return np.zeros(2, np.float32), -float(np.square(action - 0.5).sum()), True, False, {}
+
+
+def test_the_limit_is_on_the_joint_kl_whatever_the_number_of_action_dimensions() -> None:
+    realised = {}
+    for n in (1, 6):
+        _, reports = train(SMALL, lambda n=n: Dimensions(n), 10)
+        assert all(report.kl.mean <= 0.01 for report in reports)
+        realised[n] = fmean(report.kl.mean for report in reports)
+    assert realised[6] == pytest.approx(realised[1], rel=0.15)
+
+
+def test_a_share_of_the_states_gives_about_the_same_step() -> None:
+    _, whole = train(SMALL, "CartPole-v1", 5)
+    _, some = train(replace(SMALL, fisher_share=0.25), "CartPole-v1", 5)
+    assert all(report.metrics["train/accepted"] for report in some)
+    assert fmean(r.kl.attempted for r in some) == pytest.approx(fmean(r.kl.attempted for r in whole), rel=0.5)
+    assert some[0].kl.mean != whole[0].kl.mean
+
+
+def broken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inject a fault into one update."""
+    real = trpo.natural_step
+
+    def altered(factor: float) -> Any:
+        def step(*arguments: Any) -> Any:
+            found = real(*arguments)
+            return None if found is None or factor == 0.0 else found._replace(step=factor * found.step)
+
+        return step
+
+    if name in ("kl", "no_improvement", "curvature", "nonfinite step"):
+        factors = {"kl": 1e4, "no_improvement": -1.0, "curvature": 0.0, "nonfinite step": math.inf}
+        monkeypatch.setattr(trpo, "natural_step", altered(factors[name]))
+    else:
+        monkeypatch.setattr(
+            "klrl.on_policy.gae", lambda reward, *rest: (np.full(reward.shape, math.nan, np.float32), reward)
+        )
+
+
+@pytest.mark.parametrize("name", ["kl", "no_improvement", "curvature", "nonfinite step", "nonfinite advantages"])
+def test_a_refused_update_leaves_the_policy_says_why_and_training_goes_on(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = make_vector("CartPole-v1", 8, EnvConfig())
+    agent = make(replace(SMALL, line_search_max_iter=3), env)
+    policy, critic = agent.parameters.parts
+    buffer = agent.new_buffer(8)
+    obs = collect(agent, env, buffer, env.reset(seed=0)[0])
+    before = agent.parameters.vector.clone()
+    with monkeypatch.context() as patch:
+        broken(name, patch)
+        report = agent.update(buffer)
+    reason = name.split()[0]
+    assert torch.equal(agent.parameters.vector[policy], before[policy])
+    assert not torch.equal(agent.parameters.vector[critic], before[critic]), "the critic is fitted all the same"
+    assert report.kl.mean == report.kl.max == report.kl.reverse == 0.0
+    assert report.kl.rolled_back == 1.0
+    assert report.metrics["train/accepted"] == 0.0
+    rejected = {key for key, value in report.metrics.items() if key.startswith("health/rejected_") and value}
+    assert rejected == {f"health/rejected_{reason}"}
+    collect(agent, env, buffer, obs)
+    assert agent.update(buffer).metrics["train/accepted"] == 1.0
+
+
+def test_constant_rewards_and_advantages_of_zero_move_nothing() -> None:
+    agent, reports = train(replace(SMALL, gae_lambda=0.0, gamma=0.0), "klrl/OneStep-v0", 40)
+    assert all(report.kl.mean <= 0.01 for report in reports)
+    assert bool(agent.parameters.vector.isfinite().all())
+
+
+@pytest.mark.parametrize("log_std", [-30.0, -80.0, 40.0])
+def test_a_deterministic_or_flat_policy_never_gives_weights_that_are_not_finite(log_std: float) -> None:
+    agent, reports = train(replace(SMALL, log_std_init=log_std), "Pendulum-v1", 3)
+    assert bool(agent.parameters.vector.isfinite().all())
+    assert all(report.kl.bounded <= 0.01 for report in reports)
+
+
+def test_saturated_categoricals_and_one_state_batches_never_crash() -> None:
+    env = make_vector("klrl/RewardByBoth-v0", 1, EnvConfig())
+    agent = make(replace(SMALL, n_steps=2, batch_size=1), env)
+    agent.actor.network.mlp.linears[-1].bias.data[0] = 300.0
+    buffer = agent.new_buffer(1)
+    obs, _ = env.reset(seed=0)
+    for _ in range(5):
+        obs = collect(agent, env, buffer, obs)
+        report = agent.update(buffer)
+        assert report.kl.mean == 0.0
+        assert report.metrics["health/rejected_no_improvement"] == 1.0
+    assert bool(agent.parameters.vector.isfinite().all())
+
+
+def test_a_reward_of_1e30_skips_what_it_spoils_and_a_nan_is_named() -> None:
+    env = make_vector("CartPole-v1", 8, EnvConfig())
+    agent = make(replace(SMALL, normalize_reward=False), env)
+    buffer = agent.new_buffer(8)
+    obs = collect(agent, env, buffer, env.reset(seed=0)[0])
+    buffer.reward[3, 2] = 1e30
+    before = agent.parameters.snapshot()
+    report = agent.update(buffer)
+    assert report.metrics["health/skipped_updates"] == 1.0
+    assert torch.equal(agent.parameters.vector[agent.parameters.parts[1]], before[0][agent.parameters.parts[1]])
+    assert bool(agent.parameters.vector.isfinite().all())
+    collect(agent, env, buffer, obs)
+    buffer.reward[3, 2] = math.nan
+    with pytest.raises(NonFiniteError, match="reward is nan in env 2 at step 3"):
+        agent.update(buffer)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("penalty", "fixed"), ("stop", 2.0), ("check", "epoch"), ("on_overshoot", "project")]
+)
+def test_settings_that_the_line_search_leaves_no_room_for_are_refused(name: str, value: Any) -> None:
+    config = replace(SMALL, kl=replace(SMALL.kl, **{name: value}))
+    with pytest.raises(UsageError, match=f"--kl.{name.replace('_', '-')} {value}: TRPO's line search holds the KL"):
+        TRPO(spaces.Box(-1, 1, (2,)), spaces.Discrete(2), config)
