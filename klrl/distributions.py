@@ -33,6 +33,11 @@ class Categoricals(td.Distribution):
         self.logits = logits
         super().__init__(logits.shape[:-2], logits.shape[-2:-1], validate_args=False)
 
+    @property
+    def param_shape(self) -> torch.Size:
+        """[B, k, n]: what must agree for two to be compared."""
+        return self.logits.shape
+
     @cached_property
     def log_probs(self) -> Tensor:
         """Normalised log-probabilities, shape [B, k, n]."""

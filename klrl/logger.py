@@ -22,6 +22,7 @@ _LAYOUT = {
         "largest KL of a state": ["kl/max"],
         "share of the limit": ["kl/of_limit"],
         "coefficient": ["kl/coef"],
+        "predicted and measured": ["kl/predicted", "kl/mean"],
         "forward and reverse": ["kl/mean", "kl/reverse"],
         "exact and sampled": ["kl/mean", "kl/k1", "kl/k3"],
     },
@@ -121,5 +122,6 @@ def _line(step: int, figures: dict[str, float]) -> str:
         parts.append(f"return {figures['rollout/ep_rew_mean']:>8.1f}")
     limit = f" of {figures['kl/limit']:g}" if "kl/limit" in figures else ""
     parts.append(f"KL {figures['kl/mean']:.4f}{limit}")
-    parts.append(f"coef {figures['kl/coef']:.3g}")
+    if figures["kl/coef"] > 0:
+        parts.append(f"coef {figures['kl/coef']:.3g}")
     return "  ".join(parts)

@@ -34,6 +34,7 @@ class MLP(nn.Module):
         self.linears = [linear(a, b, g, rng) for a, b, g in zip(sizes, sizes[1:], gains, strict=False)]
         self.layers = nn.ModuleList(self.linears)
         self.activation = activation
+        self._host: tuple[int, list[tuple[Array, Array]]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -82,10 +83,15 @@ class MLP(nn.Module):
 
     def on_host(self, x: Array) -> Array:
         """The forward pass on views of the weights, which must lie in CPU memory."""
-        last = len(self.linears) - 1
-        for i, layer in enumerate(self.linears):
-            x = x @ layer.weight.detach().numpy().T
-            x += layer.bias.detach().numpy()
+        first = self.linears[0].weight
+        if self._host is None or self._host[0] != first.data_ptr():  # the weights lie elsewhere than they did
+            views = [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in self.linears]
+            self._host = first.data_ptr(), views
+        views = self._host[1]
+        last = len(views) - 1
+        for i, (weight, bias) in enumerate(views):
+            x = x @ weight
+            x += bias
             if i < last:
                 x = np.tanh(x, out=x) if self.activation == "tanh" else np.maximum(x, 0.0, out=x)
         return x

@@ -187,6 +187,8 @@ def distribution(words: tuple[str, ...], option: str) -> td.Distribution:
         raise UsageError(f"{option} must begin with one of {', '.join(kinds)}, got {' '.join(words) or 'nothing'}")
     try:
         numbers = [float(word) for word in words[1:]]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("infinite or nan")
         if words[0] == "categorical":
             return td.Categorical(probs=torch.tensor(numbers, dtype=torch.float64), validate_args=True)
         return kinds[words[0]](*(torch.tensor(x, dtype=torch.float64) for x in numbers), validate_args=True)
@@ -197,15 +199,19 @@ def distribution(words: tuple[str, ...], option: str) -> td.Distribution:
 
 def _on_grid(old: td.Distribution, new: td.Distribution) -> tuple[td.Categorical, td.Categorical]:
     """Both densities as categoricals over fine cells, where a measure has no closed form."""
+    both = (old, new)
     if isinstance(old, td.Beta):
-        low, high = 0.0, 1.0
-    else:
-        reach = 10 * max(float(old.stddev), float(new.stddev))
-        low, high = (float(f(old.mean, new.mean)) for f in (torch.minimum, torch.maximum))
-        low, high = low - reach, high + reach
-    edges = torch.linspace(low, high, _GRID_CELLS + 1, dtype=torch.float64)
-    centres = (edges[1:] + edges[:-1]) / 2
-    return td.Categorical(logits=old.log_prob(centres)), td.Categorical(logits=new.log_prob(centres))
+        # In the logit u of x the density is smooth, however it rises towards 0 and 1: x^a (1 - x)^b.
+        shapes = [(float(d.concentration1), float(d.concentration0)) for d in both]  # type: ignore[attr-defined]
+        reach = 40 / min(1.0, *(x for pair in shapes for x in pair))
+        u = torch.linspace(-reach, reach, 10 * _GRID_CELLS, dtype=torch.float64)
+        log_x, log_1_minus_x = torch.nn.functional.logsigmoid(u), torch.nn.functional.logsigmoid(-u)
+        first, second = (a * log_x + b * log_1_minus_x for a, b in shapes)
+        return td.Categorical(logits=first), td.Categorical(logits=second)
+    spans = [torch.linspace(-12, 12, _GRID_CELLS, dtype=torch.float64) * d.stddev + d.mean for d in both]
+    edges = torch.cat(spans).sort().values  # fine where either is narrow
+    centres, widths = (edges[1:] + edges[:-1]) / 2, (edges[1:] - edges[:-1]).clamp_min(1e-300)
+    return tuple(td.Categorical(logits=d.log_prob(centres) + widths.log()) for d in both)  # type: ignore[return-value]
 
 
 def _describe(dist: td.Distribution) -> str:

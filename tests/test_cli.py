@@ -5,9 +5,13 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from klrl.agents.trpo import TRPOConfig
+from klrl.training import resolve
 
 QUICK = [
     "--total-timesteps",
@@ -48,21 +52,23 @@ def refused(*words: str, code: str = MAIN) -> str:
     return lines[0]
 
 
-def test_train_eval_list_end_to_end() -> None:
-    done = klrl("train", "ppo", "CartPole-v1", *QUICK, "--seed", "3")
+@pytest.mark.parametrize("agent", ["ppo", "trpo"])
+def test_train_eval_list_end_to_end(agent: str) -> None:
+    words = QUICK if agent == "ppo" else [*QUICK[:8], *QUICK[10:]]  # without --n-epochs
+    done = klrl("train", agent, "CartPole-v1", *words, "--seed", "3")
     assert done.returncode == 0, done.stderr
     evaluation, run, watch = done.stdout.splitlines()[-3:]
     assert evaluation.startswith("evaluation")
     assert evaluation.endswith("over 20 episodes")
     assert watch == "watch       tensorboard --logdir runs"
     folder = run.split()[1]
-    assert Path(folder).name.startswith("ppo-CartPole-v1-3-")
+    assert Path(folder).name.startswith(f"{agent}-CartPole-v1-3-")
     result = json.loads(klrl("eval", folder, "--episodes", "3", "--json").stdout)
     assert len(result["returns"]) == 3
     assert result["mean"] == pytest.approx(sum(result["returns"]) / 3)
     text = klrl("eval", next(str(p) for p in Path(folder, "checkpoints").iterdir()), "--episodes", "2").stdout
     assert text.endswith("over 2 episodes of CartPole-v1\n")
-    again = klrl("train", "ppo", "CartPole-v1", "--config", f"{folder}/config.toml", "--quiet")
+    again = klrl("train", agent, "CartPole-v1", "--config", f"{folder}/config.toml", "--quiet")
     assert again.stdout.splitlines()[0] == evaluation
     listed = klrl("list").stdout
     assert "CartPole-v1" in listed
@@ -145,6 +151,13 @@ def test_bad_input_is_one_line_and_exit_code_2(words: list[str], message: str) -
     if "Discrete(32)" in message:
         message = "is not supported: klrl takes Box, Discrete and a Dict of those; gymnasium.wrappers.Flatten"
     assert message in refused(*words)
+
+
+def test_a_group_given_in_part_keeps_the_agents_own_defaults_for_the_rest() -> None:
+    _, config = resolve("trpo", None, {"kl": {"target": 0.02}})
+    assert config.kl == replace(TRPOConfig().kl, target=0.02)
+    assert config.kl.penalty == "none"
+    assert resolve("ppo", None, {"kl": {"target": 0.03}})[1].kl.penalty == "adaptive"
 
 
 def test_unknown_and_broken_keys_in_a_config_file() -> None:

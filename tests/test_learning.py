@@ -31,6 +31,37 @@ def test_cartpole_is_solved_on_every_seed(seed: int) -> None:
     assert 0.5 <= fmean(row["kl/of_limit"] for row in rows[len(rows) // 2 :]) <= 1.5
 
 
+def test_trpo_solves_cartpole_and_its_kl_is_within_the_limit_after_every_update() -> None:
+    run = klrl.train("trpo", "CartPole-v1", seed=0, quiet=True)
+    assert run.score.mean >= 475
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] <= 100_000
+    assert all(row["kl/of_limit"] <= 1.0 for row in rows)
+    assert fmean(row["train/accepted"] for row in rows) > 0.95
+    assert fmean(row["kl/of_limit"] for row in rows) > 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_trpo_solves_cartpole_on_every_seed(seed: int) -> None:
+    assert klrl.train("trpo", "CartPole-v1", seed=seed, quiet=True).score.mean >= 475
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("env_id", "needed"), [("Pendulum-v1", -250), ("LunarLander-v3", 200), ("Hopper-v5", 2500), ("Swimmer-v5", 200)]
+)
+def test_trpo_presets_reach_their_scores_over_three_seeds(env_id: str, needed: float) -> None:
+    scores = []
+    for seed in range(3):
+        run = klrl.train("trpo", env_id, seed=seed, quiet=True)
+        rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        assert all(row["kl/of_limit"] <= 1.0 for row in rows)
+        scores.append(run.score.mean)
+    assert fmean(scores) >= needed
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(

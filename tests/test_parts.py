@@ -109,6 +109,23 @@ def test_snapshots_restore_weights_and_optimizer_bit_for_bit() -> None:
         FlatParameters(first).load_state_dict(saved)
 
 
+def test_adam_on_one_module_leaves_the_others_alone() -> None:
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)
+    flat = FlatParameters(first, second)
+    before = flat.vector.clone()
+    reference = torch.nn.Parameter(before[flat.parts[1]].clone())
+    adam = torch.optim.Adam([reference], lr=0.01, eps=1e-5)
+    for _ in range(5):
+        flat.grad.copy_(torch.randn_like(flat.grad))
+        reference.grad = flat.grad[flat.parts[1]].clone()
+        flat.adam_step(0.01, only=1)
+        adam.step()
+    assert torch.equal(flat.vector[flat.parts[0]], before[flat.parts[0]])
+    assert torch.allclose(flat.vector[flat.parts[1]], reference.detach(), atol=1e-6)
+    assert flat.steps == [0, 5]
+
+
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 def test_the_mlp_written_out_equals_autograd_and_numpy(activation: Any) -> None:
     torch.manual_seed(0)
@@ -119,12 +136,19 @@ def test_the_mlp_written_out_equals_autograd_and_numpy(activation: Any) -> None:
     by_autograd = flat.grad.clone()
     flat.zero_grad()
     with torch.no_grad():
-        output, _, pullback = mlp.linearize(x)
+        output, pushforward, pullback = mlp.linearize(x)
         pullback(direction)
+        along = torch.randn_like(flat.vector)
+        moved = pushforward(flat.like(along, 0))
     assert torch.allclose(output, mlp(x))
     assert torch.allclose(flat.grad, by_autograd)
     assert float(by_autograd.abs().sum()) > 0.0
+    assert float((moved * direction).sum()) == pytest.approx(float(by_autograd @ along)), "<u, J v> = <J^T u, v>"
     assert np.allclose(mlp.on_host(x.numpy()), output.numpy())
+    flat.vector += along
+    assert np.allclose(mlp.on_host(x.numpy()), mlp(x).detach().numpy()), "it sees weights that moved"
+    mlp.float()
+    assert np.allclose(mlp.on_host(x.float().numpy()), mlp(x.float()).detach().numpy(), atol=1e-5), "or went elsewhere"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import math
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,21 @@ def test_bars_have_the_lengths_of_the_divergences() -> None:
     assert widths[4] < math.log(2)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "exact"),
+    [
+        (("normal", "0", "1"), ("normal", "0", "1e-4"), (-2 * math.log(math.sqrt(2e-4 / (1 + 1e-8))), None)),
+        (("beta", "0.1", "1"), ("beta", "0.2", "1"), (-2 * math.log(math.sqrt(0.02) / 0.15), 0.25)),
+    ],
+)
+def test_narrow_and_steep_densities_are_measured_too(old: Any, new: Any, exact: tuple[float, float | None]) -> None:
+    figure = families(distribution(old, "--old"), distribution(new, "--new"))
+    renyi, _, total_variation = [bar.get_width() for bar in figure.axes[0].patches][3:]
+    assert renyi == pytest.approx(exact[0], rel=1e-3)
+    if exact[1] is not None:
+        assert total_variation == pytest.approx(exact[1], rel=1e-3)
+
+
 def test_an_infinite_divergence_is_labelled_so() -> None:
     figure = families(distribution(("bernoulli", "0.5"), "--old"), distribution(("bernoulli", "1"), "--new"))
     assert figure.axes[0].texts[0].get_text() == "inf"
@@ -60,6 +76,7 @@ def test_an_infinite_divergence_is_labelled_so() -> None:
         (["plot", "families", "--old", "cauchy", "0", "1"], "--old must begin with one of normal"),
         (["plot", "families", "--old", "normal", "0"], "needs normal MEAN STD"),
         (["plot", "families", "--old", "normal", "0", "-1"], "needs normal MEAN STD"),
+        (["plot", "families", "--old", "normal", "inf", "1"], "needs normal MEAN STD"),
         (["plot", "families", "--new", "normal", "0", "1"], "two of one family"),
         (["plot", "families", "--new", "categorical", "0.5", "0.5"], "2: give as many probabilities"),
     ],

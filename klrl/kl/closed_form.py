@@ -44,8 +44,9 @@ class _Phi(torch.autograd.Function):
 
 def sum_last(x: Tensor) -> Tensor:
     """The sum over the last dimension."""
-    # As a product with ones it takes half the time where that dimension is short, but its backward pass costs more.
-    return x.sum(dim=-1) if x.requires_grad else x @ x.new_ones(x.shape[-1])
+    # As a product with ones it takes half the time where that dimension is short; but its backward pass costs more, and
+    # autocast would round what is not float64.
+    return x @ x.new_ones(x.shape[-1]) if x.dtype == torch.float64 and not x.requires_grad else x.sum(dim=-1)
 
 
 def exact_log_probs(logits: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def categorical_kl(logits_old: Tensor, logits_new: Tensor) -> Tensor:
     """KL(old || new) of categoricals given by unnormalised logits of shape [..., n]; the result has shape [...].
 
     -inf marks a forbidden action. Computed in float64, returned in ``logits_new``'s dtype. Gradients, finite wherever
-    the logits are: d/d logits_new = softmax(new) - softmax(old); d/d logits_old = p * (log p - log q - KL).
+    the KL is: d/d logits_new = softmax(new) - softmax(old); d/d logits_old = p * (log p - log q - KL).
     """
     result: Tensor = _CategoricalKL.apply(logits_old, logits_new)  # type: ignore[no-untyped-call]
     return result

@@ -12,8 +12,18 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from klrl.kl.closed_form import categorical_kl_of, exact_log_probs, ordinary
-from klrl.kl.divergence import NoClosedFormError, Units, explain_nan, in_units, kl, logits_of, name_of, same_shape
+from klrl.kl.closed_form import categorical_kl_of, exact_log_probs
+from klrl.kl.divergence import (
+    NoClosedFormError,
+    Product,
+    Units,
+    explain_nan,
+    in_units,
+    kl,
+    logits_of,
+    name_of,
+    same_shape,
+)
 
 _MOST_OUTCOMES = 65_536  # of a joint discrete distribution that is written out
 
@@ -46,11 +56,12 @@ def js(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Ten
     """Jensen-Shannon divergence of discrete distributions, shape ``batch_shape``: 0 to log 2; its root is a metric.
 
     A joint of several categoricals is written out; raises ValueError beyond 65,536 outcomes, and for distributions that
-    are not discrete. Source: Lin (1991), equation 3.3.
+    are not discrete. No gradients. Source: Lin (1991), equation 3.3.
     """
-    log_p, log_q = _tables(old, new)
-    middle = torch.logaddexp(log_p, log_q) - math.log(2)
-    value = 0.5 * (categorical_kl_of(log_p, middle) + categorical_kl_of(log_q, middle))
+    with torch.no_grad():
+        log_p, log_q = _tables(old, new)
+        middle = torch.logaddexp(log_p, log_q) - math.log(2)
+        value = 0.5 * (categorical_kl_of(log_p, middle) + categorical_kl_of(log_q, middle))
     return in_units(_checked(value, old, new), units).to(torch.get_default_dtype())
 
 
@@ -79,16 +90,17 @@ def renyi(old: td.Distribution, new: td.Distribution, alpha: float, units: Units
         raise ValueError(f"alpha must be finite and above 0, got {alpha}")
     if alpha == 1:
         return in_units(kl(old, new), units)
-    same_shape(old, new)
-    if _log_probs(old) is not None and _log_probs(new) is not None:
-        log_p, log_q = (exact_log_probs(x) for x in (_log_probs(old), _log_probs(new)) if x is not None)
-        x = log_q - log_p
-        if ordinary(x):  # sum p^a q^(1-a) - 1, with its first order taken out, as that of q - p sums to 0
-            terms = log_p.exp() * (torch.expm1((1 - alpha) * x) - (1 - alpha) * torch.expm1(x))
-            value = torch.log1p(terms.sum(-1)) / (alpha - 1)
-        else:  # forbidden or nearly forbidden actions
-            powers = torch.where(log_p == -math.inf, log_p, alpha * log_p + (1 - alpha) * log_q)
-            value = torch.logsumexp(powers, -1) / (alpha - 1)
+    logits = _same_family(old, new)
+    if logits is not None:
+        log_p, log_q = (exact_log_probs(x) for x in logits)
+        p, x = log_p.exp(), log_q - log_p
+        # sum p^a q^(1-a) - 1, with its first order taken out: p * expm1(x) sums to minus new's mass where old has none.
+        terms = p * (torch.expm1((1 - alpha) * x) - (1 - alpha) * torch.expm1(x))
+        excess = torch.where(p == 0, (alpha - 1) * log_q.exp(), terms).sum(-1)
+        powers = torch.where(log_p == -math.inf, log_p, alpha * log_p + (1 - alpha) * log_q)
+        near = excess.isfinite() & (excess > -0.5)  # far apart nothing cancels, but powers may overflow
+        whole = torch.where(near, torch.log1p(torch.where(near, excess, 0.0)), torch.logsumexp(powers, -1))
+        value = whole / (alpha - 1)
         value = _checked(value.clamp_min(0.0), old, new)
         return in_units(_sum_parts(old, value), units).to(torch.get_default_dtype())
     (mean_p, log_std_p), (mean_q, log_std_q) = _normal(old, new), _normal(new, old)
@@ -112,9 +124,28 @@ def _base(dist: Any) -> Any:
     return _base(dist.base_dist) if isinstance(dist, td.Independent) else dist
 
 
+def _same_family(old: td.Distribution, new: td.Distribution) -> tuple[Tensor, Tensor] | None:
+    """Both sides' ``_log_probs`` where they are discrete. Raises ValueError for different families or shapes."""
+    if type(_base(old)) is not type(_base(new)):
+        raise ValueError(f"{name_of(old)} and {name_of(new)} are of different families")
+    same_shape(old, new)
+    first, second = _log_probs(old), _log_probs(new)
+    if first is None or second is None:
+        return None
+    if first.shape != second.shape:
+        raise ValueError(f"old and new must have one shape: {tuple(first.shape)} and {tuple(second.shape)}")
+    return first, second
+
+
 def _log_probs(dist: td.Distribution) -> Tensor | None:
     """Unnormalised log-probabilities [*batch, *parts, n] of a discrete distribution, None for others."""
     base = _base(dist)
+    if isinstance(base, Product):
+        parts = [_log_probs(part) for part in base.parts]
+        known = [part for part in parts if part is not None]
+        most = max((part.shape[-1] for part in known), default=0)
+        padded = [torch.nn.functional.pad(part, (0, most - part.shape[-1]), value=-math.inf) for part in known]
+        return torch.stack(padded, dim=-2) if len(known) == len(parts) else None
     if isinstance(base, td.Bernoulli | td.Categorical):
         return logits_of(base)
     return base.logits if hasattr(base, "exact_log_probs") else None  # klrl's Categoricals
@@ -136,12 +167,11 @@ def _sum_parts(dist: td.Distribution, value: Tensor) -> Tensor:
 
 def _tables(old: td.Distribution, new: td.Distribution) -> list[Tensor]:
     """Every joint outcome's exact log-probability [*batch, outcomes], of both distributions."""
-    same_shape(old, new)
+    both = _same_family(old, new)
+    if both is None:
+        raise ValueError(f"no closed form between {name_of(old)} and {name_of(new)}: both must be discrete")
     tables = []
-    for dist in (old, new):
-        logits = _log_probs(dist)
-        if logits is None:
-            raise ValueError(f"no closed form between {name_of(old)} and {name_of(new)}: both must be discrete")
+    for dist, logits in zip((old, new), both, strict=True):
         log_p = exact_log_probs(logits)
         parts = log_p.flatten(len(dist.batch_shape), -2) if log_p.dim() > len(dist.batch_shape) + 1 else None
         if parts is not None:
@@ -151,6 +181,4 @@ def _tables(old: td.Distribution, new: td.Distribution) -> list[Tensor]:
             for i in range(1, parts.shape[-2]):
                 log_p = (log_p.unsqueeze(-1) + parts[..., i, :].unsqueeze(-2)).flatten(-2)
         tables.append(log_p)
-    if tables[0].shape != tables[1].shape:
-        raise ValueError(f"old has {tables[0].shape[-1]} outcomes, new has {tables[1].shape[-1]}")
     return tables

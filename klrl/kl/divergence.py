@@ -8,6 +8,7 @@ Conventions: 0*log 0 = 0; where old has mass and new has none, KL is +inf, never
 forbid (logit -inf) drop out. KL >= 0 always and KL(p||p) = 0 exactly.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
@@ -32,8 +33,11 @@ def kl(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Ten
     What is exact is the KL of the parameters that the distributions hold. ``Categorical(logits=...)`` normalises its
     logits in their own dtype when it is made; ``categorical_kl`` takes them as they are.
 
-    Raises ValueError for different families, different shapes, parameters that are nan, or a pair without a closed form
-    (``mc_kl`` estimates that). Source: Kullback and Leibler (1951), equation 2.4.
+    Categorical, Bernoulli, normal, full-covariance normal, Beta, products and bijective transforms of these are
+    computed here; what torch has registered besides (Gamma, Dirichlet, ...) it computes, and may cancel.
+
+    Raises ValueError for different shapes, parameters that are nan, or a pair without a closed form, whose KL
+    ``mc_kl`` estimates. Source: Kullback and Leibler (1951), equation 2.4.
     """
     value = _kl(old, new)
     if math.isnan(value.detach().sum()):  # no KL is -inf, so only a nan makes their sum one
@@ -44,27 +48,23 @@ def kl(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Ten
 def explain_nan(old: td.Distribution, new: td.Distribution) -> None:
     """Raise the ValueError that says why the divergence of the two is nan."""
     for side, dist in (("old", old), ("new", new)):
-        if any(bool(parameter.isnan().any()) for parameter in parameters_of(dist)):
-            raise ValueError(f"{side} is a {name_of(dist)} with parameters that are nan")
+        with contextlib.suppress(NotSupportedError):
+            if any(bool(parameter.isnan().any()) for parameter in parameters_of(dist)):
+                raise ValueError(f"{side} is a {name_of(dist)} with parameters that are nan")
     raise ValueError(f"the KL between {name_of(old)} and {name_of(new)} is nan: their parameters are out of range")
 
 
 def _kl(old: td.Distribution, new: td.Distribution) -> Tensor:
+    same_shape(old, new)
     if isinstance(old, td.Independent) and isinstance(new, td.Independent):
-        same_shape(old, new)
         value = _kl(old.base_dist, new.base_dist)
         for _ in range(old.reinterpreted_batch_ndims):
             value = closed_form.sum_last(value)
         return value
-    for family, function in _STABLE.items():
-        if isinstance(old, family) and isinstance(new, family):
-            same_shape(old, new)
-            if getattr(old, "param_shape", None) != getattr(new, "param_shape", None):  # a Categorical's choices
-                raise ValueError(f"old and new must have one shape: {old.param_shape} and {new.param_shape}")  # type: ignore[attr-defined]
-            return function(old, new)
-    if type(old) is type(new):
-        same_shape(old, new)
     try:
+        for family, function in _STABLE.items():
+            if isinstance(old, family) and isinstance(new, family):
+                return function(old, new)
         return td.kl_divergence(old, new)
     except NotImplementedError:
         raise NoClosedFormError(f"no closed-form KL between {name_of(old)} and {name_of(new)}") from None
@@ -72,6 +72,10 @@ def _kl(old: td.Distribution, new: td.Distribution) -> Tensor:
 
 class NoClosedFormError(ValueError):
     """The pair of distributions has no closed-form KL; ``mc_kl`` estimates it where both can score samples."""
+
+
+class NotSupportedError(ValueError):
+    """The distribution's parameters are not known, so that it cannot be frozen or indexed."""
 
 
 def in_units(nats: Tensor, units: Units) -> Tensor:
@@ -140,7 +144,10 @@ def parameters_of(dist: td.Distribution) -> list[Tensor]:
 
 
 def freeze(dist: D) -> D:
-    """``dist`` as data: the same distribution on detached copies of its parameters."""
+    """``dist`` as data: the same distribution on detached copies of its parameters.
+
+    A transform keeps its own parameters, if it has any. Raises ValueError for a family whose parameters are not known.
+    """
     return _map_parameters(dist, lambda parameter: parameter.detach().clone())
 
 
@@ -167,7 +174,14 @@ def _map_parameters(dist: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return td.Normal(function(dist.loc), function(dist.scale), validate_args=False)
     if isinstance(dist, td.Categorical | td.Bernoulli):
         name = "probs" if dist._param is dist.__dict__.get("probs") else "logits"
-        return type(dist)(**{name: function(getattr(dist, name))}, validate_args=False)
+        parameter = function(getattr(dist, name))
+        if isinstance(dist, td.Bernoulli):
+            return td.Bernoulli(**{name: parameter}, validate_args=False)
+        # Its constructor would normalise once more, which moves the last digit: a policy would differ from its copy.
+        copy = object.__new__(td.Categorical)
+        copy.__dict__ |= {name: parameter, "_param": parameter, "_num_events": parameter.shape[-1]}
+        td.Distribution.__init__(copy, parameter.shape[:-1], validate_args=False)
+        return copy
     if isinstance(dist, td.MultivariateNormal):
         loc, factor = function(dist.loc), function(dist.scale_tril)
         return td.MultivariateNormal(loc, scale_tril=factor, validate_args=False)
@@ -179,8 +193,10 @@ def _map_parameters(dist: Any, function: Callable[[Tensor], Tensor]) -> Any:
         )
         return td.MixtureSameFamily(weights, parts, validate_args=False)
     if isinstance(dist, td.TransformedDistribution):
-        return td.TransformedDistribution(_map_parameters(dist.base_dist, function), dist.transforms)
-    raise ValueError(
+        base, rebuilt = _map_parameters(dist.base_dist, function), object.__new__(type(dist))
+        td.TransformedDistribution.__init__(rebuilt, base, dist.transforms, validate_args=False)
+        return rebuilt
+    raise NotSupportedError(
         f"{name_of(dist)} is not supported: give a Normal (also multivariate or squashed), Categorical, Bernoulli, "
         "Beta, a mixture of those, or a class with a method map_parameters(function)"
     )
@@ -198,12 +214,12 @@ def _multivariate_normal(old: td.MultivariateNormal, new: td.MultivariateNormal)
     # With the Cholesky factors L and M = L_new^-1 L_old, lower triangular: KL is half of
     # sum phi(2 log M_ii) + sum_{i>j} M_ij^2 + |L_new^-1 (mu_new - mu_old)|^2. No inverse, no determinant.
     factors = [dist.scale_tril.double() for dist in (old, new)]
-    ratio = torch.linalg.solve_triangular(factors[1], factors[0], upper=False)
+    change = torch.linalg.solve_triangular(factors[1], factors[0] - factors[1], upper=False)  # M - 1
     diagonals = [factor.diagonal(dim1=-2, dim2=-1).log() for factor in factors]
     shift = (new.loc.double() - old.loc.double()).unsqueeze(-1)
     z = torch.linalg.solve_triangular(factors[1], shift, upper=False).squeeze(-1)
     terms = closed_form.phi(2 * (diagonals[0] - diagonals[1])) + z * z
-    return (0.5 * (terms.sum(-1) + ratio.tril(-1).square().sum((-2, -1)))).to(new.loc.dtype)
+    return (0.5 * (terms.sum(-1) + change.tril(-1).square().sum((-2, -1)))).to(new.loc.dtype)
 
 
 def _beta(old: td.Beta, new: td.Beta) -> Tensor:
@@ -213,11 +229,12 @@ def _beta(old: td.Beta, new: td.Beta) -> Tensor:
     return (parts[0] + parts[1] - parts[2]).clamp_min(0.0).to(new.concentration1.dtype)
 
 
-def _squashed(old: td.TransformedDistribution, new: td.TransformedDistribution) -> Tensor:
-    # An invertible transform changes no KL: that of the bases.
-    if [type(t) for t in old.transforms] != [type(t) for t in new.transforms]:
-        raise ValueError(f"{name_of(old)} and {name_of(new)} have different transforms")
-    return _kl(old.base_dist, new.base_dist)
+def _transformed(old: td.TransformedDistribution, new: td.TransformedDistribution) -> Tensor:
+    if all(t.bijective for t in old.transforms) and old.transforms == new.transforms:
+        return _kl(old.base_dist, new.base_dist)  # an invertible map changes no KL
+    if type(old) is td.TransformedDistribution or type(new) is td.TransformedDistribution:
+        raise NoClosedFormError(f"no closed-form KL between {name_of(old)} and {name_of(new)}: different transforms")
+    return td.kl_divergence(old, new)  # torch builds some of its families so: Gumbel, Pareto, HalfNormal
 
 
 def logits_of(dist: td.Categorical | td.Bernoulli) -> Tensor:
@@ -243,16 +260,20 @@ _STABLE: dict[type[td.Distribution], Callable[[Any, Any], Tensor]] = {
     td.Bernoulli: _discrete,
     td.MultivariateNormal: _multivariate_normal,
     td.Beta: _beta,
-    td.TransformedDistribution: _squashed,
+    td.TransformedDistribution: _transformed,
 }
 
 
 def same_shape(old: td.Distribution, new: td.Distribution) -> None:
-    if old.batch_shape != new.batch_shape or old.event_shape != new.event_shape:
+    """Raise ValueError unless the two have one batch shape, one event shape and as many choices."""
+    if (old.batch_shape, old.event_shape) != (new.batch_shape, new.event_shape):
         raise ValueError(
             f"old and new must have one shape: {name_of(old)} has batch {tuple(old.batch_shape)} and event "
             f"{tuple(old.event_shape)}, {name_of(new)} has {tuple(new.batch_shape)} and {tuple(new.event_shape)}"
         )
+    choices = [tuple(getattr(dist, "param_shape", ())) for dist in (old, new)]
+    if type(old) is type(new) and choices[0] != choices[1]:
+        raise ValueError(f"old and new must have one shape: their parameters have {choices[0]} and {choices[1]}")
 
 
 def name_of(dist: object) -> str:

@@ -3,6 +3,7 @@
 They stand beside an exact value or take its place where none exists; they never steer an update in klrl.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,7 +31,8 @@ def kl_estimate(log_ratio: Tensor, kind: Literal["k1", "k2", "k3"] = "k3") -> Es
     """Estimate KL(old || new) from ``log_ratio`` = log new(a) - log old(a) with a drawn from old, shape [B].
 
     k1 = -log r is unbiased and may be negative; k2 = (log r)^2 / 2 is biased, small and never negative;
-    k3 = r - 1 - log r is unbiased and never negative. Source: Schulman, "Approximating KL Divergence" (2020).
+    k3 = r - 1 - log r is never negative, and unbiased where old has mass wherever new has.
+    Source: Schulman, "Approximating KL Divergence" (2020).
 
     Raises ValueError for another kind and for an empty ``log_ratio``.
     """
@@ -51,16 +53,17 @@ def kl_estimate(log_ratio: Tensor, kind: Literal["k1", "k2", "k3"] = "k3") -> Es
 
 
 def mc_kl(old: td.Distribution, new: td.Distribution, n: int = 256) -> StateEstimates:
-    """Estimate KL(old || new) per state from ``n`` samples of ``old`` for each, by k3: unbiased and never negative.
+    """Estimate KL(old || new) per state from ``n`` samples of ``old`` for each, by k3: never negative.
 
-    For pairs without a closed form (mixtures). Needs ``old.sample`` and both ``log_prob``; no gradients. A sample that
-    ``new`` cannot produce makes the estimate infinite. Raises ValueError for fewer than 2 samples.
+    Unbiased where old has mass wherever new has; elsewhere it is too small by new's mass outside of old's support. For
+    pairs without a closed form (mixtures). Needs ``old.sample`` and both ``log_prob``; no gradients. A sample that
+    ``new`` cannot produce makes the estimate infinite. Raises ValueError for fewer than 2 samples, and for parameters
+    that are nan.
     """
-    if n < 2:
-        raise ValueError(f"n must be at least 2 for a standard error, got {n}")
+    size = _size(n)
     with torch.no_grad():
-        sample = old.sample(torch.Size([n]))
-        x = (new.log_prob(sample) - old.log_prob(sample)).double()
+        sample = old.sample(size)
+        x = (_log_prob(new, sample) - old.log_prob(sample)).double()
         terms = torch.expm1(x) - x
         if bool(terms.isnan().any()):
             explain_nan(old, new)
@@ -73,28 +76,53 @@ def mc_entropy(dist: td.Distribution, n: int = 256) -> StateEstimates:
 
     Of a transformed distribution only the transform's part is sampled: H(T(X)) = H(X) + E[log |dT/dx|], with the
     Jacobian taken at the sample of the base, so that a saturated tanh neither overflows nor loses digits. No gradients.
-    Raises ValueError for fewer than 2 samples.
+    Raises ValueError for fewer than 2 samples, and for a transform that is not bijective.
     """
+    with torch.no_grad():
+        return _over_samples(_surprise(dist, _size(n))[1])
+
+
+def _surprise(dist: td.Distribution, size: torch.Size) -> tuple[Tensor, Tensor]:
+    """A sample and, [n, *batch], -log p of it, or what has the same mean and varies less."""
+    dims = 1 + len(dist.batch_shape)
+    if isinstance(dist, td.Independent):
+        sample, terms = _surprise(dist.base_dist, size)
+        return sample, terms.flatten(dims).sum(-1) if terms.dim() > dims else terms
+    if type(dist) is not td.TransformedDistribution:
+        sample = dist.sample(size)
+        try:
+            return sample, dist.entropy().double().expand(*size, *dist.batch_shape)
+        except NotImplementedError:
+            return sample, -dist.log_prob(sample).double()
+    x, terms = _surprise(dist.base_dist, size)
+    terms = terms.flatten(dims).sum(-1) if terms.dim() > dims else terms
+    for transform in dist.transforms:
+        if not transform.bijective:
+            raise ValueError(f"{type(transform).__name__} is not bijective: the entropy would need its inverse images")
+        y = transform(x)
+        jacobian: Tensor = transform.log_abs_det_jacobian(x, y).double()  # type: ignore[no-untyped-call]
+        terms = terms + (jacobian.flatten(dims).sum(-1) if jacobian.dim() > dims else jacobian)
+        x = y
+    return x, terms
+
+
+def _log_prob(dist: td.Distribution, sample: Tensor) -> Tensor:
+    """log p of the sample, -inf outside of the support, where torch would raise."""
+    try:
+        return dist.log_prob(sample)
+    except ValueError:
+        inside: Tensor = dist.support.check(sample)  # type: ignore[union-attr]
+        within = inside.view(*inside.shape, *[1] * (sample.dim() - inside.dim()))
+        return torch.where(inside, dist.log_prob(torch.where(within, sample, dist.sample(sample.shape[:1]))), -math.inf)
+
+
+def _size(n: int) -> torch.Size:
     if n < 2:
         raise ValueError(f"n must be at least 2 for a standard error, got {n}")
-    size = torch.Size([n])
-    with torch.no_grad():
-        if not isinstance(dist, td.TransformedDistribution):
-            return _over_samples(-dist.log_prob(dist.sample(size)).double())
-        x, base = dist.base_dist.sample(size), dist.base_dist
-        terms = torch.zeros((), dtype=torch.float64)
-        for transform in dist.transforms:
-            y = transform(x)
-            jacobian: Tensor = transform.log_abs_det_jacobian(x, y).double()  # type: ignore[no-untyped-call]
-            terms = terms + _per_state(jacobian, 1 + len(dist.batch_shape))
-            x = y
-        return _over_samples(terms + _per_state(base.entropy().double(), len(dist.batch_shape)))
-
-
-def _per_state(x: Tensor, dims: int) -> Tensor:
-    """Summed over all dimensions after the first ``dims``."""
-    return x.flatten(dims).sum(-1) if x.dim() > dims else x
+    return torch.Size([n])
 
 
 def _over_samples(terms: Tensor) -> StateEstimates:
-    return StateEstimates(terms.mean(0).float(), (terms.std(0) / len(terms) ** 0.5).float())
+    mean = terms.mean(0)
+    stderr = torch.where(mean.isinf(), math.inf, terms.std(0) / len(terms) ** 0.5)
+    return StateEstimates(mean.float(), stderr.float())

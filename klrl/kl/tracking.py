@@ -56,6 +56,8 @@ class KLReport:
     @property
     def of_limit(self) -> float:
         """The bounded KL as a share of its limit: above 1 the policy moved further than it should."""
+        if self.limit == float("inf"):
+            return 0.0
         if self.limit == 0.0:
             return float("inf") if self.bounded > 0.0 else 0.0
         return self.bounded / self.limit
@@ -205,14 +207,15 @@ def track(
         return select(policy_dist(), rows) if obs is None else policy_dist(obs[rows])
 
     with torch.no_grad():
+        first = policy_dist() if obs is None else None
         if subsample is not None:
-            states = policy_dist().batch_shape[0] if obs is None else len(obs)
+            states = len(obs) if obs is not None else first.batch_shape[0]  # type: ignore[union-attr]
             if not 1 <= subsample <= states:
                 raise ValueError(f"subsample must be between 1 and the {states} states, got {subsample}")
             # A generator of its own: torch's global one belongs to the update.
             rows = torch.randperm(states, generator=torch.Generator().manual_seed(0))[:subsample]
         taken = None if actions is None else actions[rows]
-        old = freeze(now())
+        old = freeze(now() if first is None else select(first, rows))
 
     @torch.no_grad()
     def measure_now() -> KLReport:
