@@ -8,6 +8,7 @@ from klrl.errors import UsageError
 
 AGENTS = {
     "ppo": ("klrl.agents.ppo", "PPO", "PPOConfig"),
+    "sac": ("klrl.agents.sac", "SAC", "SACConfig"),
     "trpo": ("klrl.agents.trpo", "TRPO", "TRPOConfig"),
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from klrl.buffers import RolloutBuffer
 from klrl.config import NonNegative, Positive, PositiveInt
 from klrl.distributions import PolicyDistribution
-from klrl.errors import NonFiniteError
+from klrl.errors import NonFiniteError, UsageError
 from klrl.kl import Banded, KLReport, Penalty
 from klrl.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_gradient
 from klrl.parameters import Snapshot
@@ -86,6 +86,8 @@ class PPO(OnPolicyAgent):
         seed: int = 0,
     ) -> None:
         super().__init__(observation_space, action_space, config or PPOConfig(), device, seed)
+        if self.config.lr_schedule == "kl" and self.config.kl.target == 0:
+            raise UsageError("--lr-schedule kl needs a --kl.target above 0")
         self.penalty = self.config.kl.make_penalty()
         rate = self.config.learning_rate
         least, most = min(rate, 1e-5), max(rate, 1e-2)

@@ -65,6 +65,8 @@ class TRPO(OnPolicyAgent):
                 raise UsageError(
                     f"{option} {getattr(config.kl, name)}: TRPO's line search holds the KL, leave it {value}"
                 )
+        if config.kl.target == 0:
+            raise UsageError("--kl.target 0: TRPO's step has the length that its KL limit allows, so it needs one")
         super().__init__(observation_space, action_space, config, device, seed)
 
     @torch.no_grad()

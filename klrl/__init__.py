@@ -11,12 +11,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from klrl.agents.ppo import PPO as PPO
     from klrl.agents.ppo import PPOConfig as PPOConfig
+    from klrl.agents.sac import SAC as SAC
+    from klrl.agents.sac import SACConfig as SACConfig
     from klrl.agents.trpo import TRPO as TRPO
     from klrl.agents.trpo import TRPOConfig as TRPOConfig
     from klrl.buffers import RolloutBuffer as RolloutBuffer
     from klrl.errors import NonFiniteError as NonFiniteError
     from klrl.errors import UsageError as UsageError
     from klrl.protocol import KLConfig as KLConfig
+    from klrl.replay import ReplayBuffer as ReplayBuffer
     from klrl.training import Run as Run
     from klrl.training import load as load
     from klrl.training import train as train
@@ -26,8 +29,11 @@ _HOME = {
     "NonFiniteError": "klrl.errors",
     "PPO": "klrl.agents.ppo",
     "PPOConfig": "klrl.agents.ppo",
+    "ReplayBuffer": "klrl.replay",
     "RolloutBuffer": "klrl.buffers",
     "Run": "klrl.training",
+    "SAC": "klrl.agents.sac",
+    "SACConfig": "klrl.agents.sac",
     "TRPO": "klrl.agents.trpo",
     "TRPOConfig": "klrl.agents.trpo",
     "UsageError": "klrl.errors",

@@ -166,6 +166,31 @@ class DiagonalNormal(td.Distribution):
         return self.loc
 
 
+def squash(normal: DiagonalNormal, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The action tanh(u) with u = mean + std * noise, and its log-density, [B, d] and [B].
+
+    log p = log N(u) - sum log(1 - tanh(u)^2), the latter as 2 (log 2 - u - softplus(-2u)), which does not saturate.
+    Source: Haarnoja et al. (2018b), appendix C.
+    """
+    std = normal.log_std.exp()
+    u = torch.addcmul(normal.loc, std, noise)
+    log_normal = -0.5 * noise.square() - normal.log_std - _LOG_SQRT_TWO_PI
+    log_slope = 2 * (math.log(2) - u - torch.nn.functional.softplus(-2 * u))
+    return torch.tanh(u), (log_normal - log_slope).sum(-1)
+
+
+def squash_gradient(
+    normal: DiagonalNormal, noise: Tensor, action: Tensor, to_action: Tensor, alpha: Tensor
+) -> tuple[Tensor, Tensor]:
+    """d/d(mean, log_std) of sum_b alpha * log p + to_action . action, at fixed noise; alpha: [B].
+
+    With u as in ``squash``: d log p / du = 2 tanh(u), besides -1 for log_std directly.
+    """
+    a = alpha[:, None]
+    to_u = 2 * a * action + to_action * (1 - action.square())
+    return to_u, to_u * normal.log_std.exp() * noise - a
+
+
 PolicyDistribution = Categoricals | DiagonalNormal
 
 

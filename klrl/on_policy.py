@@ -16,7 +16,7 @@ from klrl.buffers import RolloutBuffer
 from klrl.config import PositiveInt, Range, Real, Share
 from klrl.distributions import PolicyDistribution
 from klrl.errors import UsageError
-from klrl.kl import KLReport, at_most, kl, measure, reverse_kl, select
+from klrl.kl import KLReport, kl, measure, reverse_kl, select
 from klrl.networks import Activation, Actor, Critic
 from klrl.observations import Inputs
 from klrl.parameters import FlatParameters
@@ -123,7 +123,7 @@ class OnPolicyAgent(Agent):
         self.actor, self.critic = actor.to(self.device), critic.to(self.device)
         self.parameters = FlatParameters(self.actor, self.critic)
         self.reward_scale = RewardScale(config.gamma) if config.normalize_reward else None
-        self.bound = at_most(config.kl.target)
+        self.bound = config.kl.bound()
         self.n_updates = 0
 
     def new_buffer(self, n_envs: int) -> RolloutBuffer:

@@ -1,5 +1,6 @@
 """What an agent is: spaces and a config in, actions out, one report per update. No environment, logger or trainer."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,9 +11,9 @@ import numpy.typing as npt
 import torch
 from gymnasium import spaces
 
-from klrl.config import NonNegative, Positive
+from klrl.config import NonNegative, PositiveInt
 from klrl.distributions import PolicyDistribution
-from klrl.kl import Banded, Coefficient, Direction, Fixed, KLReport, Penalty, at_most, concatenate, freeze
+from klrl.kl import Banded, Bound, Coefficient, Direction, Fixed, KLReport, Penalty, at_most, concatenate, freeze
 from klrl.networks import Actor
 from klrl.observations import Inputs, Observation, ObservationEncoder
 from klrl.spaces import check_action_space
@@ -26,8 +27,8 @@ CHUNK = 2048  # rows of a batched pass: their activations stay in cache
 class KLConfig:
     """How far an update may move the policy, and what answers an excess. The same group for every agent."""
 
-    target: Positive = 0.02
-    """Limit on the mean KL(old||new) of an update, in nats, action dimensions summed."""
+    target: NonNegative = 0.02
+    """Limit on the mean KL(old||new) of an update, in nats, action dimensions summed; 0 sets none."""
     penalty: Literal["adaptive", "fixed", "none"] = "adaptive"
     """KL penalty in the loss: its coefficient doubles or halves outside a band around the target, stays, or is 0."""
     coef: NonNegative = 1.0
@@ -42,9 +43,16 @@ class KLConfig:
     direction: Direction = "forward"
     """Which KL is bounded: forward KL(old||new) or reverse KL(new||old). Both are always logged."""
 
+    every: PositiveInt = 1000
+    """Off-policy agents: how many gradient steps make the update whose KL is measured and bounded."""
+
+    def bound(self) -> Bound:
+        """The bound on KL that these settings ask for."""
+        return at_most(self.target or math.inf)
+
     def make_penalty(self) -> Penalty | None:
         """The penalty that these settings ask for. Where an overshoot is undone, the limit is the band's upper edge."""
-        if self.penalty == "none":
+        if self.penalty == "none" or self.target == 0:
             return None
         high = 1.5 if self.on_overshoot == "keep" else 1.0
         coefficient: Coefficient = (
@@ -138,9 +146,16 @@ class Agent(ABC):
     def new_buffer(self, n_envs: int) -> Any:
         """An empty buffer of the kind that ``update`` takes."""
 
+    def due(self, buffer: Any) -> bool:
+        """Whether it is time for ``update``: by default, once the buffer is full."""
+        return bool(buffer.full)
+
     @abstractmethod
-    def update(self, rollout: Any, progress: float = 0.0) -> Report:
-        """Learn from a full buffer. ``progress``: the share of training that is done, for schedules."""
+    def update(self, buffer: Any, progress: float = 0.0) -> Report | None:
+        """Learn from a buffer that is due. ``progress``: the share of training that is done, for schedules.
+
+        None where there is nothing to report yet: an off-policy agent reports once for many small updates.
+        """
 
     @abstractmethod
     def state_dict(self) -> State:

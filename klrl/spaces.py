@@ -7,6 +7,8 @@ from gymnasium import spaces
 
 from klrl.errors import UsageError
 
+_MOST_JOINT = 4096
+
 
 def check_action_space(space: spaces.Space[Any]) -> None:
     """Raise UsageError unless ``space`` is a Box of floats, Discrete, MultiDiscrete or MultiBinary."""
@@ -22,6 +24,21 @@ def check_action_space(space: spaces.Space[Any]) -> None:
             f"action space {space} is not supported: klrl takes Box, Discrete, MultiDiscrete and MultiBinary; "
             "gymnasium.wrappers.TransformAction can map yours to one of them"
         )
+
+
+def check_bounded(space: spaces.Box) -> None:
+    """Raise UsageError unless every bound of the action space is finite, as those of a squashed policy must be."""
+    if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
+        raise UsageError(
+            f"action space {space} has infinite bounds, and SAC's actions are bounded: "
+            "gymnasium.wrappers.TransformAction(env, lambda action: action, Box(-1, 1, shape)) gives it finite ones"
+        )
+
+
+def check_joint(space: spaces.Space[Any], actions: int) -> None:
+    """Raise UsageError where the space has more joint actions than a network can put a value on, one by one."""
+    if actions > _MOST_JOINT:
+        raise UsageError(f"action space {space} has {actions:,} joint actions: SAC takes at most {_MOST_JOINT:,}")
 
 
 def check_observation_space(space: spaces.Space[Any]) -> None:

@@ -23,7 +23,7 @@ from klrl.envs.make import EnvConfig, EnvFactory, env_name, import_module, make_
 from klrl.errors import NonFiniteError, UsageError
 from klrl.evaluation import EVAL_SEED, FINAL_SEED, FRESH_SEED, Evaluation, run_episodes
 from klrl.logger import Console, Logger
-from klrl.protocol import Agent
+from klrl.protocol import Agent, Report
 
 _FINAL_EPISODES = 20
 
@@ -157,8 +157,9 @@ def _loop(
     updates, saved_at, best, training_time = 0, 0, -float("inf"), 0.0
     try:
         while True:
-            start, steps_before = time.perf_counter(), episodes.steps
-            while True:
+            start, steps_before, learning = time.perf_counter(), episodes.steps, 0.0
+            report: Report | None = None
+            while report is None:
                 action = agent.act(obs)
                 try:
                     next_obs, reward, terminated, truncated, _ = envs.step(agent.env_action(action))
@@ -168,17 +169,17 @@ def _loop(
                 buffer.add(obs, action, reward, terminated, truncated, next_obs)
                 episodes.add(reward, terminated | truncated)
                 obs = next_obs
-                if buffer.full:
-                    break
-            collected = time.perf_counter()
-            report = agent.update(buffer, steps_before / config.total_timesteps)
+                if agent.due(buffer):
+                    due = time.perf_counter()
+                    report = agent.update(buffer, steps_before / config.total_timesteps)
+                    learning += time.perf_counter() - due
             updates += 1
             now = time.perf_counter()
             training_time += now - start
             figures = episodes.figures()
             report.write(figures.__setitem__)
             figures["time/fps"] = episodes.steps / training_time
-            figures["time/collect_share"] = (collected - start) / (now - start)
+            figures["time/collect_share"] = 1 - learning / (now - start)
 
             finished, score = episodes.steps >= config.total_timesteps, None
             if finished:

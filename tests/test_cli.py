@@ -52,9 +52,11 @@ def refused(*words: str, code: str = MAIN) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("agent", ["ppo", "trpo"])
+@pytest.mark.parametrize("agent", ["ppo", "trpo", "sac"])
 def test_train_eval_list_end_to_end(agent: str) -> None:
     words = QUICK if agent == "ppo" else [*QUICK[:8], *QUICK[10:]]  # without --n-epochs
+    if agent == "sac":
+        words = [*QUICK[:4], *QUICK[10:], "--learning-starts", "100", "--kl.every", "50", "--hidden-sizes", "16"]
     done = klrl("train", agent, "CartPole-v1", *words, "--seed", "3")
     assert done.returncode == 0, done.stderr
     evaluation, run, watch = done.stdout.splitlines()[-3:]
@@ -121,8 +123,8 @@ def test_import_registers_a_packages_environments() -> None:
         (["train", "ppo", "CartPole-v1", "--n-envs"], "--n-envs"),
         (["train", "ppo", "CartPole-v1", "--learning-rate", "nan"], "--learning-rate must be above 0, got nan"),
         (["train", "ppo", "CartPole-v1", "--learning-rate", "0"], "--learning-rate must be above 0, got 0"),
-        (["train", "ppo", "CartPole-v1", "--kl.target", "inf"], "--kl.target must be above 0, got inf"),
-        (["train", "ppo", "CartPole-v1", "--kl.target", "-1"], "--kl.target must be above 0, got -1"),
+        (["train", "ppo", "CartPole-v1", "--kl.target", "inf"], "--kl.target must be at least 0, got inf"),
+        (["train", "ppo", "CartPole-v1", "--kl.target", "-1"], "--kl.target must be at least 0, got -1"),
         (["train", "ppo", "CartPole-v1", "--gamma", "1.5"], "--gamma must be at least 0 and at most 1, got 1.5"),
         (["train", "ppo", "CartPole-v1", "--hidden-sizes", "64", "0"], "--hidden-sizes must be at least 1, got 0"),
         (["train", "ppo", "CartPole-v1", "--kl.on-overshoot", "panic"], "--kl.on-overshoot"),

@@ -45,8 +45,10 @@ class _Phi(torch.autograd.Function):
 def sum_last(x: Tensor) -> Tensor:
     """The sum over the last dimension."""
     # As a product with ones it takes half the time where that dimension is short; but its backward pass costs more, and
-    # autocast would round what is not float64.
-    return x @ x.new_ones(x.shape[-1]) if x.dtype == torch.float64 and not x.requires_grad else x.sum(dim=-1)
+    # autocast would round it.
+    if x.requires_grad or torch.is_autocast_enabled(x.device.type):
+        return x.sum(dim=-1)
+    return x @ x.new_ones(x.shape[-1])
 
 
 def exact_log_probs(logits: Tensor) -> Tensor:
@@ -146,7 +148,7 @@ def _normal_kl_of_scale(
     # ratio - 1 is exact near 1 and the logarithm precise relative to itself, so their difference does not see what the
     # ratio was rounded by.
     logarithm = ratio.log()
-    excess = ratio.sub_(1.0).sub_(logarithm).to(z.dtype).clamp_min_(0.0)
+    excess = ratio.sub_(1.0).sub_(logarithm).to(z.dtype)  # what rounding takes off it is far below c^2 / 2
     return excess.addcmul_(z, z, value=0.5).addcmul_(c, c, value=0.5), z, c
 
 

@@ -7,6 +7,8 @@ thread and Gymnasium's own environments. Each measurement is a process of its ow
 warm-up of two rollouts, so imports and construction do not count. klrl also writes its logs, SB3 does not.
 """
 
+from typing import Any
+
 from versus import Work, compare, klrl_speed, sb3_speed
 
 WORK: Work = {
@@ -22,14 +24,14 @@ WORK: Work = {
 }
 
 
-def klrl(**work: object) -> float:
-    return klrl_speed("ppo", kl={"stop": 0.0, "check": "update"}, **work)  # type: ignore[arg-type]
+def klrl(**work: Any) -> float:
+    return klrl_speed("ppo", kl={"stop": 0.0, "check": "update"}, warm_up=2 * work["n_envs"] * work["n_steps"], **work)
 
 
-def sb3(**work: object) -> float:
+def sb3(**work: Any) -> float:
     from stable_baselines3 import PPO
 
-    return sb3_speed(PPO, **work)  # type: ignore[arg-type]
+    return sb3_speed(PPO, warm_up=2 * work["n_envs"] * work["n_steps"], **work)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from typing import Any
 Work = dict[str, dict[str, Any]]
 
 
-def klrl_speed(agent: str, env: str, n_envs: int, n_steps: int, steps: int, **config: Any) -> float:
-    """Steps per second of ``klrl.train`` between the second logged update and the last."""
+def klrl_speed(agent: str, env: str, n_envs: int, steps: int, warm_up: int, **config: Any) -> float:
+    """Steps per second of ``klrl.train`` between the second logged update, at ``warm_up`` steps, and the last."""
     import klrl
 
     with tempfile.TemporaryDirectory() as folder:
@@ -22,29 +22,25 @@ def klrl_speed(agent: str, env: str, n_envs: int, n_steps: int, steps: int, **co
             agent,
             env,
             run_dir=folder,
-            total_timesteps=steps + 2 * n_envs * n_steps,
+            total_timesteps=steps + warm_up,
             n_envs=n_envs,
-            n_steps=n_steps,
             eval_every=0,
             save_every=0,
             quiet=True,
-            hidden_sizes=(64, 64),
-            activation="tanh",
             **config,
         )
         rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     return (rows[-1]["step"] - rows[1]["step"]) / (rows[-1]["wall"] - rows[1]["wall"])
 
 
-def sb3_speed(algorithm: Any, env: str, n_envs: int, n_steps: int, steps: int, **config: Any) -> float:
-    """Steps per second of SB3's ``learn`` after a warm-up of two rollouts."""
+def sb3_speed(algorithm: Any, env: str, n_envs: int, steps: int, warm_up: int, **config: Any) -> float:
+    """Steps per second of SB3's ``learn`` after ``warm_up`` steps."""
     import torch
     from stable_baselines3.common.env_util import make_vec_env
 
     torch.set_num_threads(1)
-    envs = make_vec_env(env, n_envs)
-    model = algorithm("MlpPolicy", envs, n_steps=n_steps, device="cpu", policy_kwargs={"net_arch": [64, 64]}, **config)
-    model.learn(2 * n_envs * n_steps)
+    model = algorithm("MlpPolicy", make_vec_env(env, n_envs), device="cpu", **config)
+    model.learn(warm_up)
     before, start = model.num_timesteps, time.perf_counter()
     model.learn(steps, reset_num_timesteps=False)
     return (model.num_timesteps - before) / (time.perf_counter() - start)

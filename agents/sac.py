@@ -1,0 +1,349 @@
+"""SAC: maximum-entropy reinforcement learning (Haarnoja et al. 2018b), its policy's KL tracked, and held on request.
+
+Continuous actions by a tanh-squashed normal; discrete ones by the exact expectation over actions (Christodoulou 2019),
+with losses summed over actions and averaged over states.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+from torch import distributions as td
+
+from klrl.config import Positive, PositiveInt, Range, Share
+from klrl.distributions import DiagonalNormal, PolicyDistribution, squash, squash_gradient
+from klrl.errors import NonFiniteError
+from klrl.kl import Dual, KLReport, Penalty, at_least, kl, measure, reverse_kl
+from klrl.networks import Activation, Actor, choices
+from klrl.observations import Inputs
+from klrl.parameters import FlatParameters
+from klrl.protocol import Actions, Agent, KLConfig, Report, State
+from klrl.replay import ReplayBuffer, Transitions
+from klrl.soft_networks import SquashedActor, TwinCritic
+from klrl.spaces import check_bounded, check_joint
+from klrl.trust_region import project
+
+_STATES = 1024  # of the replay buffer, on which a block's KL is measured
+
+
+@dataclass(frozen=True)
+class SACConfig:
+    buffer_size: PositiveInt = 1_000_000
+    """Transitions kept for replay."""
+    buffer_folder: str = ""
+    """A folder for a replay buffer that is larger than memory: mapped from a file there."""
+    learning_starts: PositiveInt = 1000
+    """Steps with random actions before the first update."""
+    train_freq: PositiveInt = 1
+    """Steps of each environment between two updates."""
+    gradient_steps: Annotated[int, Range(-1)] = 1
+    """Gradient steps of an update; -1 takes as many as environment steps were made."""
+    batch_size: PositiveInt = 256
+    """Transitions of a gradient step."""
+    n_step: PositiveInt = 1
+    """Rewards summed before a value is bootstrapped."""
+    learning_rate: Positive = 3e-4
+    """Adam's step size, for the policy and the critics."""
+    gamma: Share = 0.99
+    """Discount factor."""
+    tau: Share = 0.005
+    """How far the target critics follow the critics at each gradient step."""
+    ent_coef: Positive = 1.0
+    """The temperature alpha at the start; it then holds the entropy at its target."""
+    ent_rate: Positive = 1e-3
+    """Step of log alpha per gradient step, for each nat that the entropy is off its target, per action dimension."""
+    target_entropy: Annotated[float, Range(high=0.69)] = -1.0
+    """Continuous actions: the least entropy for each dimension, in nats; uniform on -1 to 1 has 0.69."""
+    target_entropy_share: Annotated[float, Range(0, 0.99)] = 0.3
+    """Discrete actions: the least entropy as a share of the largest, log n."""
+    hidden_sizes: tuple[PositiveInt, ...] = (256, 256)
+    """Widths of the hidden layers, of the policy and of the critics."""
+    activation: Activation = "relu"
+    """Activation of the policy's hidden layers; the critics' are relu."""
+    kl: KLConfig = field(default_factory=lambda: KLConfig(target=0.0))
+
+
+@dataclass
+class Block:
+    """The policy's steps between two measurements of its KL."""
+
+    inputs: Inputs
+    """The replay states that it is measured on."""
+    old: PolicyDistribution
+    """The policy at those states when the block began."""
+    before: list[Tensor]
+    """All weights and optimizer states when it began."""
+    steps: int = 0
+    stopped: int = 0
+    """The step after which the policy stood still, as its KL exceeded the limit; 0 if none did."""
+    trace: list[Tensor] = field(default_factory=list)
+
+
+_TRACED = ("train/critic_loss", "train/q_mean", "train/actor_loss", "entropy/sampled")
+
+
+class SAC(Agent):
+    """Soft actor-critic for Box actions with finite bounds, and for Discrete, MultiDiscrete and MultiBinary ones.
+
+    Every ``kl.every`` gradient steps make a block. How far the policy moved in it is measured on replay states, and
+    with ``kl.target`` above 0 it is held as in the other agents: a penalty in the policy's loss, an early stop of the
+    policy's steps, and a rule for blocks that overshoot.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        config: SACConfig | None = None,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+    ) -> None:
+        self.config = config = config or SACConfig()
+        super().__init__(observation_space, action_space, device, seed, normalize_observation=False)
+        self.continuous = isinstance(action_space, spaces.Box)
+        if isinstance(action_space, spaces.Box):
+            check_bounded(action_space)
+            self.outputs = int(np.prod(action_space.shape))
+        else:
+            self.sizes = choices(action_space)
+            self.outputs = math.prod(self.sizes)
+            check_joint(action_space, self.outputs)
+        with torch.random.fork_rng(devices=[]):
+            init = torch.Generator().manual_seed(seed)
+            actors = [self._make_actor(init) for _ in range(2)]
+            width, heads = (self.outputs, 1) if self.continuous else (0, self.outputs)
+            critics = [TwinCritic(self.encoder, width, config.hidden_sizes, heads, init) for _ in range(2)]
+        self.actor: Any
+        self.actor, self.old_actor = (actor.to(self.device) for actor in actors)
+        self.critic, self.target_critic = (critic.to(self.device) for critic in critics)
+        self.policy, self.old_policy = (FlatParameters(m, eps=1e-8) for m in (self.actor, self.old_actor))
+        self.values, self.target = (FlatParameters(m, eps=1e-8) for m in (self.critic, self.target_critic))
+        self.target.vector.copy_(self.values.vector)
+        dims, share = (self.outputs, config.target_entropy) if self.continuous else (1, config.target_entropy_share)
+        target = at_least(share * (dims if self.continuous else math.log(self.outputs)))
+        self.entropy = Penalty(target, Dual(config.ent_coef, rate=config.ent_rate / dims, least=1e-6, most=1e6))
+        self.bound = config.kl.bound()
+        self.penalty = config.kl.make_penalty()
+        self.n_updates, self.steps_seen = 0, 0
+        self._block: Block | None = None
+
+    def _make_actor(self, init: torch.Generator) -> Any:
+        sizes, activation = self.config.hidden_sizes, self.config.activation
+        if self.continuous:
+            return SquashedActor(self.encoder, self.outputs, sizes, activation, init)
+        return Actor(self.encoder, spaces.Discrete(self.outputs), sizes, activation, 0.0, init)
+
+    def act(self, obs: Any, deterministic: bool = False) -> Actions:
+        """Actions [N, d] in [-1, 1], or joint actions [N, 1]; at random until the first update."""
+        if self.n_updates > 0 or deterministic:
+            return super().act(obs, deterministic)
+        rows = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
+        if self.continuous:
+            return self.rng.uniform(-1, 1, (rows, self.outputs)).astype(np.float32)
+        return self.rng.integers(self.outputs, size=(rows, 1))
+
+    def env_action(self, action: Actions) -> Actions:
+        """``act``'s actions as the environment takes them."""
+        space = self.action_space
+        if isinstance(space, spaces.Box):
+            share = (action.reshape(len(action), *space.shape) + 1) / 2
+            scaled = space.low + share * (space.high - space.low)
+            return scaled.clip(space.low, space.high).astype(space.dtype)
+        return super().env_action(np.stack(np.unravel_index(action[:, 0], self.sizes), axis=-1))
+
+    def new_buffer(self, n_envs: int) -> ReplayBuffer:
+        """A replay buffer for ``n_envs`` environments."""
+        config, width = self.config, self.outputs if self.continuous else 1
+        return ReplayBuffer(
+            self.observation_space, width, config.buffer_size, n_envs, config.gamma, config.n_step, config.buffer_folder
+        )
+
+    def due(self, buffer: ReplayBuffer) -> bool:
+        waited = buffer.steps - self.steps_seen
+        return buffer.steps >= self.config.learning_starts and waited >= self.config.train_freq * buffer.n_envs
+
+    @torch.no_grad()
+    def update(self, buffer: ReplayBuffer, progress: float = 0.0) -> Report | None:
+        """Gradient steps on replayed transitions; a report at the end of a block of ``kl.every`` of them, else None.
+
+        Raises NonFiniteError where a block's losses or weights are not finite; the weights are then those at its start.
+        """
+        steps = self.config.gradient_steps if self.config.gradient_steps >= 0 else buffer.steps - self.steps_seen
+        self.steps_seen = buffer.steps
+        report = None
+        for _ in range(steps):
+            if self._block is None:
+                self._begin_block(buffer)
+            self._gradient_step(buffer.sample(self.config.batch_size, self.rng, self.device))
+            if self._block is not None and self._block.steps == self.config.kl.every:
+                report = self._end_block()
+        return report
+
+    def _gradient_step(self, batch: Transitions) -> None:
+        """The critics' step, the policy's, the temperature's, and the targets'."""
+        block, config, alpha = self._block, self.config, self.entropy.coefficient.value
+        assert block is not None
+        critic_loss, value = self._critic_step(batch, alpha)
+        policy_loss, entropy = self._policy_step(batch, alpha, move=block.stopped == 0)
+        self.entropy.adapt(float(entropy))
+        self.target.vector.lerp_(self.values.vector, config.tau)
+        self.n_updates += 1
+        block.steps += 1
+        block.trace.append(torch.stack([critic_loss, value, policy_loss, entropy]))
+        interval = {"update": 0, "epoch": max(1, config.kl.every // 10), "minibatch": 1}[config.kl.check]
+        bounded = config.kl.target > 0 and config.kl.stop > 0 and interval > 0 and block.stopped == 0
+        if bounded and block.steps % interval == 0:
+            excess = not self.bound.scaled(config.kl.stop).holds(self._mean_kl(block))
+            block.stopped = block.steps if excess else 0
+
+    def _critic_step(self, batch: Transitions, alpha: float) -> tuple[Tensor, Tensor]:
+        """Adam on E[(Q(s, a) - y)^2] of both critics, y = r + discount * (min Q'(s', a') - alpha log pi(a'|s'))."""
+        target = batch.reward + batch.discount * self._soft_value(batch.next_inputs, alpha)
+        rows = len(target)
+        if self.continuous:
+            value, pull, _ = self.critic.linearize(batch.inputs, batch.action)
+            error = value.squeeze(-1) - target
+            gradient = (error / rows).unsqueeze(-1)
+        else:
+            value, pull, _ = self.critic.linearize(batch.inputs)
+            index = batch.action.long().expand(2, rows, 1)
+            error = value.gather(-1, index).squeeze(-1) - target
+            gradient = torch.zeros_like(value).scatter_(-1, index, (error / rows).unsqueeze(-1))
+        self.values.zero_grad()
+        pull(gradient)
+        self.values.adam_step(self.config.learning_rate)
+        return error.square().mean(), target.mean()
+
+    def _soft_value(self, inputs: Inputs, alpha: float) -> Tensor:
+        """V(s) = E[min Q'(s, a) - alpha log pi(a|s)], [B]: one sample of a continuous action, all discrete ones."""
+        policy = self.actor(inputs)
+        if self.continuous:
+            action, log_prob = squash(policy, self._noise(policy))
+            return self.target_critic(inputs, action).amin(0).squeeze(-1) - alpha * log_prob
+        log_prob = policy.log_probs.squeeze(1).clamp_min(torch.finfo(torch.float32).min)
+        return (log_prob.exp() * (self.target_critic(inputs).amin(0) - alpha * log_prob)).sum(-1)
+
+    def _policy_step(self, batch: Transitions, alpha: float, move: bool) -> tuple[Tensor, Tensor]:
+        """Adam on E[alpha log pi(a|s) - min Q(s, a)] plus the KL penalty, if any; the loss and the policy's entropy."""
+        policy, _, pull = self.actor.linearize(batch.inputs)
+        gradient: tuple[Tensor, ...]
+        if self.continuous:
+            noise = self._noise(policy)
+            action, log_prob = squash(policy, noise)
+            value, _, to_action = self.critic.linearize(batch.inputs, action)
+            least = value.squeeze(-1).amin(0)
+            weight = torch.full_like(least, 1 / len(least))
+            # Of the two critics only the lower one counts, and its gradient alone goes back to the action.
+            chosen = (value[0] <= value[1]).float()
+            through = torch.stack([chosen, 1 - chosen]) * -weight[:, None]
+            gradient = squash_gradient(policy, noise, action, to_action(through), alpha * weight)
+            loss, entropy = (alpha * log_prob - least).mean(), -log_prob.mean()
+        else:
+            least = self.critic(batch.inputs).amin(0)
+            weight = torch.full_like(least[:, 0], 1 / len(least))
+            log_prob = policy.log_probs.squeeze(1).clamp_min(torch.finfo(torch.float32).min)
+            p, cost = log_prob.exp(), alpha * log_prob - least
+            mean_cost = (p * cost).sum(-1, keepdim=True)
+            gradient = ((p * (cost - mean_cost) * weight[:, None]).unsqueeze(1),)
+            loss, entropy = mean_cost.mean(), policy.entropy().mean()
+        if move:
+            if self.penalty is not None:
+                gradient = tuple(
+                    g + k for g, k in zip(gradient, self._kl_gradient(batch.inputs, policy, weight), strict=True)
+                )
+            self.policy.zero_grad()
+            pull(*gradient)
+            self.policy.adam_step(self.config.learning_rate)
+        return loss, entropy
+
+    def _kl_gradient(self, inputs: Inputs, policy: Any, weight: Tensor) -> tuple[Tensor, ...]:
+        """d/d parameters of beta * E[KL(old || policy)], with the old policy as it was when the block began."""
+        assert self.penalty is not None
+        old, nothing = self.old_actor(inputs), torch.zeros_like(weight)
+        return policy.gradient(
+            policy.mode, nothing, old, to_kl=self.penalty.term(weight), direction=self.config.kl.direction
+        )
+
+    def _noise(self, policy: DiagonalNormal) -> Tensor:
+        return torch.from_numpy(self.rng.standard_normal(policy.loc.shape, dtype=np.float32)).to(self.device)
+
+    def _begin_block(self, buffer: ReplayBuffer) -> None:
+        inputs = buffer.sample(_STATES, self.rng, self.device).inputs
+        before = [part.clone() for part in self._everything()]
+        self.old_policy.vector.copy_(self.policy.vector)
+        self._block = Block(inputs, self.distribution(inputs), before)
+
+    def _end_block(self) -> Report:
+        """Measure the block, take back what overshot as ``kl.on_overshoot`` says, and report."""
+        block, config = self._block, self.config
+        assert block is not None
+        figures = torch.stack(block.trace).double().mean(0).tolist()
+        metrics = dict(zip(_TRACED, figures, strict=True))
+        if not (all(map(math.isfinite, figures)) and bool(self.policy.vector.isfinite().all())):
+            for part, before in zip(self._everything(), block.before, strict=True):
+                part.copy_(before)
+            raise NonFiniteError(f"a loss or weight is not finite after {self.n_updates} gradient steps: {metrics}")
+        report, kept = self._measure(block), 1.0
+        reached, rule = report.bounded, config.kl.on_overshoot
+        if rule != "keep" and not self.bound.holds(reached):
+            kept = 0.0
+            if rule == "project":
+                old = self.old_policy.vector
+                kept = project(self.policy.vector, old, lambda: self._mean_kl(block), self.bound.limit, reached)
+            else:
+                for part, before in list(zip(self._everything(), block.before, strict=True))[:3]:
+                    part.copy_(before)
+            report = self._measure(block)
+        beta = 0.0 if self.penalty is None else self.penalty.coefficient.value
+        if self.penalty is not None:
+            self.penalty.adapt(reached)
+        self._block = None
+        metrics |= {"train/ent_coef": self.entropy.coefficient.value, "entropy/target": self.entropy.bound.limit}
+        settled = {"attempted": reached, "rolled_back": 1 - kept, "coefficient": beta, "stop_epoch": block.stopped}
+        return Report(replace(report, **settled), metrics)  # type: ignore[arg-type]
+
+    def _everything(self) -> list[Tensor]:
+        """The weights and optimizer moments, the policy's three first."""
+        parts = [t for p in (self.policy, self.values) for t in (p.vector, p.first_moment, p.second_moment)]
+        return [*parts, self.target.vector]
+
+    def _measure(self, block: Block) -> KLReport:
+        old: td.Distribution = block.old
+        new: td.Distribution = self.distribution(block.inputs)
+        if self.continuous:  # tanh changes no KL, but the entropy
+            old, new = (td.TransformedDistribution(dist, [td.TanhTransform()]) for dist in (old, new))
+        return measure(old, new, self.bound, direction=self.config.kl.direction, samples=32)
+
+    def _mean_kl(self, block: Block) -> float:
+        """The bounded KL alone; infinite where the policy is not finite."""
+        divergence = kl if self.config.kl.direction == "forward" else reverse_kl
+        try:
+            return float(divergence(block.old, self.distribution(block.inputs)).double().mean())
+        except ValueError:
+            return math.inf
+
+    def state_dict(self) -> State:
+        return {
+            "policy": self.policy.state_dict(),
+            "values": self.values.state_dict(),
+            "target": self.target.vector.clone(),
+            "alpha": self.entropy.coefficient.state_dict(),
+            "penalty": {} if self.penalty is None else self.penalty.coefficient.state_dict(),
+            "rng": self.rng.bit_generator.state,
+            "n_updates": self.n_updates,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        self.policy.load_state_dict(state["policy"])
+        self.values.load_state_dict(state["values"])  # raises where the number of weights differs
+        self.target.vector.copy_(state["target"])
+        self.entropy.coefficient.load_state_dict(state["alpha"])
+        if self.penalty is not None:
+            self.penalty.coefficient.load_state_dict(state["penalty"])
+        self.rng.bit_generator.state = state["rng"]
+        self.n_updates = int(state["n_updates"])
+        self._block = None

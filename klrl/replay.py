@@ -1,0 +1,151 @@
+"""The replay buffer: transitions of any number of environments, packed in rows, for off-policy agents."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from klrl.errors import NonFiniteError
+from klrl.observations import Inputs, ObservationEncoder
+
+Rows = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """B transitions: what was seen, done and earned, and what was seen n steps later."""
+
+    inputs: Inputs
+    action: Tensor
+    """[B, d], as the agent's ``act`` gave it."""
+    reward: Tensor
+    """[B]: the discounted sum of the n rewards."""
+    discount: Tensor
+    """[B]: gamma^n, or 0 where the episode terminated; a truncated one goes on from what was seen last."""
+    next_inputs: Inputs
+
+
+class ReplayBuffer:
+    """The last ``capacity`` transitions, sampled uniformly. A full buffer overwrites its oldest.
+
+    A transition's numbers lie side by side in one float32 row, so that a sample is one gather: 4 * (2F + d + 2) bytes
+    for F observation features and d action dimensions, and twice its bytes for each image. With ``folder`` they lie in
+    files there that are mapped into memory and vanish with the process, for buffers larger than memory.
+
+    Under NEXT_STEP autoreset a row that only resets its environment is not stored, and the observation after an
+    episode's last step is the true final one. With ``n_step`` above 1, an episode's end cuts the sum short.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_width: int,
+        capacity: int,
+        n_envs: int,
+        gamma: float,
+        n_step: int = 1,
+        folder: str = "",
+    ) -> None:
+        self.capacity, self.n_envs, self.gamma, self.n_step = capacity, n_envs, gamma, n_step
+        self.encoder = ObservationEncoder(observation_space, torch.device("cpu"), normalize=False)
+        features = self.encoder.features
+        ends = np.cumsum([0, features, action_width, 1, 1, features])
+        self._columns = [slice(a, b) for a, b in pairwise(ends)]
+        self._rows: Rows = _storage((capacity, int(ends[-1])), np.float32, folder)
+        self._images = {
+            f"image {key}": _storage((2, capacity, *shape), np.uint8, folder)
+            for key, shape in self.encoder.images.items()
+        }
+        self.size, self.steps, self._cursor = 0, 0, 0
+        self._ended: npt.NDArray[np.bool_] = np.zeros(n_envs, np.bool_)
+        # Of each environment, the steps whose sum of n rewards is not complete: inputs, action, reward.
+        self._pending: list[list[tuple[dict[str, Any], Any, float]]] = [[] for _ in range(n_envs)]
+
+    def add(self, obs: Any, action: Any, reward: Any, terminated: Any, truncated: Any, next_obs: Any) -> None:
+        """Take one step of all N environments: obs, next_obs [N, *shape] or dicts of such, action [N, d], others [N].
+
+        Raises NonFiniteError naming the environment where an observation or reward is not finite.
+        """
+        seen, then = ({k: v.numpy() for k, v in self.encoder(x).items()} for x in (obs, next_obs))
+        for name, values in (("observation", then.get("vector")), ("reward", np.asarray(reward)[:, None])):
+            if values is not None and not np.isfinite(values).all():
+                env = int(np.argwhere(~np.isfinite(values))[0, 0])
+                raise NonFiniteError(f"{name} is not finite in env {env} after {self.steps} steps")
+        valid = np.flatnonzero(~self._ended)
+        if self.n_step == 1:
+            discount = self.gamma * (1.0 - np.asarray(terminated, np.float32))
+            self._write(_pick(seen, valid), action[valid], reward[valid], discount[valid], _pick(then, valid))
+        else:
+            for env in map(int, valid):
+                self._pending[env].append((_pick(seen, env), action[env], float(reward[env])))
+                done = bool(terminated[env] or truncated[env])
+                while len(self._pending[env]) == self.n_step or (done and self._pending[env]):
+                    self._write_first(env, bool(terminated[env]), _pick(then, env))
+        self.steps += len(valid)
+        self._ended = np.asarray(terminated) | np.asarray(truncated)
+
+    def check_finite(self) -> None:
+        """Nothing to find: ``add`` refuses what is not finite."""
+
+    def _write_first(self, env: int, terminated: bool, then: dict[str, Any]) -> None:
+        """Complete the oldest pending step of an environment, as the latest one leads to ``then``."""
+        pending = self._pending[env]
+        total = sum(self.gamma**i * reward for i, (_, _, reward) in enumerate(pending))
+        discount = 0.0 if terminated else self.gamma ** len(pending)
+        seen, action, _ = pending.pop(0)
+        one = {key: part[None] for key, part in seen.items()}
+        self._write(one, action[None], [total], [discount], {key: part[None] for key, part in then.items()})
+
+    def _write(self, seen: dict[str, Any], action: Any, reward: Any, discount: Any, then: dict[str, Any]) -> None:
+        count = len(action)
+        if count == 0:
+            return
+        if self._cursor + count <= self.capacity:
+            index: Any = slice(self._cursor, self._cursor + count)
+        else:
+            index = (self._cursor + np.arange(count)) % self.capacity
+        parts = (
+            seen.get("vector"),
+            action,
+            np.asarray(reward)[:, None],
+            np.asarray(discount)[:, None],
+            then.get("vector"),
+        )
+        for column, part in zip(self._columns, parts, strict=True):
+            if part is not None:
+                self._rows[index, column] = part
+        for key, images in self._images.items():
+            images[0, index], images[1, index] = seen[key], then[key]
+        self._cursor = (self._cursor + count) % self.capacity
+        self.size = min(self.size + count, self.capacity)
+
+    def sample(self, batch_size: int, rng: np.random.Generator, device: torch.device) -> Transitions:
+        """``batch_size`` transitions, uniform over those stored, with replacement. Raises ValueError where none is."""
+        if self.size == 0:
+            raise ValueError("the replay buffer is empty")
+        index = rng.integers(self.size, size=batch_size)
+        rows = torch.from_numpy(self._rows[index]).to(device)
+        seen, action, reward, discount, then = (rows[:, column] for column in self._columns)
+        inputs, next_inputs = ({"vector": part} if self.encoder.features else {} for part in (seen, then))
+        for key, images in self._images.items():
+            inputs[key], next_inputs[key] = (torch.from_numpy(part[index]).to(device) for part in images)
+        return Transitions(inputs, action, reward.squeeze(-1), discount.squeeze(-1), next_inputs)
+
+
+def _pick(inputs: dict[str, Any], index: Any) -> dict[str, Any]:
+    return {key: part[index] for key, part in inputs.items()}
+
+
+def _storage(shape: tuple[int, ...], dtype: Any, folder: str) -> Any:
+    if not folder:
+        return np.zeros(shape, dtype)
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:  # the mapping outlives the name, and nothing else does
+        return np.memmap(file, dtype, "w+", shape=shape)

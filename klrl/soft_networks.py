@@ -1,0 +1,145 @@
+"""What SAC needs beside ``klrl.networks``: two critics evaluated as one, an actor whose noise depends on the state."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from klrl.distributions import DiagonalNormal
+from klrl.networks import Activation, Array, Network, Tangent, image_net
+from klrl.observations import Inputs, ObservationEncoder
+
+_LOG_STD = (-20.0, 2.0)  # where the logarithm of the standard deviation is cut off, as in SB3
+_IMAGE_FEATURES = 512
+
+
+class TwinCritic(nn.Module):
+    """Two critics Q(s, a) of one shape, their weights stacked, so that each layer is one product: to [2, B, outputs].
+
+    ``action_width`` 0: discrete actions, one output for each. The convolutions of image observations are shared.
+    """
+
+    def __init__(
+        self,
+        encoder: ObservationEncoder,
+        action_width: int,
+        hidden_sizes: Sequence[int],
+        outputs: int,
+        rng: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.image_keys = [f"image {key}" for key in encoder.images]
+        self.image_nets = nn.ModuleList(image_net(shape, rng) for shape in encoder.images.values())
+        width = encoder.features + _IMAGE_FEATURES * len(self.image_keys) + action_width
+        sizes = [width, *hidden_sizes, outputs]
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for a, b in pairwise(sizes):
+            bound = 1 / math.sqrt(a)  # torch's own initialisation of a linear layer
+            self.weights.append(nn.Parameter((2 * torch.rand(2, a, b, generator=rng) - 1) * bound))
+            self.biases.append(nn.Parameter((2 * torch.rand(2, 1, b, generator=rng) - 1) * bound))
+
+    def features(self, inputs: Inputs, action: Tensor | None) -> Tensor:
+        """What the linear layers see: [B, F]."""
+        nets = zip(self.image_nets, self.image_keys, strict=True)
+        parts = [net(inputs[key].float() / 255.0) for net, key in nets]
+        parts += [x for x in (inputs.get("vector"), action) if x is not None]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def forward(self, inputs: Inputs, action: Tensor | None = None) -> Tensor:
+        return self._layers(self.features(inputs, action))[-1]
+
+    def linearize(
+        self, inputs: Inputs, action: Tensor | None = None
+    ) -> tuple[Tensor, Callable[[Tensor], None], Callable[[Tensor], Tensor]]:
+        """The values [2, B, outputs] as data, and two functions of a gradient with respect to them.
+
+        The first adds the gradient in the weights to their ``.grad``; the second returns that in the action, [B, d],
+        and leaves the weights alone.
+        """
+        with torch.set_grad_enabled(bool(self.image_keys)):
+            seen = self.features(inputs, action)
+        layers = self._layers(seen.detach())
+
+        def pull(grad: Tensor) -> None:
+            for i in range(len(self.weights) - 1, -1, -1):
+                weight, bias = self.weights[i], self.biases[i]
+                bias.grad += grad.sum(1, keepdim=True)
+                weight.grad.baddbmm_(layers[i].mT, grad)
+                if i > 0 or self.image_keys:
+                    grad = grad @ weight.mT
+                if i > 0:
+                    grad = torch.ops.aten.threshold_backward(grad, layers[i], 0.0)
+            if self.image_keys:
+                seen.backward(grad.sum(0))  # type: ignore[no-untyped-call]
+
+        def to_action(grad: Tensor) -> Tensor:
+            for i in range(len(self.weights) - 1, 0, -1):
+                grad = torch.ops.aten.threshold_backward(grad @ self.weights[i].mT, layers[i], 0.0)
+            assert action is not None
+            return (grad @ self.weights[0][:, -action.shape[-1] :].mT).sum(0)
+
+        return layers[-1], pull, to_action
+
+    def _layers(self, x: Tensor) -> list[Tensor]:
+        """Each layer's input, the first [2, B, F], and the output at the end."""
+        layers = [x.expand(2, *x.shape)]
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, layers[-1], weight)
+            layers.append(torch.relu(x) if i < len(self.weights) - 1 else x)
+        return layers
+
+
+class SquashedActor(nn.Module):
+    """The policy of a Box: tanh of a normal whose mean and log std are both functions of the state.
+
+    ``head`` gives the normal, whose KL is the policy's, as tanh is invertible. Actions are in (-1, 1).
+    """
+
+    def __init__(
+        self,
+        encoder: ObservationEncoder,
+        dimensions: int,
+        hidden_sizes: Sequence[int],
+        activation: Activation,
+        rng: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.network = Network(encoder, hidden_sizes, 2 * dimensions, activation, 1.0, rng)
+        self.dimensions = dimensions
+
+    def forward(self, inputs: Inputs) -> DiagonalNormal:
+        return self.head(self.network(inputs))
+
+    def head(self, output: Tensor) -> DiagonalNormal:
+        """The network's outputs [B, 2d] as a normal before tanh."""
+        mean, log_std = output.tensor_split(2, dim=-1)
+        return DiagonalNormal(mean, log_std.clamp(*_LOG_STD))
+
+    def linearize(
+        self, inputs: Inputs
+    ) -> tuple[DiagonalNormal, Callable[[Tangent], tuple[Tensor, ...]], Callable[[Tensor, Tensor], None]]:
+        """The normal as data, with its Jacobian in the weights as two functions, as ``Actor.linearize`` has it."""
+        output, push, pull = self.network.linearize(inputs)
+        log_std = output[:, self.dimensions :]
+        inside = (log_std >= _LOG_STD[0]) & (log_std <= _LOG_STD[1])
+
+        def pushforward(tangent: Tangent) -> tuple[Tensor, ...]:
+            to_mean, to_log_std = push(tangent).tensor_split(2, dim=-1)
+            return to_mean, to_log_std * inside
+
+        def pullback(to_mean: Tensor, to_log_std: Tensor) -> None:
+            pull(torch.cat([to_mean, to_log_std * inside], dim=-1))
+
+        return self.head(output), pushforward, pullback
+
+    def act(self, output: Array, rng: np.random.Generator | None) -> Array:
+        """Actions [B, d] in [-1, 1] from the network's outputs, sampled with ``rng``, or tanh of the mean."""
+        mean, log_std = output[:, : self.dimensions], output[:, self.dimensions :]
+        if rng is None:
+            return np.tanh(mean)
+        noise: Any = rng.standard_normal(mean.shape, dtype=np.float32)
+        return np.tanh(mean + noise * np.exp(log_std.clip(*_LOG_STD)))
