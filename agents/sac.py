@@ -16,11 +16,11 @@ from torch import distributions as td
 
 from klrl.config import Positive, PositiveInt, Range, Share
 from klrl.distributions import DiagonalNormal, PolicyDistribution, squash, squash_gradient
-from klrl.errors import NonFiniteError
-from klrl.kl import Dual, KLReport, Penalty, at_least, kl, measure, reverse_kl
+from klrl.errors import NonFiniteError, UsageError
+from klrl.kl import Dual, KLReport, Penalty, at_least, measure
 from klrl.networks import Activation, Actor, choices
 from klrl.observations import Inputs
-from klrl.parameters import FlatParameters
+from klrl.parameters import FlatParameters, Snapshot
 from klrl.protocol import Actions, Agent, KLConfig, Report, State
 from klrl.replay import ReplayBuffer, Transitions
 from klrl.soft_networks import SquashedActor, TwinCritic
@@ -41,7 +41,7 @@ class SACConfig:
     train_freq: PositiveInt = 1
     """Steps of each environment between two updates."""
     gradient_steps: Annotated[int, Range(-1)] = 1
-    """Gradient steps of an update; -1 takes as many as environment steps were made."""
+    """Gradient steps of an update, at most kl.every; -1 takes as many as environment steps were made."""
     batch_size: PositiveInt = 256
     """Transitions of a gradient step."""
     n_step: PositiveInt = 1
@@ -52,7 +52,7 @@ class SACConfig:
     """Discount factor."""
     tau: Share = 0.005
     """How far the target critics follow the critics at each gradient step."""
-    ent_coef: Positive = 1.0
+    ent_coef: Annotated[float, Range(1e-6, 1e6)] = 1.0
     """The temperature alpha at the start; it then holds the entropy at its target."""
     ent_rate: Positive = 1e-3
     """Step of log alpha per gradient step, for each nat that the entropy is off its target, per action dimension."""
@@ -75,8 +75,8 @@ class Block:
     """The replay states that it is measured on."""
     old: PolicyDistribution
     """The policy at those states when the block began."""
-    before: list[Tensor]
-    """All weights and optimizer states when it began."""
+    before: tuple[Snapshot, Snapshot, Tensor, dict[str, float]]
+    """Policy, critics, target critics and temperature when it began."""
     steps: int = 0
     stopped: int = 0
     """The step after which the policy stood still, as its KL exceeded the limit; 0 if none did."""
@@ -128,7 +128,7 @@ class SAC(Agent):
         self.entropy = Penalty(target, Dual(config.ent_coef, rate=config.ent_rate / dims, least=1e-6, most=1e6))
         self.bound = config.kl.bound()
         self.penalty = config.kl.make_penalty()
-        self.n_updates, self.steps_seen = 0, 0
+        self.n_updates, self.steps_seen, self.rows_seen = 0, 0, 0
         self._block: Block | None = None
 
     def _make_actor(self, init: torch.Generator) -> Any:
@@ -156,47 +156,62 @@ class SAC(Agent):
         return super().env_action(np.stack(np.unravel_index(action[:, 0], self.sizes), axis=-1))
 
     def new_buffer(self, n_envs: int) -> ReplayBuffer:
-        """A replay buffer for ``n_envs`` environments."""
+        """A replay buffer for ``n_envs`` environments. Raises UsageError where an update would outlast a block."""
         config, width = self.config, self.outputs if self.continuous else 1
+        steps = config.gradient_steps if config.gradient_steps >= 0 else config.train_freq * n_envs
+        if not 1 <= steps <= config.kl.every:
+            raise UsageError(
+                f"--gradient-steps {config.gradient_steps}: an update takes 1 to --kl.every steps, not {steps}"
+            )
+        self.steps_seen, self.rows_seen, self._block = 0, 0, None
         return ReplayBuffer(
             self.observation_space, width, config.buffer_size, n_envs, config.gamma, config.n_step, config.buffer_folder
         )
 
     def due(self, buffer: ReplayBuffer) -> bool:
-        waited = buffer.steps - self.steps_seen
-        return buffer.steps >= self.config.learning_starts and waited >= self.config.train_freq * buffer.n_envs
+        warm = buffer.steps >= self.config.learning_starts and buffer.size > 0
+        return warm and buffer.rows_added - self.rows_seen >= self.config.train_freq
 
     @torch.no_grad()
     def update(self, buffer: ReplayBuffer, progress: float = 0.0) -> Report | None:
         """Gradient steps on replayed transitions; a report at the end of a block of ``kl.every`` of them, else None.
 
-        Raises NonFiniteError where a block's losses or weights are not finite; the weights are then those at its start.
+        Raises NonFiniteError where a loss is not finite; everything learned is then as it was when the block began.
         """
-        steps = self.config.gradient_steps if self.config.gradient_steps >= 0 else buffer.steps - self.steps_seen
-        self.steps_seen = buffer.steps
+        steps, made = self.config.gradient_steps, buffer.steps - self.steps_seen
+        if steps < 0:  # the random steps of the beginning do not count
+            steps = min(made, self.config.train_freq * buffer.n_envs)
+        self.steps_seen, self.rows_seen = buffer.steps, buffer.rows_added
         report = None
         for _ in range(steps):
-            if self._block is None:
-                self._begin_block(buffer)
-            self._gradient_step(buffer.sample(self.config.batch_size, self.rng, self.device))
-            if self._block is not None and self._block.steps == self.config.kl.every:
-                report = self._end_block()
+            block = self._block or self._begin_block(buffer)
+            self._gradient_step(block, buffer.sample(self.config.batch_size, self.rng, self.device))
+            if block.steps == self.config.kl.every:
+                report = self._end_block(block)
         return report
 
-    def _gradient_step(self, batch: Transitions) -> None:
+    @torch.no_grad()
+    def flush(self, buffer: ReplayBuffer) -> Report | None:
+        return self._end_block(self._block or self._begin_block(buffer)) if buffer.size > 0 else None
+
+    def _gradient_step(self, block: Block, batch: Transitions) -> None:
         """The critics' step, the policy's, the temperature's, and the targets'."""
-        block, config, alpha = self._block, self.config, self.entropy.coefficient.value
-        assert block is not None
+        config, alpha = self.config, self.entropy.coefficient.value
         critic_loss, value = self._critic_step(batch, alpha)
         policy_loss, entropy = self._policy_step(batch, alpha, move=block.stopped == 0)
+        block.trace.append(torch.stack([critic_loss, value, policy_loss, entropy]))
+        if not bool(block.trace[-1].isfinite().all()):
+            self._restore(block)
+            self._block = None
+            figures = dict(zip(_TRACED, block.trace[-1].tolist(), strict=True))
+            raise NonFiniteError(f"a loss is not finite after {self.n_updates} gradient steps: {figures}")
         self.entropy.adapt(float(entropy))
         self.target.vector.lerp_(self.values.vector, config.tau)
         self.n_updates += 1
         block.steps += 1
-        block.trace.append(torch.stack([critic_loss, value, policy_loss, entropy]))
         interval = {"update": 0, "epoch": max(1, config.kl.every // 10), "minibatch": 1}[config.kl.check]
-        bounded = config.kl.target > 0 and config.kl.stop > 0 and interval > 0 and block.stopped == 0
-        if bounded and block.steps % interval == 0:
+        bounded = config.kl.target > 0 and config.kl.stop > 0 and block.stopped == 0 and block.steps < config.kl.every
+        if bounded and interval > 0 and block.steps % interval == 0:
             excess = not self.bound.scaled(config.kl.stop).holds(self._mean_kl(block))
             block.stopped = block.steps if excess else 0
 
@@ -251,65 +266,56 @@ class SAC(Agent):
             gradient = ((p * (cost - mean_cost) * weight[:, None]).unsqueeze(1),)
             loss, entropy = mean_cost.mean(), policy.entropy().mean()
         if move:
-            if self.penalty is not None:
-                gradient = tuple(
-                    g + k for g, k in zip(gradient, self._kl_gradient(batch.inputs, policy, weight), strict=True)
-                )
+            if self.penalty is not None:  # beta * E[KL(old || policy)], old as it was when the block began
+                old, to_kl = self.old_actor(batch.inputs), self.penalty.term(weight)
+                nothing = torch.zeros_like(weight)
+                held = policy.gradient(policy.mode, nothing, old, to_kl, direction=self.config.kl.direction)
+                gradient = tuple(g + k for g, k in zip(gradient, held, strict=True))
             self.policy.zero_grad()
             pull(*gradient)
             self.policy.adam_step(self.config.learning_rate)
         return loss, entropy
 
-    def _kl_gradient(self, inputs: Inputs, policy: Any, weight: Tensor) -> tuple[Tensor, ...]:
-        """d/d parameters of beta * E[KL(old || policy)], with the old policy as it was when the block began."""
-        assert self.penalty is not None
-        old, nothing = self.old_actor(inputs), torch.zeros_like(weight)
-        return policy.gradient(
-            policy.mode, nothing, old, to_kl=self.penalty.term(weight), direction=self.config.kl.direction
-        )
-
     def _noise(self, policy: DiagonalNormal) -> Tensor:
         return torch.from_numpy(self.rng.standard_normal(policy.loc.shape, dtype=np.float32)).to(self.device)
 
-    def _begin_block(self, buffer: ReplayBuffer) -> None:
+    def _begin_block(self, buffer: ReplayBuffer) -> Block:
         inputs = buffer.sample(_STATES, self.rng, self.device).inputs
-        before = [part.clone() for part in self._everything()]
+        alpha = self.entropy.coefficient.state_dict()
+        before = self.policy.snapshot(), self.values.snapshot(), self.target.vector.clone(), alpha
         self.old_policy.vector.copy_(self.policy.vector)
         self._block = Block(inputs, self.distribution(inputs), before)
+        return self._block
 
-    def _end_block(self) -> Report:
+    def _restore(self, block: Block) -> None:
+        """Everything learned, as it was when the block began."""
+        policy, values, target, alpha = block.before
+        self.policy.restore(policy)
+        self.values.restore(values)
+        self.target.vector.copy_(target)
+        self.entropy.coefficient.load_state_dict(alpha)
+
+    def _end_block(self, block: Block) -> Report:
         """Measure the block, take back what overshot as ``kl.on_overshoot`` says, and report."""
-        block, config = self._block, self.config
-        assert block is not None
-        figures = torch.stack(block.trace).double().mean(0).tolist()
-        metrics = dict(zip(_TRACED, figures, strict=True))
-        if not (all(map(math.isfinite, figures)) and bool(self.policy.vector.isfinite().all())):
-            for part, before in zip(self._everything(), block.before, strict=True):
-                part.copy_(before)
-            raise NonFiniteError(f"a loss or weight is not finite after {self.n_updates} gradient steps: {metrics}")
-        report, kept = self._measure(block), 1.0
+        config, report, kept = self.config, self._measure(block), 1.0
         reached, rule = report.bounded, config.kl.on_overshoot
         if rule != "keep" and not self.bound.holds(reached):
-            kept = 0.0
             if rule == "project":
                 old = self.old_policy.vector
                 kept = project(self.policy.vector, old, lambda: self._mean_kl(block), self.bound.limit, reached)
             else:
-                for part, before in list(zip(self._everything(), block.before, strict=True))[:3]:
-                    part.copy_(before)
+                self.policy.restore(block.before[0])
+                kept = 0.0
             report = self._measure(block)
         beta = 0.0 if self.penalty is None else self.penalty.coefficient.value
         if self.penalty is not None:
             self.penalty.adapt(reached)
         self._block = None
+        means = torch.stack(block.trace).double().mean(0).tolist() if block.trace else []
+        metrics = dict(zip(_TRACED, means, strict=False))
         metrics |= {"train/ent_coef": self.entropy.coefficient.value, "entropy/target": self.entropy.bound.limit}
         settled = {"attempted": reached, "rolled_back": 1 - kept, "coefficient": beta, "stop_epoch": block.stopped}
         return Report(replace(report, **settled), metrics)  # type: ignore[arg-type]
-
-    def _everything(self) -> list[Tensor]:
-        """The weights and optimizer moments, the policy's three first."""
-        parts = [t for p in (self.policy, self.values) for t in (p.vector, p.first_moment, p.second_moment)]
-        return [*parts, self.target.vector]
 
     def _measure(self, block: Block) -> KLReport:
         old: td.Distribution = block.old
@@ -319,12 +325,7 @@ class SAC(Agent):
         return measure(old, new, self.bound, direction=self.config.kl.direction, samples=32)
 
     def _mean_kl(self, block: Block) -> float:
-        """The bounded KL alone; infinite where the policy is not finite."""
-        divergence = kl if self.config.kl.direction == "forward" else reverse_kl
-        try:
-            return float(divergence(block.old, self.distribution(block.inputs)).double().mean())
-        except ValueError:
-            return math.inf
+        return self.moved(block.old, block.inputs, self.config.kl.direction)
 
     def state_dict(self) -> State:
         return {
@@ -346,4 +347,4 @@ class SAC(Agent):
             self.penalty.coefficient.load_state_dict(state["penalty"])
         self.rng.bit_generator.state = state["rng"]
         self.n_updates = int(state["n_updates"])
-        self._block = None
+        self.steps_seen, self.rows_seen, self._block = 0, 0, None

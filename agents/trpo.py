@@ -19,7 +19,7 @@ from klrl.trust_region import NaturalStep, Searched, line_search, natural_step
 
 Piece = tuple[Any, Batch]  # rows of a batch, and the policy at them with its Jacobian, as Actor.linearize gives them
 # The line search leaves nothing to penalise, to stop or to take back: these settings of the group have one value.
-_HELD = {"penalty": "none", "stop": 0.0, "check": "update", "on_overshoot": "keep"}
+_HELD = {"penalty": "none", "coef": 1.0, "stop": 0.0, "check": "update", "on_overshoot": "keep"}
 
 
 @dataclass(frozen=True)

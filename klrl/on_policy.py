@@ -3,7 +3,6 @@
 Policy and critic are two networks, so the critic's gradient cannot move the policy; their weights lie in one vector.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -16,7 +15,7 @@ from klrl.buffers import RolloutBuffer
 from klrl.config import PositiveInt, Range, Real, Share
 from klrl.distributions import PolicyDistribution
 from klrl.errors import UsageError
-from klrl.kl import KLReport, kl, measure, reverse_kl, select
+from klrl.kl import KLReport, measure, select
 from klrl.networks import Activation, Actor, Critic
 from klrl.observations import Inputs
 from klrl.parameters import FlatParameters
@@ -115,6 +114,8 @@ class OnPolicyAgent(Agent):
     ) -> None:
         super().__init__(observation_space, action_space, device, seed, config.normalize_observation)
         self.config = config
+        if config.kl.every != KLConfig.every:
+            raise UsageError("--kl.every is for off-policy agents: an on-policy one measures each of its updates")
         with torch.random.fork_rng(devices=[]):
             init = torch.Generator().manual_seed(seed)
             sizes, activation = config.hidden_sizes, config.activation
@@ -172,12 +173,7 @@ class OnPolicyAgent(Agent):
 
     def mean_kl(self, batch: Batch, valid: Tensor) -> float:
         """The bounded KL alone: what stopping and projecting need. Infinite where the policy is not finite."""
-        divergence = kl if self.config.kl.direction == "forward" else reverse_kl
-        try:
-            values = divergence(batch.old, self.distribution(batch.inputs))
-        except ValueError:
-            return math.inf
-        return float((values if bool(valid.all()) else values[valid]).double().mean())
+        return self.moved(batch.old, batch.inputs, self.config.kl.direction, valid)
 
     def diagnostics(self, batch: Batch, valid: Tensor) -> dict[str, float]:
         """SB3's figures over the whole batch; the values are those from before the update, as SB3 logs them."""

@@ -10,10 +10,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gymnasium import spaces
+from torch import Tensor
 
 from klrl.config import NonNegative, PositiveInt
 from klrl.distributions import PolicyDistribution
-from klrl.kl import Banded, Bound, Coefficient, Direction, Fixed, KLReport, Penalty, at_most, concatenate, freeze
+from klrl.kl import (
+    Banded,
+    Bound,
+    Coefficient,
+    Direction,
+    Fixed,
+    KLReport,
+    Penalty,
+    at_most,
+    concatenate,
+    freeze,
+    kl,
+    reverse_kl,
+)
 from klrl.networks import Actor
 from klrl.observations import Inputs, Observation, ObservationEncoder
 from klrl.spaces import check_action_space
@@ -42,7 +56,6 @@ class KLConfig:
     """What happens to an update whose KL ends above the target: kept, undone, or moved back to the boundary."""
     direction: Direction = "forward"
     """Which KL is bounded: forward KL(old||new) or reverse KL(new||old). Both are always logged."""
-
     every: PositiveInt = 1000
     """Off-policy agents: how many gradient steps make the update whose KL is measured and bounded."""
 
@@ -142,6 +155,16 @@ class Agent(ABC):
             result: PolicyDistribution = concatenate([self.actor(chunk) for chunk in chunks(inputs)])
         return freeze(result)
 
+    def moved(
+        self, old: PolicyDistribution, inputs: Inputs, direction: Direction, valid: Tensor | None = None
+    ) -> float:
+        """The bounded KL alone, its mean over the ``valid`` states; infinite where the policy is not finite."""
+        try:
+            values = (kl if direction == "forward" else reverse_kl)(old, self.distribution(inputs))
+        except ValueError:
+            return math.inf
+        return float((values if valid is None or bool(valid.all()) else values[valid]).double().mean())
+
     @abstractmethod
     def new_buffer(self, n_envs: int) -> Any:
         """An empty buffer of the kind that ``update`` takes."""
@@ -156,6 +179,10 @@ class Agent(ABC):
 
         None where there is nothing to report yet: an off-policy agent reports once for many small updates.
         """
+
+    def flush(self, buffer: Any) -> Report | None:
+        """The report of an update that the end of training cuts short; None where updates are never cut short."""
+        return None
 
     @abstractmethod
     def state_dict(self) -> State:

@@ -12,7 +12,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from klrl.errors import NonFiniteError
+from klrl.errors import NonFiniteError, UsageError
 from klrl.observations import Inputs, ObservationEncoder
 
 Rows = npt.NDArray[np.float32]
@@ -63,7 +63,7 @@ class ReplayBuffer:
             f"image {key}": _storage((2, capacity, *shape), np.uint8, folder)
             for key, shape in self.encoder.images.items()
         }
-        self.size, self.steps, self._cursor = 0, 0, 0
+        self.size, self.steps, self.rows_added, self._cursor = 0, 0, 0, 0
         self._ended: npt.NDArray[np.bool_] = np.zeros(n_envs, np.bool_)
         # Of each environment, the steps whose sum of n rewards is not complete: inputs, action, reward.
         self._pending: list[list[tuple[dict[str, Any], Any, float]]] = [[] for _ in range(n_envs)]
@@ -74,7 +74,13 @@ class ReplayBuffer:
         Raises NonFiniteError naming the environment where an observation or reward is not finite.
         """
         seen, then = ({k: v.numpy() for k, v in self.encoder(x).items()} for x in (obs, next_obs))
-        for name, values in (("observation", then.get("vector")), ("reward", np.asarray(reward)[:, None])):
+        with np.errstate(over="ignore"):
+            reward = np.asarray(reward).astype(np.float32)
+        for name, values in (
+            ("observation", seen.get("vector")),
+            ("observation", then.get("vector")),
+            ("reward", reward[:, None]),
+        ):
             if values is not None and not np.isfinite(values).all():
                 env = int(np.argwhere(~np.isfinite(values))[0, 0])
                 raise NonFiniteError(f"{name} is not finite in env {env} after {self.steps} steps")
@@ -84,11 +90,13 @@ class ReplayBuffer:
             self._write(_pick(seen, valid), action[valid], reward[valid], discount[valid], _pick(then, valid))
         else:
             for env in map(int, valid):
-                self._pending[env].append((_pick(seen, env), action[env], float(reward[env])))
+                copies = {key: part[env].copy() for key, part in seen.items()}
+                self._pending[env].append((copies, action[env].copy(), float(reward[env])))
                 done = bool(terminated[env] or truncated[env])
                 while len(self._pending[env]) == self.n_step or (done and self._pending[env]):
                     self._write_first(env, bool(terminated[env]), _pick(then, env))
         self.steps += len(valid)
+        self.rows_added += len(valid) > 0
         self._ended = np.asarray(terminated) | np.asarray(truncated)
 
     def check_finite(self) -> None:
@@ -144,8 +152,15 @@ def _pick(inputs: dict[str, Any], index: Any) -> dict[str, Any]:
 
 
 def _storage(shape: tuple[int, ...], dtype: Any, folder: str) -> Any:
-    if not folder:
-        return np.zeros(shape, dtype)
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:  # the mapping outlives the name, and nothing else does
-        return np.memmap(file, dtype, "w+", shape=shape)
+    try:
+        if not folder:
+            return np.zeros(shape, dtype)
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:  # the mapping outlives the name, and nothing else does
+            return np.memmap(file, dtype, "w+", shape=shape)
+    except (MemoryError, ValueError):
+        raise UsageError(
+            f"--buffer-size {max(shape):,} does not fit into memory; --buffer-folder maps a file"
+        ) from None
+    except OSError as problem:
+        raise UsageError(f"--buffer-folder {folder}: {problem.strerror or problem}") from None

@@ -31,7 +31,7 @@ _FINAL_EPISODES = 20
 @dataclass(frozen=True)
 class RunConfig:
     total_timesteps: PositiveInt = 1_000_000
-    """Environment steps to train for; a run ends with the first whole rollout at or beyond this."""
+    """Environment steps to train for; an on-policy run ends with the first whole rollout at or beyond this."""
     seed: Seed = 0
     """Seed of weights, environments and sampling."""
     n_envs: PositiveInt = 8
@@ -173,6 +173,8 @@ def _loop(
                     due = time.perf_counter()
                     report = agent.update(buffer, steps_before / config.total_timesteps)
                     learning += time.perf_counter() - due
+                if report is None and episodes.steps >= config.total_timesteps:
+                    report = agent.flush(buffer)
             updates += 1
             now = time.perf_counter()
             training_time += now - start

@@ -3,11 +3,12 @@
 from typing import Any
 
 from klrl.agents.ppo import PPO, PPOConfig
+from klrl.agents.sac import SAC, SACConfig
 from klrl.agents.trpo import TRPO
 from klrl.buffers import RolloutBuffer
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.on_policy import OnPolicyAgent, OnPolicyConfig
-from klrl.protocol import Report
+from klrl.protocol import KLConfig, Report
 
 
 def collect(agent: OnPolicyAgent, env: Any, buffer: RolloutBuffer, obs: Any) -> Any:
@@ -37,5 +38,37 @@ def train(config: OnPolicyConfig, env_id: Any, updates: int, seed: int = 0, **kw
     for _ in range(updates):
         obs = collect(agent, env, buffer, obs)
         reports.append(agent.update(buffer))
+    env.close()
+    return agent, reports
+
+
+SMALL_SAC = SACConfig(
+    hidden_sizes=(32,),
+    batch_size=64,
+    learning_starts=64,
+    learning_rate=3e-3,
+    buffer_size=5_000,
+    gamma=0.9,
+    tau=0.05,
+    ent_rate=0.01,
+    kl=KLConfig(target=0.0, every=50),
+)
+
+
+def train_sac(
+    config: SACConfig, env_id: Any, steps: int, seed: int = 0, n_envs: int = 4, **kwargs: Any
+) -> tuple[SAC, list[Report]]:
+    """The agent after ``steps`` steps of each of its environments, and the reports of its blocks."""
+    env = make_vector(env_id, n_envs, EnvConfig(kwargs=kwargs))
+    agent = SAC(env.single_observation_space, env.single_action_space, config, seed=seed)
+    buffer, reports = agent.new_buffer(n_envs), []
+    obs, _ = env.reset(seed=seed)
+    for _ in range(steps):
+        action = agent.act(obs)
+        next_obs, reward, terminated, truncated, _ = env.step(agent.env_action(action))
+        buffer.add(obs, action, reward, terminated, truncated, next_obs)
+        obs = next_obs
+        if agent.due(buffer) and (report := agent.update(buffer)) is not None:
+            reports.append(report)
     env.close()
     return agent, reports

@@ -121,3 +121,16 @@ def test_what_is_not_finite_is_named() -> None:
         buffer(n_envs=2).add(good, good, np.zeros(2), no, no, bad)
     with pytest.raises(NonFiniteError, match="reward is not finite in env 0"):
         buffer(n_envs=2).add(good, good, np.array([np.inf, 0.0]), no, no, good)
+    with pytest.raises(NonFiniteError, match="reward is not finite in env 0"):
+        buffer(n_envs=2).add(good, good, np.array([1e39, 0.0]), no, no, good)  # beyond float32
+    with pytest.raises(NonFiniteError, match="observation is not finite in env 1"):
+        buffer(n_envs=2).add(bad, good, np.zeros(2), no, no, good)
+
+
+def test_what_the_caller_changes_later_is_not_stored() -> None:
+    two = buffer(n_step=2)
+    shown, no = np.zeros((1, 1), np.float32), np.zeros(1, bool)
+    for t in range(3):
+        shown[:] = t
+        two.add(shown, shown, np.zeros(1), no, no, shown + 1)
+    assert [row[0] for row in rows(two)] == [0, 1]

@@ -9,50 +9,19 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from helpers import SMALL_SAC, train_sac
 from torch import distributions as td
 
 from klrl.agents.sac import SAC, SACConfig
 from klrl.distributions import DiagonalNormal, squash, squash_gradient
-from klrl.envs.make import EnvConfig, make_vector
-from klrl.errors import NonFiniteError, UsageError
+from klrl.errors import UsageError
 from klrl.kl import kl
 from klrl.observations import ObservationEncoder
 from klrl.parameters import FlatParameters
-from klrl.protocol import KLConfig, Report
 from klrl.replay import Transitions
 from klrl.soft_networks import SquashedActor, TwinCritic
 
 CPU = torch.device("cpu")
-SMALL = SACConfig(
-    hidden_sizes=(32,),
-    batch_size=64,
-    learning_starts=64,
-    learning_rate=3e-3,
-    buffer_size=5_000,
-    gamma=0.9,
-    tau=0.05,
-    ent_rate=0.01,
-    kl=KLConfig(target=0.0, every=50),
-)
-
-
-def train(
-    config: SACConfig, env_id: Any, steps: int, seed: int = 0, n_envs: int = 4, **kwargs: Any
-) -> tuple[SAC, list[Report]]:
-    """The agent after ``steps`` steps of each of its environments, and the reports of its blocks."""
-    env = make_vector(env_id, n_envs, EnvConfig(kwargs=kwargs))
-    agent = SAC(env.single_observation_space, env.single_action_space, config, seed=seed)
-    buffer, reports = agent.new_buffer(n_envs), []
-    obs, _ = env.reset(seed=seed)
-    for _ in range(steps):
-        action = agent.act(obs)
-        next_obs, reward, terminated, truncated, _ = env.step(agent.env_action(action))
-        buffer.add(obs, action, reward, terminated, truncated, next_obs)
-        obs = next_obs
-        if agent.due(buffer) and (report := agent.update(buffer)) is not None:
-            reports.append(report)
-    env.close()
-    return agent, reports
 
 
 def test_the_squashed_log_density_is_torchs_and_does_not_saturate() -> None:
@@ -138,7 +107,7 @@ def one_step(config: SACConfig, action_space: spaces.Space[Any]) -> tuple[SAC, T
 
 def test_the_discrete_losses_match_a_hand_computed_example() -> None:
     def prepared() -> tuple[SAC, Transitions]:
-        agent, batch = one_step(replace(SMALL, hidden_sizes=()), spaces.Discrete(2))
+        agent, batch = one_step(replace(SMALL_SAC, hidden_sizes=()), spaces.Discrete(2))
         with torch.no_grad():
             agent.policy.vector.zero_()
             agent.policy.vector[-2:] = torch.tensor([0.0, math.log(3.0)])  # probabilities 1/4 and 3/4
@@ -168,7 +137,7 @@ def test_the_discrete_losses_match_a_hand_computed_example() -> None:
 
 
 def test_the_continuous_policy_gradient_is_autograds() -> None:
-    agent, _ = one_step(SMALL, spaces.Box(-2.0, 2.0, (3,)))
+    agent, _ = one_step(SMALL_SAC, spaces.Box(-2.0, 2.0, (3,)))
     torch.manual_seed(0)
     inputs = {"vector": torch.randn(16, 1)}
     batch = Transitions(inputs, torch.zeros(16, 3), torch.zeros(16), torch.zeros(16), inputs)
@@ -188,7 +157,7 @@ def test_the_continuous_policy_gradient_is_autograds() -> None:
 
 
 def test_targets_follow_by_polyak_averaging() -> None:
-    agent, _ = train(replace(SMALL, tau=0.25), "Pendulum-v1", 17)  # the first update, after 4 * 17 steps
+    agent, _ = train_sac(replace(SMALL_SAC, tau=0.25), "Pendulum-v1", 17)  # the first update, after 4 * 17 steps
     values, before = agent.values.vector.clone(), agent.target.vector.clone()
     buffer = agent.new_buffer(1)
     shown = np.zeros((1, 3), np.float32)
@@ -211,8 +180,8 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "action", "observation"), CASES)
 def test_probes_are_solved_and_valued(name: str, action: str, observation: str) -> None:
-    config = replace(SMALL, target_entropy_share=0.05, target_entropy=-3.0, ent_coef=0.1)
-    agent, reports = train(config, f"klrl/{name}-v0", 700, action=action, observation=observation)
+    config = replace(SMALL_SAC, target_entropy_share=0.05, target_entropy=-3.0, ent_coef=0.1)
+    agent, reports = train_sac(config, f"klrl/{name}-v0", 700, action=action, observation=observation)
     probe: Any = gym.make(f"klrl/{name}-v0", action=action, observation=observation).unwrapped
     assert len(reports) >= 5
     for bit in (0, 1):
@@ -234,8 +203,10 @@ def test_probes_are_solved_and_valued(name: str, action: str, observation: str) 
 
 
 def test_an_image_probe_is_solved() -> None:
-    config = replace(SMALL, target_entropy_share=0.05, ent_coef=0.1, batch_size=16, buffer_size=500, learning_rate=1e-3)
-    agent, _ = train(config, "klrl/RewardByBoth-v0", 150, action="discrete", observation="image")
+    config = replace(
+        SMALL_SAC, target_entropy_share=0.05, ent_coef=0.1, batch_size=16, buffer_size=500, learning_rate=1e-3
+    )
+    agent, _ = train_sac(config, "klrl/RewardByBoth-v0", 150, action="discrete", observation="image")
     probe: Any = gym.make("klrl/RewardByBoth-v0", action="discrete", observation="image").unwrapped
     for bit in (0, 1):
         probe.bit = bit
@@ -243,97 +214,32 @@ def test_an_image_probe_is_solved() -> None:
 
 
 def test_one_seed_gives_one_run_and_a_state_continues() -> None:
-    (first, reports), (second, again) = (train(SMALL, "Pendulum-v1", 120, seed=5) for _ in range(2))
+    (first, reports), (second, again) = (train_sac(SMALL_SAC, "Pendulum-v1", 120, seed=5) for _ in range(2))
     assert torch.equal(first.policy.vector, second.policy.vector)
     assert reports == again
-    other, _ = train(SMALL, "Pendulum-v1", 120, seed=6)
+    other, _ = train_sac(SMALL_SAC, "Pendulum-v1", 120, seed=6)
     assert not torch.equal(first.policy.vector, other.policy.vector)
-    copy = SAC(first.observation_space, first.action_space, SMALL, seed=99)
+    copy = SAC(first.observation_space, first.action_space, SMALL_SAC, seed=99)
     copy.load_state_dict(first.state_dict())
     obs = np.zeros((3, 3), np.float32)
     assert np.array_equal(first.act(obs), copy.act(obs))
     with pytest.raises(ValueError, match="weights"):
-        SAC(spaces.Box(-1, 1, (7,)), first.action_space, SMALL).load_state_dict(first.state_dict())
-
-
-def test_the_reported_kl_is_that_of_the_block_and_untracked_by_default_costs_nothing() -> None:
-    agent, reports = train(SMALL, "Pendulum-v1", 100)
-    assert agent.penalty is None
-    assert all(report.kl.mean > 0.0 and report.kl.limit == math.inf for report in reports)
-    figures: dict[str, float] = {}
-    reports[-1].write(figures.__setitem__)
-    assert {"kl/mean", "kl/reverse", "kl/p95", "kl/max", "entropy/mean", "entropy/change", "train/ent_coef"} <= set(
-        figures
-    )
-    assert "kl/limit" not in figures
-    assert all(math.isfinite(value) for value in figures.values())
-
-
-@pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
-@pytest.mark.parametrize("rule", ["project", "rollback"])
-def test_a_block_that_overshoots_is_taken_back(env_id: str, rule: Any) -> None:
-    rules = KLConfig(target=0.01, penalty="none", stop=0.0, every=20, on_overshoot=rule)
-    _, reports = train(replace(SMALL, kl=rules), env_id, 120)
-    assert len(reports) >= 3
-    assert all(report.kl.mean <= 0.01 for report in reports)
-    assert any(report.kl.attempted > 0.01 and report.kl.rolled_back > 0.0 for report in reports)
-
-
-def test_stop_and_penalty_hold_the_policy_back() -> None:
-    def moved(**rules: Any) -> float:
-        _, reports = train(replace(SMALL, kl=KLConfig(every=40, **rules)), "Pendulum-v1", 150)
-        return float(np.mean([report.kl.mean for report in reports]))
-
-    free = moved(target=0.0)
-    stopped = moved(target=0.01, penalty="none", stop=1.0, check="minibatch")
-    penalised = moved(target=0.01, stop=0.0)
-    assert stopped < 0.5 * free
-    assert penalised < 0.7 * free
-    _, reports = train(
-        replace(SMALL, kl=KLConfig(target=0.01, penalty="none", stop=1.0, check="minibatch", every=40)),
-        "Pendulum-v1",
-        150,
-    )
-    assert all(0 < report.kl.stop_epoch <= 40 for report in reports if report.kl.mean > 0.01)
-
-
-def test_rewards_of_a_million_give_no_nan() -> None:
-    class Loud(gym.RewardWrapper[Any, Any]):
-        def reward(self, reward: Any) -> float:
-            return 1e6 * float(reward)
-
-    agent, reports = train(SMALL, lambda: Loud(gym.make("Pendulum-v1")), 150)
-    assert bool(agent.policy.vector.isfinite().all() and agent.values.vector.isfinite().all())
-    assert all(math.isfinite(report.kl.mean) for report in reports)
-
-
-def test_losses_that_are_not_finite_stop_and_restore_the_block() -> None:
-    agent, _ = train(SMALL, "Pendulum-v1", 60)
-    buffer = agent.new_buffer(1)
-    shown = np.zeros((1, 3), np.float32)
-    buffer.add(shown, np.zeros((1, 1), np.float32), np.array([3e38]), np.zeros(1, bool), np.zeros(1, bool), shown)
-    agent._block = None
-    before = agent.policy.vector.clone()
-    agent.config = replace(agent.config, gradient_steps=60)
-    with pytest.raises(NonFiniteError, match="not finite"):
-        agent.update(buffer)
-    assert torch.equal(agent.policy.vector, before)
-    assert bool(agent.values.vector.isfinite().all())
-
-
-def test_gradient_steps_train_freq_and_learning_starts() -> None:
-    agent, _ = train(replace(SMALL, learning_starts=100, train_freq=3, gradient_steps=2), "CartPole-v1", 60, n_envs=2)
-    assert agent.n_updates in (6, 8)  # 60 * 2 steps, few of them resets: 2 each time that 6 more than 100 were made
-    as_many, _ = train(
-        replace(SMALL, learning_starts=100, train_freq=3, gradient_steps=-1), "Pendulum-v1", 62, n_envs=2
-    )
-    assert as_many.n_updates == as_many.steps_seen
+        SAC(spaces.Box(-1, 1, (7,)), first.action_space, SMALL_SAC).load_state_dict(first.state_dict())
 
 
 def test_what_sac_cannot_do_is_refused() -> None:
     see = spaces.Box(-1, 1, (2,))
     with pytest.raises(UsageError, match=r"infinite bounds.*TransformAction"):
         SAC(see, spaces.Box(-np.inf, np.inf, (2,)))
+    with pytest.raises(UsageError, match="infinite bounds"):
+        SAC(see, spaces.Box(np.float32(-3.4e38), np.float32(3.4e38), (2,)))
+    for steps, n_envs in ((0, 1), (60, 1), (-1, 60)):
+        with pytest.raises(UsageError, match="--gradient-steps"):
+            SAC(see, spaces.Discrete(2), replace(SMALL_SAC, gradient_steps=steps)).new_buffer(n_envs)
+    with pytest.raises(UsageError, match="--buffer-size 10,000,000,000,000 does not fit"):
+        SAC(see, spaces.Discrete(2), replace(SMALL_SAC, buffer_size=10**13)).new_buffer(1)
+    with pytest.raises(UsageError, match="--buffer-folder /proc/nope"):
+        SAC(see, spaces.Discrete(2), replace(SMALL_SAC, buffer_folder="/proc/nope")).new_buffer(1)
     with pytest.raises(UsageError, match="1,048,576 joint actions"):
         SAC(see, spaces.MultiBinary(20))
 
@@ -341,7 +247,7 @@ def test_what_sac_cannot_do_is_refused() -> None:
 def test_actions_are_given_as_each_space_wants_them() -> None:
     box = spaces.Box(np.float32([[-1.0, 0.0]]), np.float32([[1.0, 0.5]]))
     for space in (spaces.Discrete(2, start=5), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary([2, 2]), box):
-        agent = SAC(spaces.Box(-1, 1, (2,)), space, SMALL)
+        agent = SAC(spaces.Box(-1, 1, (2,)), space, SMALL_SAC)
         obs = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32)
         for warm in (0, 1):
             agent.n_updates = warm

@@ -251,9 +251,16 @@ def test_a_reward_of_1e30_skips_what_it_spoils_and_a_nan_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("penalty", "fixed"), ("stop", 2.0), ("check", "epoch"), ("on_overshoot", "project")]
+    ("name", "value"),
+    [("penalty", "fixed"), ("stop", 2.0), ("coef", 7.0), ("check", "epoch"), ("on_overshoot", "project")],
 )
 def test_settings_that_the_line_search_leaves_no_room_for_are_refused(name: str, value: Any) -> None:
     config = replace(SMALL, kl=replace(SMALL.kl, **{name: value}))
     with pytest.raises(UsageError, match=f"--kl.{name.replace('_', '-')} {value}: TRPO's line search holds the KL"):
         TRPO(spaces.Box(-1, 1, (2,)), spaces.Discrete(2), config)
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [("target", 0.0, "needs one"), ("every", 7, "off-policy")])
+def test_settings_without_a_meaning_are_refused(name: str, value: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TRPO(spaces.Box(-1, 1, (2,)), spaces.Discrete(2), replace(SMALL, kl=replace(SMALL.kl, **{name: value})))

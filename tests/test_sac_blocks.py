@@ -1,0 +1,139 @@
+"""SAC over time: its blocks and their KL, faults, and how many steps of learning go with those of the environment."""
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from helpers import SMALL_SAC, train_sac
+
+import klrl
+from klrl.agents.sac import SAC
+from klrl.errors import NonFiniteError
+from klrl.protocol import KLConfig
+
+CPU = torch.device("cpu")
+
+
+def test_the_reported_kl_is_that_of_the_block_and_untracked_by_default_costs_nothing() -> None:
+    agent, reports = train_sac(SMALL_SAC, "Pendulum-v1", 100)
+    assert agent.penalty is None
+    assert all(report.kl.mean > 0.0 and report.kl.limit == math.inf for report in reports)
+    figures: dict[str, float] = {}
+    reports[-1].write(figures.__setitem__)
+    assert {"kl/mean", "kl/reverse", "kl/p95", "kl/max", "entropy/mean", "entropy/change", "train/ent_coef"} <= set(
+        figures
+    )
+    assert "kl/limit" not in figures
+    assert all(math.isfinite(value) for value in figures.values())
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
+@pytest.mark.parametrize("rule", ["project", "rollback"])
+def test_a_block_that_overshoots_is_taken_back(env_id: str, rule: Any) -> None:
+    rules = KLConfig(target=0.01, penalty="none", stop=0.0, every=20, on_overshoot=rule)
+    _, reports = train_sac(replace(SMALL_SAC, kl=rules), env_id, 120)
+    assert len(reports) >= 3
+    assert all(report.kl.mean <= 0.01 for report in reports)
+    assert any(report.kl.attempted > 0.01 and report.kl.rolled_back > 0.0 for report in reports)
+
+
+def test_stop_and_penalty_hold_the_policy_back() -> None:
+    def moved(**rules: Any) -> float:
+        _, reports = train_sac(replace(SMALL_SAC, kl=KLConfig(every=40, **rules)), "Pendulum-v1", 150)
+        return float(np.mean([report.kl.mean for report in reports]))
+
+    free = moved(target=0.0)
+    stopped = moved(target=0.01, penalty="none", stop=1.0, check="minibatch")
+    penalised = moved(target=0.01, stop=0.0)
+    assert stopped < 0.5 * free
+    assert penalised < 0.7 * free
+    _, reports = train_sac(
+        replace(SMALL_SAC, kl=KLConfig(target=0.01, penalty="none", stop=1.0, check="minibatch", every=40)),
+        "Pendulum-v1",
+        150,
+    )
+    assert all(0 < report.kl.stop_epoch <= 40 for report in reports if report.kl.mean > 0.01)
+
+
+def test_rewards_of_a_million_give_no_nan() -> None:
+    class Loud(gym.RewardWrapper[Any, Any]):
+        def reward(self, reward: Any) -> float:
+            return 1e6 * float(reward)
+
+    agent, reports = train_sac(SMALL_SAC, lambda: Loud(gym.make("Pendulum-v1")), 150)
+    assert bool(agent.policy.vector.isfinite().all() and agent.values.vector.isfinite().all())
+    assert all(math.isfinite(report.kl.mean) for report in reports)
+
+
+def test_losses_that_are_not_finite_stop_and_restore_the_block() -> None:
+    agent, _ = train_sac(SMALL_SAC, "Pendulum-v1", 60)
+    buffer = agent.new_buffer(1)
+    shown = np.zeros((1, 3), np.float32)
+    buffer.add(shown, np.zeros((1, 1), np.float32), np.array([3e38]), np.zeros(1, bool), np.zeros(1, bool), shown)
+    agent._block = None
+    before, alpha = agent.policy.vector.clone(), agent.entropy.coefficient.value
+    agent.config = replace(agent.config, gradient_steps=60)
+    with pytest.raises(NonFiniteError, match="not finite"):
+        agent.update(buffer)
+    assert torch.equal(agent.policy.vector, before)
+    assert bool(agent.values.vector.isfinite().all())
+    assert agent.entropy.coefficient.value == alpha
+    assert agent._block is None, "and it can go on"
+
+
+def test_rollback_restores_the_policy_and_its_optimizer_bit_for_bit() -> None:
+    rules = KLConfig(target=1e-9, penalty="none", stop=0.0, every=20, on_overshoot="rollback")
+    agent, reports = train_sac(replace(SMALL_SAC, kl=rules), "Pendulum-v1", 60)
+    fresh = SAC(agent.observation_space, agent.action_space, agent.config)
+    assert len(reports) == 2
+    assert all(report.kl.rolled_back == 1.0 and report.kl.mean == 0.0 for report in reports)
+    agent.flush(buffer := agent.new_buffer(1))
+    shown = np.zeros((1, 3), np.float32)
+    buffer.add(shown, np.zeros((1, 1), np.float32), np.ones(1), np.zeros(1, bool), np.zeros(1, bool), shown)
+    agent._block = None
+    report = agent.flush(buffer)
+    assert report is not None
+    assert report.kl.mean == 0.0
+    before = agent.policy.snapshot()
+    with torch.no_grad():
+        block = agent._begin_block(buffer)
+        agent._gradient_step(block, buffer.sample(8, agent.rng, CPU))
+    assert agent.policy.steps == [before[3][0] + 1]
+    assert not torch.equal(agent.policy.vector, before[0])
+    with torch.no_grad():
+        agent._end_block(block)
+    assert agent.policy.steps == before[3]
+    for now, then in zip(agent.policy.snapshot()[:3], before[:3], strict=True):
+        assert torch.equal(now, then)
+    assert fresh.policy.steps == [0]
+
+
+def test_every_step_of_every_environment_counts_once() -> None:
+    agent, _ = train_sac(replace(SMALL_SAC, learning_starts=16), "CartPole-v1", 200, n_envs=16)
+    assert agent.n_updates == 200  # one update a step, resets or not
+
+
+def test_a_run_ends_at_its_last_step_and_reports_what_it_cut_short() -> None:
+    config = {"n_envs": 2, "learning_starts": 50, "hidden_sizes": (16,), "eval_every": 0, "quiet": True}
+    run = klrl.train("sac", "Pendulum-v1", total_timesteps=300, kl={"every": 100}, **config)
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [248, 300]
+    unlearned = klrl.train("sac", "Pendulum-v1", total_timesteps=40, **config)
+    rows = [json.loads(line) for line in (unlearned.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["kl/mean"]) for row in rows] == [(40, 0.0)]
+
+
+def test_gradient_steps_train_freq_and_learning_starts() -> None:
+    agent, _ = train_sac(
+        replace(SMALL_SAC, learning_starts=100, train_freq=3, gradient_steps=2), "CartPole-v1", 60, n_envs=2
+    )
+    assert agent.n_updates in (6, 8)  # 60 * 2 steps, few of them resets: 2 each time that 6 more than 100 were made
+    as_many, _ = train_sac(
+        replace(SMALL_SAC, learning_starts=100, train_freq=3, gradient_steps=-1), "Pendulum-v1", 62, n_envs=2
+    )
+    assert as_many.n_updates == 5 * 3 * 2  # at the rows 50, 53, 56, 59 and 62: three rows of two each
