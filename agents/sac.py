@@ -21,7 +21,7 @@ from klrl.kl import Dual, KLReport, Penalty, at_least, measure
 from klrl.networks import Activation, Actor, choices
 from klrl.observations import Inputs
 from klrl.parameters import FlatParameters, Snapshot
-from klrl.protocol import Actions, Agent, KLConfig, Report, State
+from klrl.protocol import Actions, Agent, KLConfig, Report, State, bounded_kl
 from klrl.replay import ReplayBuffer, Transitions
 from klrl.soft_networks import SquashedActor, TwinCritic
 from klrl.spaces import check_bounded, check_joint
@@ -176,7 +176,7 @@ class SAC(Agent):
     def update(self, buffer: ReplayBuffer, progress: float = 0.0) -> Report | None:
         """Gradient steps on replayed transitions; a report at the end of a block of ``kl.every`` of them, else None.
 
-        Raises NonFiniteError where a loss is not finite; everything learned is then as it was when the block began.
+        Raises NonFiniteError where a loss or weight is not finite; all is then as it was when the block began.
         """
         steps, made = self.config.gradient_steps, buffer.steps - self.steps_seen
         if steps < 0:  # the random steps of the beginning do not count
@@ -200,11 +200,11 @@ class SAC(Agent):
         critic_loss, value = self._critic_step(batch, alpha)
         policy_loss, entropy = self._policy_step(batch, alpha, move=block.stopped == 0)
         block.trace.append(torch.stack([critic_loss, value, policy_loss, entropy]))
-        if not bool(block.trace[-1].isfinite().all()):
+        if not bool((block.trace[-1].sum() + self.policy.vector.sum()).isfinite()):
             self._restore(block)
             self._block = None
             figures = dict(zip(_TRACED, block.trace[-1].tolist(), strict=True))
-            raise NonFiniteError(f"a loss is not finite after {self.n_updates} gradient steps: {figures}")
+            raise NonFiniteError(f"a loss or weight is not finite after {self.n_updates} gradient steps: {figures}")
         self.entropy.adapt(float(entropy))
         self.target.vector.lerp_(self.values.vector, config.tau)
         self.n_updates += 1
@@ -325,7 +325,7 @@ class SAC(Agent):
         return measure(old, new, self.bound, direction=self.config.kl.direction, samples=32)
 
     def _mean_kl(self, block: Block) -> float:
-        return self.moved(block.old, block.inputs, self.config.kl.direction)
+        return bounded_kl(block.old, self.distribution(block.inputs), self.config.kl.direction)
 
     def state_dict(self) -> State:
         return {

@@ -12,9 +12,9 @@ from torch import Tensor
 from klrl.buffers import RolloutBuffer
 from klrl.config import NonNegative, Positive, PositiveInt, Range
 from klrl.errors import UsageError
-from klrl.kl import fisher_vector_product, kl, reverse_kl
+from klrl.kl import fisher_vector_product
 from klrl.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_gradient
-from klrl.protocol import KLConfig, Report
+from klrl.protocol import KLConfig, Report, bounded_kl
 from klrl.trust_region import NaturalStep, Searched, line_search, natural_step
 
 Piece = tuple[Any, Batch]  # rows of a batch, and the policy at them with its Jacobian, as Actor.linearize gives them
@@ -129,16 +129,12 @@ class TRPO(OnPolicyAgent):
 
     def _search(self, batch: Batch, valid: Tensor, step: NaturalStep) -> Searched:
         """Backtrack along the step; improvement E[(ratio - 1) * A] and KL are those of the whole batch."""
-        divergence = kl if self.config.kl.direction == "forward" else reverse_kl
 
         def measure() -> tuple[float, float]:
             new = self.distribution(batch.inputs)
             ratio_less_1 = torch.expm1(new.log_prob(batch.action) - batch.log_prob)
-            try:
-                values = divergence(batch.old, new)[valid].double()
-            except ValueError:  # the new policy is not finite
-                return math.nan, math.inf
-            return float(batch.weight @ (ratio_less_1 * batch.advantage)), float(values.mean())
+            improvement = float(batch.weight @ (ratio_less_1 * batch.advantage))
+            return improvement, bounded_kl(batch.old, new, self.config.kl.direction, valid)
 
         weights = self.parameters.vector[self.parameters.parts[0]]
         return line_search(weights, step.step, measure, self.config.kl.target, self.config.line_search_max_iter)

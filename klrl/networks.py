@@ -104,8 +104,25 @@ def _back(grad: Tensor, output: Tensor, activation: Activation) -> Tensor:
     return grad * (output > 0)
 
 
+class Torso(nn.Module):
+    """Encoded observations as one vector [B, width]: what a convolutional net sees in each image, then the numbers."""
+
+    def __init__(self, encoder: ObservationEncoder, rng: torch.Generator) -> None:
+        super().__init__()
+        self.image_keys = [f"image {key}" for key in encoder.images]
+        self.image_nets = nn.ModuleList(image_net(shape, rng) for shape in encoder.images.values())
+        self.width = encoder.features + _IMAGE_FEATURES * len(self.image_keys)
+
+    def forward(self, inputs: Inputs, *more: Tensor) -> Tensor:
+        """``more``: further numbers to append, each [B, d]."""
+        nets = zip(self.image_nets, self.image_keys, strict=True)
+        parts = [net(inputs[key].float() / 255.0) for net, key in nets]
+        parts += [inputs["vector"], *more] if "vector" in inputs else more
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
 class Network(nn.Module):
-    """Encoded observations to outputs [B, outputs]: a convolutional net per image, then an MLP over everything."""
+    """Encoded observations to outputs [B, outputs]: an MLP on a torso."""
 
     def __init__(
         self,
@@ -117,24 +134,15 @@ class Network(nn.Module):
         rng: torch.Generator,
     ) -> None:
         super().__init__()
-        self.image_keys = [f"image {key}" for key in encoder.images]
-        self.image_nets = nn.ModuleList(image_net(shape, rng) for shape in encoder.images.values())
-        self.has_vector = encoder.features > 0
-        width = encoder.features + _IMAGE_FEATURES * len(self.image_keys)
-        self.mlp = MLP([width, *hidden_sizes, outputs], activation, output_gain, rng)
+        self.torso = Torso(encoder, rng)
+        self.mlp = MLP([self.torso.width, *hidden_sizes, outputs], activation, output_gain, rng)
 
     def forward(self, inputs: Inputs) -> Tensor:
-        if not self.image_keys:
-            return self.mlp(inputs["vector"])
-        nets = zip(self.image_nets, self.image_keys, strict=True)
-        parts = [net(inputs[key].float() / 255.0) for net, key in nets]
-        if self.has_vector:
-            parts.append(inputs["vector"])
-        return self.mlp(torch.cat(parts, dim=-1))
+        return self.mlp(self.torso(inputs)) if self.torso.image_keys else self.mlp(inputs["vector"])
 
     def linearize(self, inputs: Inputs) -> Linearized:
         """As ``MLP.linearize``; with images by autograd."""
-        if not self.image_keys:
+        if not self.torso.image_keys:
             return self.mlp.linearize(inputs["vector"])
         weights = list(self.parameters())
         with torch.enable_grad():

@@ -19,7 +19,7 @@ from klrl.kl import KLReport, measure, select
 from klrl.networks import Activation, Actor, Critic
 from klrl.observations import Inputs
 from klrl.parameters import FlatParameters
-from klrl.protocol import CHUNK, Agent, KLConfig, State, chunks
+from klrl.protocol import CHUNK, Agent, KLConfig, State, bounded_kl, chunks
 from klrl.returns import RewardScale, gae
 
 
@@ -173,7 +173,7 @@ class OnPolicyAgent(Agent):
 
     def mean_kl(self, batch: Batch, valid: Tensor) -> float:
         """The bounded KL alone: what stopping and projecting need. Infinite where the policy is not finite."""
-        return self.moved(batch.old, batch.inputs, self.config.kl.direction, valid)
+        return bounded_kl(batch.old, self.distribution(batch.inputs), self.config.kl.direction, valid)
 
     def diagnostics(self, batch: Batch, valid: Tensor) -> dict[str, float]:
         """SB3's figures over the whole batch; the values are those from before the update, as SB3 logs them."""

@@ -73,7 +73,7 @@ class KLConfig:
             if self.penalty == "fixed"
             else Banded(max(self.coef, 1e-4), high=high, least=1e-4, most=max(self.coef, 1e4))
         )
-        return Penalty(at_most(self.target), coefficient)
+        return Penalty(self.bound(), coefficient)
 
 
 @dataclass(frozen=True)
@@ -155,16 +155,6 @@ class Agent(ABC):
             result: PolicyDistribution = concatenate([self.actor(chunk) for chunk in chunks(inputs)])
         return freeze(result)
 
-    def moved(
-        self, old: PolicyDistribution, inputs: Inputs, direction: Direction, valid: Tensor | None = None
-    ) -> float:
-        """The bounded KL alone, its mean over the ``valid`` states; infinite where the policy is not finite."""
-        try:
-            values = (kl if direction == "forward" else reverse_kl)(old, self.distribution(inputs))
-        except ValueError:
-            return math.inf
-        return float((values if valid is None or bool(valid.all()) else values[valid]).double().mean())
-
     @abstractmethod
     def new_buffer(self, n_envs: int) -> Any:
         """An empty buffer of the kind that ``update`` takes."""
@@ -197,3 +187,14 @@ def chunks(inputs: Inputs) -> list[Inputs]:
     """Encoded observations in pieces of at most 2048 rows."""
     rows = len(next(iter(inputs.values())))
     return [{k: v[i : i + CHUNK] for k, v in inputs.items()} for i in range(0, rows, CHUNK)]
+
+
+def bounded_kl(
+    old: PolicyDistribution, new: PolicyDistribution, direction: Direction, valid: Tensor | None = None
+) -> float:
+    """The KL that a limit is about, its mean over the ``valid`` states; infinite where ``new`` is not finite."""
+    try:
+        values = (kl if direction == "forward" else reverse_kl)(old, new)
+    except ValueError:
+        return math.inf
+    return float((values if valid is None or bool(valid.all()) else values[valid]).double().mean())

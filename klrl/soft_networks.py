@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from klrl.distributions import DiagonalNormal
-from klrl.networks import Activation, Array, Network, Tangent, image_net
+from klrl.networks import Activation, Array, Network, Tangent, Torso
 from klrl.observations import Inputs, ObservationEncoder
 
 _LOG_STD = (-20.0, 2.0)  # where the logarithm of the standard deviation is cut off, as in SB3
-_IMAGE_FEATURES = 512
 
 
 class TwinCritic(nn.Module):
@@ -32,36 +31,28 @@ class TwinCritic(nn.Module):
         rng: torch.Generator,
     ) -> None:
         super().__init__()
-        self.image_keys = [f"image {key}" for key in encoder.images]
-        self.image_nets = nn.ModuleList(image_net(shape, rng) for shape in encoder.images.values())
-        width = encoder.features + _IMAGE_FEATURES * len(self.image_keys) + action_width
-        sizes = [width, *hidden_sizes, outputs]
+        self.torso = Torso(encoder, rng)
+        sizes = [self.torso.width + action_width, *hidden_sizes, outputs]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for a, b in pairwise(sizes):
             bound = 1 / math.sqrt(a)  # torch's own initialisation of a linear layer
             self.weights.append(nn.Parameter((2 * torch.rand(2, a, b, generator=rng) - 1) * bound))
             self.biases.append(nn.Parameter((2 * torch.rand(2, 1, b, generator=rng) - 1) * bound))
 
-    def features(self, inputs: Inputs, action: Tensor | None) -> Tensor:
-        """What the linear layers see: [B, F]."""
-        nets = zip(self.image_nets, self.image_keys, strict=True)
-        parts = [net(inputs[key].float() / 255.0) for net, key in nets]
-        parts += [x for x in (inputs.get("vector"), action) if x is not None]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-    def forward(self, inputs: Inputs, action: Tensor | None = None) -> Tensor:
-        return self._layers(self.features(inputs, action))[-1]
+    def forward(self, inputs: Inputs, *action: Tensor) -> Tensor:
+        return self._layers(self.torso(inputs, *action))[-1]
 
     def linearize(
-        self, inputs: Inputs, action: Tensor | None = None
+        self, inputs: Inputs, *action: Tensor
     ) -> tuple[Tensor, Callable[[Tensor], None], Callable[[Tensor], Tensor]]:
         """The values [2, B, outputs] as data, and two functions of a gradient with respect to them.
 
         The first adds the gradient in the weights to their ``.grad``; the second returns that in the action, [B, d],
         and leaves the weights alone.
         """
-        with torch.set_grad_enabled(bool(self.image_keys)):
-            seen = self.features(inputs, action)
+        images = bool(self.torso.image_keys)
+        with torch.set_grad_enabled(images):
+            seen = self.torso(inputs, *action)
         layers = self._layers(seen.detach())
 
         def pull(grad: Tensor) -> None:
@@ -69,18 +60,17 @@ class TwinCritic(nn.Module):
                 weight, bias = self.weights[i], self.biases[i]
                 bias.grad += grad.sum(1, keepdim=True)
                 weight.grad.baddbmm_(layers[i].mT, grad)
-                if i > 0 or self.image_keys:
+                if i > 0 or images:
                     grad = grad @ weight.mT
                 if i > 0:
                     grad = torch.ops.aten.threshold_backward(grad, layers[i], 0.0)
-            if self.image_keys:
-                seen.backward(grad.sum(0))  # type: ignore[no-untyped-call]
+            if images:
+                seen.backward(grad.sum(0))
 
         def to_action(grad: Tensor) -> Tensor:
             for i in range(len(self.weights) - 1, 0, -1):
                 grad = torch.ops.aten.threshold_backward(grad @ self.weights[i].mT, layers[i], 0.0)
-            assert action is not None
-            return (grad @ self.weights[0][:, -action.shape[-1] :].mT).sum(0)
+            return (grad @ self.weights[0][:, -action[0].shape[-1] :].mT).sum(0)
 
         return layers[-1], pull, to_action
 

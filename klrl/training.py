@@ -43,7 +43,7 @@ class RunConfig:
     run_dir: str = "runs"
     """The folder in which the run's own folder is made."""
     eval_every: Count = 20
-    """Updates between two evaluations on separate environments; 0 never."""
+    """Updates (off-policy: blocks of kl.every steps) between two evaluations on separate environments; 0 never."""
     eval_episodes: PositiveInt = 5
     """Episodes of each of those evaluations; the final one has 20."""
     save_every: Count = 100_000

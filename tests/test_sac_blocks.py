@@ -60,6 +60,24 @@ def test_stop_and_penalty_hold_the_policy_back() -> None:
     assert all(0 < report.kl.stop_epoch <= 40 for report in reports if report.kl.mean > 0.01)
 
 
+def test_both_coefficients_answer_what_they_measure() -> None:
+    for ent_coef, rises in ((1e-3, True), (10.0, False)):
+        _, reports = train_sac(replace(SMALL_SAC, ent_coef=ent_coef), "Pendulum-v1", 200)
+        alphas = [report.metrics["train/ent_coef"] for report in reports]
+        assert (alphas[-1] > 2 * ent_coef) if rises else (alphas[-1] < ent_coef / 2)
+    _, reports = train_sac(replace(SMALL_SAC, kl=KLConfig(target=0.01, stop=0.0, every=20)), "Pendulum-v1", 200)
+    betas = [report.kl.coefficient for report in reports]
+    attempted = [report.kl.attempted for report in reports]
+    assert len(set(betas)) > 1
+    for beta, after, reached in zip(betas, betas[1:], attempted, strict=False):
+        assert after == pytest.approx(2 * beta if reached > 0.015 else beta / 2 if reached < 0.01 / 1.5 else beta)
+
+
+def test_weights_that_overflow_never_reach_a_report() -> None:
+    with pytest.raises(NonFiniteError, match="not finite"):
+        train_sac(replace(SMALL_SAC, learning_rate=1e39, kl=KLConfig(target=0.0, every=1)), "Pendulum-v1", 40)
+
+
 def test_rewards_of_a_million_give_no_nan() -> None:
     class Loud(gym.RewardWrapper[Any, Any]):
         def reward(self, reward: Any) -> float:

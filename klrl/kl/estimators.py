@@ -87,7 +87,7 @@ def _surprise(dist: td.Distribution, size: torch.Size) -> tuple[Tensor, Tensor]:
     dims = 1 + len(dist.batch_shape)
     if isinstance(dist, td.Independent):
         sample, terms = _surprise(dist.base_dist, size)
-        return sample, terms.flatten(dims).sum(-1) if terms.dim() > dims else terms
+        return sample, _per_state(terms, dims)
     if type(dist) is not td.TransformedDistribution:
         sample = dist.sample(size)
         try:
@@ -95,15 +95,20 @@ def _surprise(dist: td.Distribution, size: torch.Size) -> tuple[Tensor, Tensor]:
         except NotImplementedError:
             return sample, -dist.log_prob(sample).double()
     x, terms = _surprise(dist.base_dist, size)
-    terms = terms.flatten(dims).sum(-1) if terms.dim() > dims else terms
+    terms = _per_state(terms, dims)
     for transform in dist.transforms:
         if not transform.bijective:
             raise ValueError(f"{type(transform).__name__} is not bijective: the entropy would need its inverse images")
         y = transform(x)
         jacobian: Tensor = transform.log_abs_det_jacobian(x, y).double()  # type: ignore[no-untyped-call]
-        terms = terms + (jacobian.flatten(dims).sum(-1) if jacobian.dim() > dims else jacobian)
+        terms = terms + _per_state(jacobian, dims)
         x = y
     return x, terms
+
+
+def _per_state(x: Tensor, dims: int) -> Tensor:
+    """Summed over all dimensions after the first ``dims``."""
+    return x.flatten(dims).sum(-1) if x.dim() > dims else x
 
 
 def _log_prob(dist: td.Distribution, sample: Tensor) -> Tensor:
