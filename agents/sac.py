@@ -23,7 +23,7 @@ from klrl.observations import Inputs
 from klrl.parameters import FlatParameters, Snapshot
 from klrl.protocol import Actions, Agent, KLConfig, Report, State, bounded_kl
 from klrl.replay import ReplayBuffer, Transitions
-from klrl.soft_networks import SquashedActor, TwinCritic
+from klrl.soft_networks import CorrelatedNoise, SquashedActor, TwinCritic
 from klrl.spaces import check_bounded, check_joint
 from klrl.trust_region import project
 
@@ -54,12 +54,14 @@ class SACConfig:
     """How far the target critics follow the critics at each gradient step."""
     ent_coef: Annotated[float, Range(1e-6, 1e6)] = 1.0
     """The temperature alpha at the start; it then holds the entropy at its target."""
-    ent_rate: Positive = 1e-3
+    ent_rate: Positive = 3e-3
     """Step of log alpha per gradient step, for each nat that the entropy is off its target, per action dimension."""
     target_entropy: Annotated[float, Range(high=0.69)] = -1.0
     """Continuous actions: the least entropy for each dimension, in nats; uniform on -1 to 1 has 0.69."""
     target_entropy_share: Annotated[float, Range(0, 0.99)] = 0.3
     """Discrete actions: the least entropy as a share of the largest, log n."""
+    noise_correlation: Annotated[float, Range(0, 0.999)] = 0.0
+    """Continuous actions: correlation of an environment's noise from step to step, where white noise averages out."""
     hidden_sizes: tuple[PositiveInt, ...] = (256, 256)
     """Widths of the hidden layers, of the policy and of the critics."""
     activation: Activation = "relu"
@@ -89,9 +91,8 @@ _TRACED = ("train/critic_loss", "train/q_mean", "train/actor_loss", "entropy/sam
 class SAC(Agent):
     """Soft actor-critic for Box actions with finite bounds, and for Discrete, MultiDiscrete and MultiBinary ones.
 
-    Every ``kl.every`` gradient steps make a block. How far the policy moved in it is measured on replay states, and
-    with ``kl.target`` above 0 it is held as in the other agents: a penalty in the policy's loss, an early stop of the
-    policy's steps, and a rule for blocks that overshoot.
+    Every ``kl.every`` gradient steps make a block. How far it moved the policy is measured on replay states, and held
+    with ``kl.target`` above 0 as in the other agents: by a penalty, an early stop of the policy's steps, and a rule.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class SAC(Agent):
         if isinstance(action_space, spaces.Box):
             check_bounded(action_space)
             self.outputs = int(np.prod(action_space.shape))
+            self.noise = CorrelatedNoise(self.rng, config.noise_correlation)
         else:
             self.sizes = choices(action_space)
             self.outputs = math.prod(self.sizes)
@@ -120,8 +122,8 @@ class SAC(Agent):
         self.actor: Any
         self.actor, self.old_actor = (actor.to(self.device) for actor in actors)
         self.critic, self.target_critic = (critic.to(self.device) for critic in critics)
-        self.policy, self.old_policy = (FlatParameters(m, eps=1e-8) for m in (self.actor, self.old_actor))
-        self.values, self.target = (FlatParameters(m, eps=1e-8) for m in (self.critic, self.target_critic))
+        networks = (self.actor, self.old_actor, self.critic, self.target_critic)
+        self.policy, self.old_policy, self.values, self.target = (FlatParameters(m, eps=1e-8) for m in networks)
         self.target.vector.copy_(self.values.vector)
         dims, share = (self.outputs, config.target_entropy) if self.continuous else (1, config.target_entropy_share)
         target = at_least(share * (dims if self.continuous else math.log(self.outputs)))
@@ -143,7 +145,7 @@ class SAC(Agent):
             return super().act(obs, deterministic)
         rows = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
         if self.continuous:
-            return self.rng.uniform(-1, 1, (rows, self.outputs)).astype(np.float32)
+            return self.noise.uniform((rows, self.outputs))
         return self.rng.integers(self.outputs, size=(rows, 1))
 
     def env_action(self, action: Actions) -> Actions:
@@ -202,7 +204,6 @@ class SAC(Agent):
         block.trace.append(torch.stack([critic_loss, value, policy_loss, entropy]))
         if not bool((block.trace[-1].sum() + self.policy.vector.sum()).isfinite()):
             self._restore(block)
-            self._block = None
             figures = dict(zip(_TRACED, block.trace[-1].tolist(), strict=True))
             raise NonFiniteError(f"a loss or weight is not finite after {self.n_updates} gradient steps: {figures}")
         self.entropy.adapt(float(entropy))
@@ -245,13 +246,13 @@ class SAC(Agent):
     def _policy_step(self, batch: Transitions, alpha: float, move: bool) -> tuple[Tensor, Tensor]:
         """Adam on E[alpha log pi(a|s) - min Q(s, a)] plus the KL penalty, if any; the loss and the policy's entropy."""
         policy, _, pull = self.actor.linearize(batch.inputs)
+        weight = torch.full_like(batch.reward, 1 / len(batch.reward))
         gradient: tuple[Tensor, ...]
         if self.continuous:
             noise = self._noise(policy)
             action, log_prob = squash(policy, noise)
             value, _, to_action = self.critic.linearize(batch.inputs, action)
             least = value.squeeze(-1).amin(0)
-            weight = torch.full_like(least, 1 / len(least))
             # Of the two critics only the lower one counts, and its gradient alone goes back to the action.
             chosen = (value[0] <= value[1]).float()
             through = torch.stack([chosen, 1 - chosen]) * -weight[:, None]
@@ -259,7 +260,6 @@ class SAC(Agent):
             loss, entropy = (alpha * log_prob - least).mean(), -log_prob.mean()
         else:
             least = self.critic(batch.inputs).amin(0)
-            weight = torch.full_like(least[:, 0], 1 / len(least))
             log_prob = policy.log_probs.squeeze(1).clamp_min(torch.finfo(torch.float32).min)
             p, cost = log_prob.exp(), alpha * log_prob - least
             mean_cost = (p * cost).sum(-1, keepdim=True)
@@ -288,8 +288,8 @@ class SAC(Agent):
         return self._block
 
     def _restore(self, block: Block) -> None:
-        """Everything learned, as it was when the block began."""
-        policy, values, target, alpha = block.before
+        """Give the block up: everything learned is as it was when it began."""
+        (policy, values, target, alpha), self._block = block.before, None
         self.policy.restore(policy)
         self.values.restore(values)
         self.target.vector.copy_(target)

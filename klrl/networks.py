@@ -101,7 +101,7 @@ def _back(grad: Tensor, output: Tensor, activation: Activation) -> Tensor:
     """``grad`` times the activation's derivative, which follows from its output; forward it is the same product."""
     if activation == "tanh":
         return torch.ops.aten.tanh_backward(grad, output)
-    return grad * (output > 0)
+    return torch.ops.aten.threshold_backward(grad, output, 0.0)
 
 
 class Torso(nn.Module):

@@ -73,7 +73,8 @@ class FlatParameters:
         second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         # Both bias corrections are folded into the step and into eps, which saves a pass over the vector.
         correction1, correction2 = 1 - beta1**count, math.sqrt(1 - beta2**count)
-        denominator = second.sqrt().add_(self.eps * correction2)
+        # Dead units leave exact zeros, whose square roots take twenty times as long; 1e-37 is lost beside eps.
+        denominator = second.add(1e-37).sqrt_().add_(self.eps * correction2)
         self.vector[part].addcdiv_(first, denominator, value=-learning_rate * correction2 / correction1)
 
     def snapshot(self) -> Snapshot:

@@ -106,6 +106,7 @@ class Agent(ABC):
         self.device = torch.device(device)
         self.encoder = ObservationEncoder(observation_space, self.device, normalize_observation)
         self.rng = np.random.default_rng(seed)
+        self.noise: Any = self.rng  # what actions are sampled with
         self.actor: Actor
 
     def act(self, obs: Observation, deterministic: bool = False) -> Actions:
@@ -119,7 +120,7 @@ class Agent(ABC):
         else:
             with torch.inference_mode():
                 output = self.actor.network(self.encoder(obs)).cpu().numpy()
-        return self.actor.act(output, None if deterministic else self.rng)
+        return self.actor.act(output, None if deterministic else self.noise)
 
     def env_action(self, action: Actions) -> Actions:
         """``act``'s actions [N, d] as the environment takes them: clipped to the bounds, shaped [N, *space.shape]."""

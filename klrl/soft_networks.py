@@ -79,8 +79,33 @@ class TwinCritic(nn.Module):
         layers = [x.expand(2, *x.shape)]
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = torch.baddbmm(bias, layers[-1], weight)
-            layers.append(torch.relu(x) if i < len(self.weights) - 1 else x)
+            layers.append(x.relu_() if i < len(self.weights) - 1 else x)
         return layers
+
+
+class CorrelatedNoise:
+    """Standard normal noise for each environment, correlated with the one before: x' = c x + sqrt(1 - c^2) n.
+
+    Independent noise averages out over the many steps that some tasks need in one direction; each single action has the
+    policy's distribution either way. (Eberhard et al. 2023 study such noise; theirs is pink.)
+    """
+
+    def __init__(self, rng: np.random.Generator, correlation: float) -> None:
+        self.rng, self.correlation = rng, correlation
+        self.last: Array | None = None
+
+    def standard_normal(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
+        """The next noise; it begins anew where ``shape`` is not that of the last."""
+        noise: Array = self.rng.standard_normal(shape, dtype=dtype)
+        if self.correlation > 0 and self.last is not None and self.last.shape == shape:
+            noise = self.correlation * self.last + math.sqrt(1 - self.correlation**2) * noise
+        self.last = noise
+        return noise
+
+    def uniform(self, shape: tuple[int, ...]) -> Array:
+        """The next noise through the normal's distribution function: uniform on -1 to 1."""
+        result: Array = torch.erf(torch.from_numpy(self.standard_normal(shape)) / math.sqrt(2)).numpy()
+        return result
 
 
 class SquashedActor(nn.Module):
@@ -126,7 +151,7 @@ class SquashedActor(nn.Module):
 
         return self.head(output), pushforward, pullback
 
-    def act(self, output: Array, rng: np.random.Generator | None) -> Array:
+    def act(self, output: Array, rng: CorrelatedNoise | None) -> Array:
         """Actions [B, d] in [-1, 1] from the network's outputs, sampled with ``rng``, or tanh of the mean."""
         mean, log_std = output[:, : self.dimensions], output[:, self.dimensions :]
         if rng is None:

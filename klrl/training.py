@@ -40,6 +40,8 @@ class RunConfig:
     """Where the networks live; auto takes CUDA for image observations where there is one, else the CPU."""
     threads: PositiveInt = 1
     """CPU threads of torch; small networks are fastest with one."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Of float32 products; medium rounds to bfloat16, which is faster where the processor has units for it."""
     run_dir: str = "runs"
     """The folder in which the run's own folder is made."""
     eval_every: Count = 20
@@ -114,8 +116,13 @@ def run_training(name: str, env: str | EnvFactory, config: RunConfig, agent_conf
         raise UsageError(f"--env.kwargs holds a value that a config file cannot: {problem}") from None
     envs = make_vector(env, config.n_envs, config.env)
     evaluator: VectorEnv[Any, Any, Any] | None = None
-    threads_before, frozen_before = torch.get_num_threads(), gc.get_freeze_count()
+    threads_before, precision_before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    frozen_before = gc.get_freeze_count()
     torch.set_num_threads(config.threads)
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    # glibc gives freed memory back to the system beyond twice the largest array freed so far, and fetching it anew
+    # costs as much as the arithmetic on it. After one array of 30 MB, never touched, it keeps what an update frees.
+    torch.empty(30_000_000, dtype=torch.uint8)
     try:
         spaces.check_observation_space(envs.single_observation_space)
         agent = agent_class(envs.single_observation_space, envs.single_action_space, agent_config, device, config.seed)
@@ -134,6 +141,7 @@ def run_training(name: str, env: str | EnvFactory, config: RunConfig, agent_conf
         if not frozen_before:
             gc.unfreeze()
         torch.set_num_threads(threads_before)
+        torch.set_float32_matmul_precision(precision_before)
         envs.close()
         if evaluator is not None:
             evaluator.close()

@@ -80,6 +80,20 @@ def test_sac_presets_reach_their_scores_on_every_seed(env_id: str, needed: float
         assert klrl.train("sac", env_id, seed=seed, quiet=True).score.mean >= needed
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_temperature_recovers_from_any_start() -> None:
+    options = {"total_timesteps": 6000, "eval_every": 0, "kl": {"every": 500}, "quiet": True}
+    last = {}
+    for ent_coef in (1e-3, 1.0, 1e3):
+        run = klrl.train("sac", "Pendulum-v1", ent_coef=ent_coef, **options)
+        last[ent_coef] = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    usual = last[1.0]["train/ent_coef"]
+    for row in last.values():
+        assert usual / 4 <= row["train/ent_coef"] <= 4 * usual
+        assert row["entropy/sampled"] == pytest.approx(-1.0, abs=0.5)
+
+
 def test_peak_memory_of_the_cartpole_run() -> None:
     code = (
         "import klrl, resource; klrl.train('ppo', 'CartPole-v1', total_timesteps=20_000, quiet=True);"

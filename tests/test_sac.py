@@ -19,7 +19,7 @@ from klrl.kl import kl
 from klrl.observations import ObservationEncoder
 from klrl.parameters import FlatParameters
 from klrl.replay import Transitions
-from klrl.soft_networks import SquashedActor, TwinCritic
+from klrl.soft_networks import CorrelatedNoise, SquashedActor, TwinCritic
 
 CPU = torch.device("cpu")
 
@@ -242,6 +242,23 @@ def test_what_sac_cannot_do_is_refused() -> None:
         SAC(see, spaces.Discrete(2), replace(SMALL_SAC, buffer_folder="/proc/nope")).new_buffer(1)
     with pytest.raises(UsageError, match="1,048,576 joint actions"):
         SAC(see, spaces.MultiBinary(20))
+
+
+def test_correlated_noise_leaves_each_action_as_it_was() -> None:
+    noise = CorrelatedNoise(np.random.default_rng(0), 0.9)
+    x = np.stack([noise.standard_normal((50, 2)) for _ in range(4000)])
+    assert x.dtype == np.float32
+    assert x.mean() == pytest.approx(0, abs=0.02)
+    assert x.std() == pytest.approx(1, abs=0.02)
+    for lag in (1, 5):
+        assert (x[lag:] * x[:-lag]).mean() == pytest.approx(0.9**lag, abs=0.02)
+    assert (x[..., 0] * x[..., 1]).mean() == pytest.approx(0, abs=0.02)
+    assert noise.standard_normal((3, 2)).shape == (3, 2), "another number of environments begins anew"
+    uniform = np.stack([noise.uniform((3, 2)) for _ in range(20_000)])
+    assert np.histogram(uniform, 10, (-1, 1))[0] / uniform.size == pytest.approx(0.1, abs=0.01)
+    white, plain = CorrelatedNoise(np.random.default_rng(3), 0.0), np.random.default_rng(3)
+    for _ in range(2):
+        assert np.array_equal(white.standard_normal((4, 1)), plain.standard_normal((4, 1), dtype=np.float32))
 
 
 def test_actions_are_given_as_each_space_wants_them() -> None:

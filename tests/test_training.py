@@ -256,7 +256,16 @@ def test_training_gives_back_what_it_borrowed() -> None:
         klrl.train("ppo", "CartPole-v1", env={"kwargs": {"render_mode": None}})
     with pytest.raises(UsageError, match="unknown env"):
         klrl.train("ppo", "nope-v0")
-    klrl.train("ppo", "CartPole-v1", **QUICK)
+    precisions: set[str] = set()
+
+    class Noting(gym.Wrapper):  # type: ignore[type-arg]
+        def reset(self, **kwargs: Any) -> Any:
+            precisions.add(torch.get_float32_matmul_precision())
+            return super().reset(**kwargs)
+
+    klrl.train("ppo", lambda: Noting(gym.make("CartPole-v1")), matmul_precision="medium", **QUICK)
+    assert precisions == {"medium"}
+    assert torch.get_float32_matmul_precision() == "highest"
     assert torch.get_num_threads() == 2
     assert len(list(Path("runs").iterdir())) == 1
 
