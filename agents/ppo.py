@@ -14,7 +14,6 @@ from klrl.distributions import PolicyDistribution
 from klrl.errors import NonFiniteError, UsageError
 from klrl.kl import Banded, KLReport, Penalty
 from klrl.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_gradient
-from klrl.parameters import Snapshot
 from klrl.protocol import Report, State
 from klrl.trust_region import project
 
@@ -104,7 +103,7 @@ class PPO(OnPolicyAgent):
         scale_before = {} if self.reward_scale is None else self.reward_scale.state_dict()
         batch, valid = self.beliefs(rollout)
         learning_rate = self.learning_rate.value * (1 - progress if config.lr_schedule == "linear" else 1)
-        parameters, before = self.parameters, self.parameters.snapshot()
+        parameters, before = self.parameters, self.parameters.state_dict()
         trace: list[Tensor] = []
         stop_epoch = 0
 
@@ -159,14 +158,14 @@ class PPO(OnPolicyAgent):
         factor = self.config.kl.stop
         return factor > 0 and not self.bound.scaled(factor).holds(self.mean_kl(batch, valid))
 
-    def _settle(self, batch: Batch, valid: Tensor, before: Snapshot, stop_epoch: int) -> tuple[KLReport, Tensor]:
+    def _settle(self, batch: Batch, valid: Tensor, before: State, stop_epoch: int) -> tuple[KLReport, Tensor]:
         """Measure the finished update, and take it back as far as ``kl.on_overshoot`` says where it overshot."""
         rule, policy = self.config.kl.on_overshoot, self.parameters.parts[0]
         report, log_ratio = self.measure_move(batch, valid)
         reached, kept = report.bounded, 1.0
         if rule != "keep" and not self.bound.holds(reached):
             if rule == "project":
-                weights, old = self.parameters.vector[policy], before[0][policy]
+                weights, old = self.parameters.vector[policy], before["vector"][policy]
                 kept = project(weights, old, lambda: self.mean_kl(batch, valid), self.bound.limit, reached)
             else:
                 self.parameters.restore(before, only=0)

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor
-from torch import distributions as td
 
+from klrl.blocks import Block
 from klrl.config import Positive, PositiveInt, Range, Share
-from klrl.distributions import DiagonalNormal, PolicyDistribution, squash, squash_gradient
+from klrl.distributions import DiagonalNormal, squash, squash_gradient
 from klrl.errors import NonFiniteError, UsageError
-from klrl.kl import Dual, KLReport, Penalty, at_least, measure
+from klrl.kl import Dual, KLReport, Penalty, at_least
 from klrl.networks import Activation, Actor, choices
 from klrl.observations import Inputs
-from klrl.parameters import FlatParameters, Snapshot
+from klrl.parameters import FlatParameters
 from klrl.protocol import Actions, Agent, KLConfig, Report, State, bounded_kl
 from klrl.replay import ReplayBuffer, Transitions
 from klrl.soft_networks import CorrelatedNoise, SquashedActor, TwinCritic
@@ -69,23 +69,8 @@ class SACConfig:
     kl: KLConfig = field(default_factory=lambda: KLConfig(target=0.0))
 
 
-@dataclass
-class Block:
-    """The policy's steps between two measurements of its KL."""
-
-    inputs: Inputs
-    """The replay states that it is measured on."""
-    old: PolicyDistribution
-    """The policy at those states when the block began."""
-    before: tuple[Snapshot, Snapshot, Tensor, dict[str, float]]
-    """Policy, critics, target critics and temperature when it began."""
-    steps: int = 0
-    stopped: int = 0
-    """The step after which the policy stood still, as its KL exceeded the limit; 0 if none did."""
-    trace: list[Tensor] = field(default_factory=list)
-
-
 _TRACED = ("train/critic_loss", "train/q_mean", "train/actor_loss", "entropy/sampled")
+_COUNTS = ("n_updates", "steps_seen", "rows_seen")
 
 
 class SAC(Agent):
@@ -194,7 +179,13 @@ class SAC(Agent):
 
     @torch.no_grad()
     def flush(self, buffer: ReplayBuffer) -> Report | None:
-        return self._end_block(self._block or self._begin_block(buffer)) if buffer.size > 0 else None
+        if buffer.size == 0:
+            return None
+        before = self.state_dict()
+        report = self._end_block(self._block or self._begin_block(buffer))
+        if report.kl.rolled_back == 0:  # a run that goes on later then does so as if it had not stopped
+            self.load_state_dict(before)
+        return report
 
     def _gradient_step(self, block: Block, batch: Transitions) -> None:
         """The critics' step, the policy's, the temperature's, and the targets'."""
@@ -203,7 +194,8 @@ class SAC(Agent):
         policy_loss, entropy = self._policy_step(batch, alpha, move=block.stopped == 0)
         block.trace.append(torch.stack([critic_loss, value, policy_loss, entropy]))
         if not bool((block.trace[-1].sum() + self.policy.vector.sum()).isfinite()):
-            self._restore(block)
+            self._learn(block.before)
+            self._block = None
             figures = dict(zip(_TRACED, block.trace[-1].tolist(), strict=True))
             raise NonFiniteError(f"a loss or weight is not finite after {self.n_updates} gradient steps: {figures}")
         self.entropy.adapt(float(entropy))
@@ -281,19 +273,9 @@ class SAC(Agent):
 
     def _begin_block(self, buffer: ReplayBuffer) -> Block:
         inputs = buffer.sample(_STATES, self.rng, self.device).inputs
-        alpha = self.entropy.coefficient.state_dict()
-        before = self.policy.snapshot(), self.values.snapshot(), self.target.vector.clone(), alpha
         self.old_policy.vector.copy_(self.policy.vector)
-        self._block = Block(inputs, self.distribution(inputs), before)
+        self._block = Block(inputs, self.distribution(inputs), self._learned())
         return self._block
-
-    def _restore(self, block: Block) -> None:
-        """Give the block up: everything learned is as it was when it began."""
-        (policy, values, target, alpha), self._block = block.before, None
-        self.policy.restore(policy)
-        self.values.restore(values)
-        self.target.vector.copy_(target)
-        self.entropy.coefficient.load_state_dict(alpha)
 
     def _end_block(self, block: Block) -> Report:
         """Measure the block, take back what overshot as ``kl.on_overshoot`` says, and report."""
@@ -304,7 +286,7 @@ class SAC(Agent):
                 old = self.old_policy.vector
                 kept = project(self.policy.vector, old, lambda: self._mean_kl(block), self.bound.limit, reached)
             else:
-                self.policy.restore(block.before[0])
+                self.policy.restore(block.before["policy"])
                 kept = 0.0
             report = self._measure(block)
         beta = 0.0 if self.penalty is None else self.penalty.coefficient.value
@@ -318,33 +300,46 @@ class SAC(Agent):
         return Report(replace(report, **settled), metrics)  # type: ignore[arg-type]
 
     def _measure(self, block: Block) -> KLReport:
-        old: td.Distribution = block.old
-        new: td.Distribution = self.distribution(block.inputs)
-        if self.continuous:  # tanh changes no KL, but the entropy
-            old, new = (td.TransformedDistribution(dist, [td.TanhTransform()]) for dist in (old, new))
-        return measure(old, new, self.bound, direction=self.config.kl.direction, samples=32)
+        return block.measure(self.distribution(block.inputs), self.bound, self.config.kl.direction)
 
     def _mean_kl(self, block: Block) -> float:
         return bounded_kl(block.old, self.distribution(block.inputs), self.config.kl.direction)
 
-    def state_dict(self) -> State:
+    def _learned(self) -> State:
         return {
             "policy": self.policy.state_dict(),
             "values": self.values.state_dict(),
             "target": self.target.vector.clone(),
             "alpha": self.entropy.coefficient.state_dict(),
-            "penalty": {} if self.penalty is None else self.penalty.coefficient.state_dict(),
-            "rng": self.rng.bit_generator.state,
-            "n_updates": self.n_updates,
         }
 
-    def load_state_dict(self, state: State) -> None:
+    def _learn(self, state: State) -> None:
         self.policy.load_state_dict(state["policy"])
         self.values.load_state_dict(state["values"])  # raises where the number of weights differs
         self.target.vector.copy_(state["target"])
         self.entropy.coefficient.load_state_dict(state["alpha"])
+
+    def state_dict(self) -> State:
+        return {
+            **self._learned(),
+            "penalty": {} if self.penalty is None else self.penalty.coefficient.state_dict(),
+            "rng": self.rng.bit_generator.state,
+            "noise": self.noise.state_dict() if self.continuous else {},
+            "counts": {name: getattr(self, name) for name in _COUNTS},
+            "block": {} if self._block is None else self._block.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        self._block = None
+        if state["block"]:  # the policy of its beginning is that of the weights it had
+            self._learn(state["block"]["before"])
+            self.old_policy.vector.copy_(self.policy.vector)
+            self._block = Block.from_state(state["block"], self.distribution, self.device)
+        self._learn(state)
         if self.penalty is not None:
             self.penalty.coefficient.load_state_dict(state["penalty"])
         self.rng.bit_generator.state = state["rng"]
-        self.n_updates = int(state["n_updates"])
-        self.steps_seen, self.rows_seen, self._block = 0, 0, None
+        if self.continuous:
+            self.noise.load_state_dict(state["noise"])
+        for name in _COUNTS:
+            setattr(self, name, int(state["counts"][name]))

@@ -142,7 +142,7 @@ class TRPO(OnPolicyAgent):
     def _fit_critic(self, batch: Batch) -> dict[str, float]:
         """Adam on E[(V - return)^2] over minibatches. A fit that is not finite is undone."""
         config, parameters, part = self.config, self.parameters, self.parameters.parts[1]
-        before, losses = parameters.snapshot(), []
+        before, losses = parameters.state_dict(), []
         scale = len(batch.weight) / config.batch_size
         for _ in range(config.n_critic_updates):
             order = torch.from_numpy(self.rng.permutation(len(batch.weight))).to(self.device)

@@ -2,8 +2,9 @@
 
 import importlib
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from typing import Any, Literal
 
@@ -12,8 +13,8 @@ from gymnasium import error
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 
 import klrl.envs  # registers the probes
-from klrl.config import suggest
-from klrl.envs.wrappers import next_step
+from klrl.config import Positive, suggest
+from klrl.envs.wrappers import Place, WatchedWorkers, next_step, seeded
 from klrl.errors import UsageError
 
 EnvFactory = Callable[[], gym.Env[Any, Any]]
@@ -25,12 +26,19 @@ class EnvConfig:
     """Arguments for the environment, as name=value pairs: --env.kwargs continuous=true gravity=-8."""
     vectorization: Literal["sync", "async"] = "sync"
     """Step the environments in this process, or in a process each (pays off where a step takes milliseconds)."""
+    on_error: Literal["raise", "restart"] = "raise"
+    """What an exception in an environment's step does: end the run, or count as a truncation of that episode."""
+    timeout: Positive = 60.0
+    """Seconds that a step or reset may take in a process of its own."""
 
 
-def make_vector(env: str | EnvFactory, n_envs: int, config: EnvConfig) -> VectorEnv[Any, Any, Any]:
+def make_vector(
+    env: str | EnvFactory, n_envs: int, config: EnvConfig, places: Sequence[Place] = ()
+) -> VectorEnv[Any, Any, Any]:
     """``n_envs`` copies of ``env`` as one vector environment in NEXT_STEP autoreset mode.
 
-    env: a Gymnasium id (also "module:Env-v0"), or a function that returns a new environment.
+    env: a Gymnasium id (also "module:Env-v0"), or a function that returns a new environment. places: where its first
+    ``reset`` leads, one for each copy; an id that offers only a vector environment of its own begins anew instead.
     Raises UsageError for an unknown id, a missing extra or arguments that the environment refuses.
     """
     if isinstance(env, str):
@@ -48,8 +56,12 @@ def make_vector(env: str | EnvFactory, n_envs: int, config: EnvConfig) -> Vector
         if config.kwargs:
             raise UsageError("--env.kwargs goes with an env id; give a factory its arguments yourself")
         factory = env
-    kind = AsyncVectorEnv if config.vectorization == "async" else SyncVectorEnv
-    return next_step(kind([factory] * n_envs), env_name(env))
+    makers = [
+        partial(seeded, factory, index, config.on_error, places[index] if places else None) for index in range(n_envs)
+    ]
+    if config.vectorization == "sync":
+        return next_step(SyncVectorEnv(makers), env_name(env))
+    return WatchedWorkers(AsyncVectorEnv(makers), config.timeout)
 
 
 def env_name(env: str | EnvFactory) -> str:

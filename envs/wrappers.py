@@ -1,11 +1,186 @@
-"""Adapters that give every vector environment the one autoreset mode that klrl knows."""
+"""Episodes that can be had again, workers that are watched, and adapters to the one autoreset mode that klrl knows."""
 
-from typing import Any
+import multiprocessing
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv, VectorWrapper
 
-from klrl.errors import UsageError
+from klrl.errors import EnvironmentFault, UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an environment stands: in which episode, after which actions, and what it showed last."""
+
+    episode: int
+    actions: Any
+    """[T, *action shape]: those taken in this episode."""
+    obs: Any
+    ended: bool
+    """Whether the last action ended the episode, so that the next step only resets."""
+
+
+class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
+    """Seeds every episode from the seed that ``reset`` was given, this environment's index and the episode's number.
+
+    So an environment needs no state of its own to be saved: its ``Place`` brings it back. The first ``reset`` replays
+    ``place``. Where what it shows then is not what it showed, and where a step fails under ``on_error`` "restart", the
+    episode is truncated at what was seen last, and "restarted" in the info says why.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], index: int, on_error: str = "raise", place: Place | None = None) -> None:
+        super().__init__(env)
+        self.index, self.on_error, self.place = index, on_error, place
+        self.seed, self.episode, self.steps = 0, 0, 0
+        self.obs: Any = None
+        self.next: Callable[[], tuple[Any, float, bool, bool, dict[str, Any]]] | None = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin the next episode; with a seed the first one, or the place to go on from."""
+        place, self.place, self.next, self.steps = self.place, None, None, 0
+        if seed is None:
+            self.episode += 1
+        else:
+            self.seed, self.episode = seed, place.episode if place else 0
+        words = np.random.SeedSequence([self.seed, self.index, self.episode]).generate_state(1)
+        try:
+            self.obs, info = self.env.reset(seed=int(words[0]), options=options)
+        except Exception as problem:
+            raise self._fault(problem, "reset") from None
+        if place is not None:
+            self._replay(place)
+        return self.obs, info
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if self.next is not None:
+            special, self.next = self.next, None
+            return special()
+        try:
+            obs, reward, terminated, truncated, info = self.env.step(action)
+        except Exception as problem:
+            fault = self._fault(problem, f"step {self.steps + 1}")
+            if self.on_error == "raise":
+                raise fault from None
+            return self._cut(str(fault))
+        self.obs = obs
+        self.steps += 1
+        return obs, reward, terminated, truncated, info  # type: ignore[return-value]
+
+    def _replay(self, place: Place) -> None:
+        ended = False
+        try:
+            for action in place.actions:
+                self.obs, _, terminated, truncated, _ = self.env.step(action)
+                ended = terminated or truncated
+                self.steps += 1
+            same = ended == place.ended and _same(self.obs, place.obs)
+        except Exception:
+            same = False
+        self.obs = place.obs
+        if place.ended:
+            self.next = self._reset_row
+        elif not same:
+            self.next = lambda: self._cut(f"env {self.index}: episode {self.episode} cannot be replayed")
+
+    def _reset_row(self) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, info = self.reset()
+        return obs, 0.0, False, False, info
+
+    def _cut(self, why: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.obs, 0.0, False, True, {"restarted": why}
+
+    def _fault(self, problem: Exception, where: str) -> EnvironmentFault:
+        text = " ".join(f"{type(problem).__name__}: {problem}".split())
+        return EnvironmentFault(f"env {self.index} failed at {where} of episode {self.episode}: {text}")
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(b, dict):
+        return all(_same(a[key], part) for key, part in b.items())
+    shown, expected = np.asarray(a), np.asarray(b)
+    return np.array_equal(shown, expected, equal_nan=np.issubdtype(expected.dtype, np.inexact))
+
+
+class WatchedWorkers(VectorWrapper):
+    """An AsyncVectorEnv whose workers may die or hang: that is a fault by name, and ``close`` ends nevertheless."""
+
+    def __init__(self, env: AsyncVectorEnv, timeout: float) -> None:
+        super().__init__(env)
+        self.workers, self.timeout = env, timeout
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        def wait() -> tuple[Any, dict[str, Any]]:
+            self.workers.reset_async(**kwargs)
+            return self.workers.reset_wait(self.timeout)
+
+        return self._watch(wait)
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        def wait() -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+            self.workers.step_async(actions)
+            return self.workers.step_wait(self.timeout)
+
+        return self._watch(wait)
+
+    def _watch(self, wait: Callable[[], T]) -> T:
+        level, gym.logger.min_level = (
+            gym.logger.min_level,
+            gym.logger.ERROR + 1,
+        )  # it would print the worker's traceback
+        try:
+            return wait()
+        except multiprocessing.TimeoutError:
+            slow = [i for i, pipe in enumerate(self.workers.parent_pipes) if not pipe.poll(0)]
+            raise EnvironmentFault(
+                f"env {', '.join(map(str, slow))} gave no answer for {self.timeout:g} s (--env.timeout)"
+            ) from None
+        except (EOFError, OSError):
+            dead = self.dead(wait=1.0)
+            raise EnvironmentFault(f"the worker of env {', '.join(dead) or '?'} died") from None
+        finally:
+            gym.logger.min_level = level
+
+    def dead(self, wait: float = 0.0) -> list[str]:
+        """The workers that ended, with their exit codes."""
+        for process in self.workers.processes:
+            if wait and not process.is_alive():
+                break
+            process.join(wait / self.num_envs)
+        return [f"{i} (exit code {p.exitcode})" for i, p in enumerate(self.workers.processes) if not p.is_alive()]
+
+    def close(self, **kwargs: Any) -> None:
+        """Ask the workers to end, and end those that don't."""
+        processes = self.workers.processes
+        pipes = [pipe for pipe in self.workers.parent_pipes if pipe is not None and not pipe.closed]
+        for pipe in pipes:
+            try:
+                pipe.send(("close", None))
+            except OSError:
+                continue
+        for process in processes:
+            process.join(1.0 / len(processes))
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        for pipe in pipes:
+            pipe.close()
+        self.workers.parent_pipes = [None] * len(processes)  # type: ignore[list-item]
+        self.workers.closed = True
+
+
+def seeded(factory: Callable[[], gym.Env[Any, Any]], index: int, on_error: str, place: Place | None) -> SeededEpisodes:
+    """What a vector environment calls to make its ``index``-th environment, in a worker process or in this one."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the trainer decides when to end
+    return SeededEpisodes(factory(), index, on_error, place)
 
 
 class SameStepAsNextStep(VectorWrapper):

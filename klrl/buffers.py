@@ -4,10 +4,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from gymnasium import spaces
 
 from klrl.errors import NonFiniteError
 from klrl.observations import Observation
+
+_FACTS = ("action", "reward", "terminated", "truncated", "valid")
 
 
 class RolloutBuffer:
@@ -68,13 +71,30 @@ class RolloutBuffer:
         self._ended = self.terminated[t] | self.truncated[t]
         self.filled = t + 1
 
+    def state_dict(self) -> dict[str, Any]:
+        """What an unfinished rollout holds; of a full one, only what the next begins with."""
+        filled = 0 if self.full else self.filled
+        facts = {name: torch.from_numpy(getattr(self, name)[:filled].copy()) for name in _FACTS if filled}
+        obs = {key: torch.from_numpy(part[: filled + 1].copy()) for key, part in _parts(self.obs)} if filled else {}
+        return {"filled": filled, "ended": self._ended.tolist(), "facts": facts, "obs": obs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``'s result."""
+        self.filled = filled = state["filled"]
+        self._ended = np.array(state["ended"], np.bool_)
+        for name, rows in state["facts"].items():
+            getattr(self, name)[:filled] = rows.numpy()
+        for key, part in _parts(self.obs):
+            if filled:
+                part[: filled + 1] = state["obs"][key].numpy()
+
     def check_finite(self) -> None:
         """Raise NonFiniteError naming field, environment index and step of the first observation or reward that is not.
 
         Of one step, the observation comes first: a nan there makes the action and so the reward nan.
         """
-        parts = self.obs.items() if isinstance(self.obs, dict) else [("", self.obs)]
-        fields = [(f"observation {key!r}" if key else "observation", part[: self.filled + 1]) for key, part in parts]
+        named = [(f"observation {key!r}" if key else "observation", part) for key, part in _parts(self.obs)]
+        fields = [(name, part[: self.filled + 1]) for name, part in named]
         found: list[tuple[int, int, str, float]] = []
         for name, values in [*fields, ("reward", self.reward[: self.filled])]:
             if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
@@ -89,6 +109,10 @@ def action_storage(space: spaces.Space[Any], leading: tuple[int, ...]) -> npt.ND
     """Zeros for actions in the agent's form: float32 [..., d] for a Box, int64 [..., k] otherwise, counted from 0."""
     width = int(np.prod(space.shape)) if space.shape else 1
     return np.zeros((*leading, width), np.float32 if isinstance(space, spaces.Box) else np.int64)
+
+
+def _parts(obs: Observation) -> list[tuple[str, npt.NDArray[Any]]]:
+    return list(obs.items()) if isinstance(obs, dict) else [("", obs)]
 
 
 def _empty(space: spaces.Space[Any], leading: tuple[int, ...]) -> Observation:

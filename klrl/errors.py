@@ -1,4 +1,4 @@
-"""The two kinds of failure that klrl names itself."""
+"""The failures that klrl names itself."""
 
 
 class UsageError(ValueError):
@@ -7,3 +7,19 @@ class UsageError(ValueError):
 
 class NonFiniteError(ArithmeticError):
     """A nan or infinity where training cannot go on. The message names where it was found."""
+
+
+class SkippedUpdateError(NonFiniteError):
+    """An update that met a nan or infinity: the agent is what it was before it, and may go on with other data."""
+
+
+class EnvironmentFault(RuntimeError):
+    """An environment, or the process it runs in, failed. The message names which and when."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM, after the run was saved."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"signal {signum}")
+        self.signum = signum

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Snapshot = tuple[Tensor, Tensor, Tensor, list[int]]
+_TENSORS = ("vector", "first_moment", "second_moment")
 
 
 class FlatParameters:
@@ -77,25 +77,21 @@ class FlatParameters:
         denominator = second.add(1e-37).sqrt_().add_(self.eps * correction2)
         self.vector[part].addcdiv_(first, denominator, value=-learning_rate * correction2 / correction1)
 
-    def snapshot(self) -> Snapshot:
-        """Copies of weights and optimizer state, for ``restore``."""
-        return self.vector.clone(), self.first_moment.clone(), self.second_moment.clone(), list(self.steps)
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of weights and optimizer state, for ``restore`` and ``load_state_dict``."""
+        return {**{name: getattr(self, name).clone() for name in _TENSORS}, "steps": list(self.steps)}
 
-    def restore(self, snapshot: Snapshot, only: int | None = None) -> None:
-        """Weights and optimizer as they were at ``snapshot``, bit for bit; of module ``only`` alone where given."""
+    def restore(self, before: dict[str, Any], only: int | None = None) -> None:
+        """Weights and optimizer as ``state_dict`` gave them, bit for bit; of module ``only`` alone where given."""
         for i in range(len(self.parts)) if only is None else [only]:
             part = self.parts[i]
-            for tensor, before in zip((self.vector, self.first_moment, self.second_moment), snapshot[:3], strict=True):
-                tensor[part] = before[part]
-            self.steps[i] = snapshot[3][i]
-
-    def state_dict(self) -> dict[str, Tensor | list[int]]:
-        vector, first_moment, second_moment, steps = self.snapshot()
-        return {"vector": vector, "first_moment": first_moment, "second_moment": second_moment, "steps": steps}
+            for name in _TENSORS:
+                getattr(self, name)[part] = before[name][part]
+            self.steps[i] = before["steps"][i]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError where the number of weights differs."""
-        vector, first, second, steps = (state[k] for k in ("vector", "first_moment", "second_moment", "steps"))
-        if not vector.shape == first.shape == second.shape == self.vector.shape or len(steps) != len(self.parts):
-            raise ValueError(f"the network has {self.vector.numel()} weights, the saved one {vector.numel()}")
-        self.restore((vector, first, second, list(steps)))
+        fits = all(state[name].shape == self.vector.shape for name in _TENSORS)
+        if not fits or len(state["steps"]) != len(self.parts):
+            raise ValueError(f"the network has {self.vector.numel()} weights, the saved one {state['vector'].numel()}")
+        self.restore(state)

@@ -63,7 +63,7 @@ class ReplayBuffer:
             f"image {key}": _storage((2, capacity, *shape), np.uint8, folder)
             for key, shape in self.encoder.images.items()
         }
-        self.size, self.steps, self.rows_added, self._cursor = 0, 0, 0, 0
+        self.size, self.steps, self.rows_added, self.written = 0, 0, 0, 0
         self._ended: npt.NDArray[np.bool_] = np.zeros(n_envs, np.bool_)
         # Of each environment, the steps whose sum of n rewards is not complete: inputs, action, reward.
         self._pending: list[list[tuple[dict[str, Any], Any, float]]] = [[] for _ in range(n_envs)]
@@ -99,6 +99,39 @@ class ReplayBuffer:
         self.rows_added += len(valid) > 0
         self._ended = np.asarray(terminated) | np.asarray(truncated)
 
+    def rows(self, start: int) -> dict[str, Tensor]:
+        """The transitions from the ``start``-th ever written, oldest first, for ``put_rows``."""
+        index = np.arange(start, self.written) % self.capacity
+        images = {key: torch.from_numpy(part[:, index]) for key, part in self._images.items()}
+        return {"rows": torch.from_numpy(self._rows[index]), **images}
+
+    def put_rows(self, start: int, rows: dict[str, Tensor]) -> None:
+        """Store what ``rows`` gave. Raises ValueError where it is of other spaces."""
+        index = np.arange(start, start + len(rows["rows"])) % self.capacity
+        self._rows[index] = rows["rows"].numpy()
+        for key, images in self._images.items():
+            images[:, index] = rows[key].numpy()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the transitions, which ``rows`` gives."""
+        pending: dict[str, Any] = {}
+        for env, steps in enumerate(self._pending):
+            for i, (seen, action, reward) in enumerate(steps):
+                copies = {key: torch.from_numpy(part) for key, part in seen.items()}
+                pending[f"{env} {i}"] = {"seen": copies, "action": torch.from_numpy(action), "reward": reward}
+        counts = {name: getattr(self, name) for name in ("size", "steps", "rows_added", "written")}
+        return {**counts, "ended": self._ended.tolist(), "pending": pending}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``'s result."""
+        for name in ("size", "steps", "rows_added", "written"):
+            setattr(self, name, state[name])
+        self._ended = np.array(state["ended"], np.bool_)
+        self._pending = [[] for _ in range(self.n_envs)]
+        for place, step in state["pending"].items():
+            seen = {key: part.numpy() for key, part in step["seen"].items()}
+            self._pending[int(place.split()[0])].append((seen, step["action"].numpy(), step["reward"]))
+
     def check_finite(self) -> None:
         """Nothing to find: ``add`` refuses what is not finite."""
 
@@ -115,10 +148,11 @@ class ReplayBuffer:
         count = len(action)
         if count == 0:
             return
-        if self._cursor + count <= self.capacity:
-            index: Any = slice(self._cursor, self._cursor + count)
+        start = self.written % self.capacity
+        if start + count <= self.capacity:
+            index: Any = slice(start, start + count)
         else:
-            index = (self._cursor + np.arange(count)) % self.capacity
+            index = (start + np.arange(count)) % self.capacity
         parts = (
             seen.get("vector"),
             action,
@@ -131,7 +165,7 @@ class ReplayBuffer:
                 self._rows[index, column] = part
         for key, images in self._images.items():
             images[0, index], images[1, index] = seen[key], then[key]
-        self._cursor = (self._cursor + count) % self.capacity
+        self.written += count
         self.size = min(self.size + count, self.capacity)
 
     def sample(self, batch_size: int, rng: np.random.Generator, device: torch.device) -> Transitions:

@@ -102,6 +102,12 @@ class CorrelatedNoise:
         self.last = noise
         return noise
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": None if self.last is None else torch.from_numpy(self.last)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.last = None if state["last"] is None else state["last"].numpy()
+
     def uniform(self, shape: tuple[int, ...]) -> Array:
         """The next noise through the normal's distribution function: uniform on -1 to 1."""
         result: Array = torch.erf(torch.from_numpy(self.standard_normal(shape)) / math.sqrt(2)).numpy()

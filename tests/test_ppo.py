@@ -157,18 +157,16 @@ def test_rollback_restores_policy_and_optimizer_bit_for_bit(check: Any) -> None:
     buffer = agent.new_buffer(8)
     collect(agent, env, buffer, env.reset(seed=0)[0])
     policy, critic = agent.parameters.parts
-    before = agent.parameters.snapshot()
+    before = agent.parameters.state_dict()
     report = agent.update(buffer)
     assert report.kl.rolled_back == 1.0
     assert report.kl.mean == 0.0
     assert report.kl.attempted > 1e-9
     assert report.kl.stop_epoch == (0 if check == "update" else 1)
     assert agent.parameters.steps[0] == 0 < agent.parameters.steps[1]
-    for i, tensor in enumerate(
-        (agent.parameters.vector, agent.parameters.first_moment, agent.parameters.second_moment)
-    ):
-        assert torch.equal(tensor[policy], before[i][policy])  # type: ignore[index]
-    assert not torch.equal(agent.parameters.vector[critic], before[0][critic]), "the critic keeps what it learned"
+    for name in ("vector", "first_moment", "second_moment"):
+        assert torch.equal(getattr(agent.parameters, name)[policy], before[name][policy])
+    assert not torch.equal(agent.parameters.vector[critic], before["vector"][critic]), "the critic goes on learning"
 
 
 def test_the_update_stops_on_the_exact_kl() -> None:
@@ -187,10 +185,10 @@ def test_a_non_finite_gradient_stops_and_leaves_the_weights() -> None:
     buffer = agent.new_buffer(8)
     collect(agent, env, buffer, env.reset(seed=0)[0])
     buffer.reward[3, 2] = 1e30
-    before = agent.parameters.snapshot()
+    before = agent.parameters.state_dict()
     with pytest.raises(NonFiniteError, match="value_loss is inf in update 1"):
         agent.update(buffer)
-    assert torch.equal(agent.parameters.vector, before[0])
+    assert torch.equal(agent.parameters.vector, before["vector"])
     assert agent.reward_scale is None or agent.reward_scale.count == 0
     buffer.reward[3, 2] = np.inf
     with pytest.raises(NonFiniteError, match="reward is inf in env 2 at step 3"):

@@ -239,10 +239,10 @@ def test_a_reward_of_1e30_skips_what_it_spoils_and_a_nan_is_named() -> None:
     buffer = agent.new_buffer(8)
     obs = collect(agent, env, buffer, env.reset(seed=0)[0])
     buffer.reward[3, 2] = 1e30
-    before = agent.parameters.snapshot()
+    before = agent.parameters.state_dict()
     report = agent.update(buffer)
     assert report.metrics["health/skipped_updates"] == 1.0
-    assert torch.equal(agent.parameters.vector[agent.parameters.parts[1]], before[0][agent.parameters.parts[1]])
+    assert torch.equal(agent.parameters.vector[agent.parameters.parts[1]], before["vector"][agent.parameters.parts[1]])
     assert bool(agent.parameters.vector.isfinite().all())
     collect(agent, env, buffer, obs)
     buffer.reward[3, 2] = math.nan
