@@ -11,7 +11,7 @@ from torch import Tensor
 from klrl.buffers import RolloutBuffer
 from klrl.config import NonNegative, Positive, PositiveInt
 from klrl.distributions import PolicyDistribution
-from klrl.errors import NonFiniteError, UsageError
+from klrl.errors import NonFiniteError, SkippedUpdateError, UsageError
 from klrl.kl import Banded, KLReport, Penalty
 from klrl.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_gradient
 from klrl.protocol import Report, State
@@ -96,8 +96,8 @@ class PPO(OnPolicyAgent):
     def update(self, rollout: RolloutBuffer, progress: float = 0.0) -> Report:
         """Improve policy and critic on a full rollout, and report how far the policy moved.
 
-        Raises NonFiniteError naming the field where the rollout, a loss, a gradient or a weight is not finite; policy,
-        critic, optimizer and reward scale are then what they were before.
+        Raises NonFiniteError naming the field where the rollout is not finite, and SkippedUpdateError where a loss, a
+        gradient or a weight is not; policy, critic, optimizer and reward scale are then what they were before.
         """
         config = self.config
         scale_before = {} if self.reward_scale is None else self.reward_scale.state_dict()
@@ -142,7 +142,7 @@ class PPO(OnPolicyAgent):
             parameters.restore(before)
             if self.reward_scale is not None:
                 self.reward_scale.load_state_dict(scale_before)
-            raise NonFiniteError(str(problem)) from None
+            raise SkippedUpdateError(str(problem)) from None
 
         if self.penalty is not None:
             self.penalty.adapt(report.attempted)

@@ -16,7 +16,7 @@ from torch import Tensor
 from klrl.blocks import Block
 from klrl.config import Positive, PositiveInt, Range, Share
 from klrl.distributions import DiagonalNormal, squash, squash_gradient
-from klrl.errors import NonFiniteError, UsageError
+from klrl.errors import SkippedUpdateError, UsageError
 from klrl.kl import Dual, KLReport, Penalty, at_least
 from klrl.networks import Activation, Actor, choices
 from klrl.observations import Inputs
@@ -163,7 +163,7 @@ class SAC(Agent):
     def update(self, buffer: ReplayBuffer, progress: float = 0.0) -> Report | None:
         """Gradient steps on replayed transitions; a report at the end of a block of ``kl.every`` of them, else None.
 
-        Raises NonFiniteError where a loss or weight is not finite; all is then as it was when the block began.
+        Raises SkippedUpdateError where a loss or weight is not finite; all is then as it was when the block began.
         """
         steps, made = self.config.gradient_steps, buffer.steps - self.steps_seen
         if steps < 0:  # the random steps of the beginning do not count
@@ -197,7 +197,7 @@ class SAC(Agent):
             self._learn(block.before)
             self._block = None
             figures = dict(zip(_TRACED, block.trace[-1].tolist(), strict=True))
-            raise NonFiniteError(f"a loss or weight is not finite after {self.n_updates} gradient steps: {figures}")
+            raise SkippedUpdateError(f"a loss or weight is not finite after {self.n_updates} gradient steps: {figures}")
         self.entropy.adapt(float(entropy))
         self.target.vector.lerp_(self.values.vector, config.tau)
         self.n_updates += 1

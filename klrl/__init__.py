@@ -16,15 +16,20 @@ if TYPE_CHECKING:
     from klrl.agents.trpo import TRPO as TRPO
     from klrl.agents.trpo import TRPOConfig as TRPOConfig
     from klrl.buffers import RolloutBuffer as RolloutBuffer
+    from klrl.errors import EnvironmentFault as EnvironmentFault
+    from klrl.errors import Interrupted as Interrupted
     from klrl.errors import NonFiniteError as NonFiniteError
     from klrl.errors import UsageError as UsageError
     from klrl.protocol import KLConfig as KLConfig
     from klrl.replay import ReplayBuffer as ReplayBuffer
     from klrl.training import Run as Run
     from klrl.training import load as load
+    from klrl.training import resume as resume
     from klrl.training import train as train
 
 _HOME = {
+    "EnvironmentFault": "klrl.errors",
+    "Interrupted": "klrl.errors",
     "KLConfig": "klrl.protocol",
     "NonFiniteError": "klrl.errors",
     "PPO": "klrl.agents.ppo",
@@ -38,6 +43,7 @@ _HOME = {
     "TRPOConfig": "klrl.agents.trpo",
     "UsageError": "klrl.errors",
     "load": "klrl.training",
+    "resume": "klrl.training",
     "train": "klrl.training",
 }
 

@@ -88,6 +88,11 @@ class RolloutBuffer:
             if filled:
                 part[: filled + 1] = state["obs"][key].numpy()
 
+    def forget_unfinished(self) -> None:
+        """Begin anew, as the environments do."""
+        self.filled = 0
+        self._ended[:] = False
+
     def check_finite(self) -> None:
         """Raise NonFiniteError naming field, environment index and step of the first observation or reward that is not.
 

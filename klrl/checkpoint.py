@@ -1,15 +1,19 @@
 """Checkpoints that are either whole or not there: a folder of safetensors and JSON with a manifest of SHA-256 sums.
 
 A checkpoint is written to a temporary folder, synced and renamed, so a crash leaves the one before. Loading verifies
-every file against the manifest before it reads one, and never runs code: there is no pickle anywhere.
+every file against the manifest before it reads one, and never runs code: there is no pickle anywhere. A replay buffer's
+rows are written once, beside the checkpoints: each manifest names the files that hold those it needs.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -20,16 +24,36 @@ from klrl.errors import UsageError
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _MOST_JSON = 64 * 1024 * 1024
+_TEMPORARY = ".writing-"
+_ROWS_FILE = re.compile(r"rows-[0-9]{1,20}-[0-9a-f]{16}\.safetensors")
 
 
-def save(folder: Path, step: int, state: dict[str, Any], score: float | None = None) -> Path:
+class Rows(Protocol):
+    """What a replay buffer is to a checkpoint: rows counted from the first ever written, of which the last are kept."""
+
+    size: int
+    written: int
+
+    def rows(self, start: int) -> dict[str, Tensor]: ...
+
+
+def save(
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    score: float | None = None,
+    rows: Rows | None = None,
+    saved_rows: list[dict[str, Any]] | None = None,
+) -> Path:
     """Write ``state`` (nested dicts of tensors and JSON values) to ``folder/step-N`` and return its path.
 
     ``score``: the evaluation's mean return at this step, by which the best checkpoint is known. An existing
-    checkpoint of the same step is replaced. Raises OSError where the disk does not take it; others stay valid.
+    checkpoint of the same step is replaced. ``saved_rows``: the entries of the files that already hold some of
+    ``rows``; brought up to date. Raises OSError where the disk does not take it; others stay valid.
     """
     target = folder / f"step-{step:012d}"
-    temporary = folder / f".writing-{target.name}-{os.getpid()}"
+    temporary = folder / f"{_TEMPORARY}{target.name}-{os.getpid()}"
+    entries = [] if rows is None else _save_rows(folder, rows, saved_rows or [])
     tensors: dict[str, Tensor] = {}
     plain = _split(state, "", tensors)
     files = {
@@ -37,39 +61,64 @@ def save(folder: Path, step: int, state: dict[str, Any], score: float | None = N
         _STATE: json.dumps({"step": step, "score": score, "state": plain}).encode(),
     }
     sums = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()}
-    files[_MANIFEST] = json.dumps({"format": 1, "files": sums}, indent=1).encode()
+    files[_MANIFEST] = _canonical({"format": 1, "files": sums, "rows": entries})
     try:
         temporary.mkdir(parents=True)
         for name, data in files.items():
-            with open(temporary / name, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            _write(temporary / name, data)
         _sync(temporary)
         if target.exists():
-            shutil.rmtree(target)
+            os.rename(target, folder / f"{_TEMPORARY}old-{target.name}-{os.getpid()}")
         os.rename(temporary, target)
         _sync(folder)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    if saved_rows is not None:
+        saved_rows[:] = entries
     return target
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The content of one checkpoint: {"step", "score", "state"}, tensors in their places on the CPU.
+def _save_rows(folder: Path, rows: Rows, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries of the files that hold the rows: those of ``saved`` that are still needed, and one for what is new."""
+    oldest = rows.written - rows.size
+    entries = [entry for entry in saved if entry["end"] > oldest]
+    start = entries[-1]["end"] if entries else oldest
+    if start == rows.written:
+        return entries
+    data = save_tensors(rows.rows(start))
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"rows-{start}-{digest[:16]}.safetensors"
+    temporary = folder / f"{_TEMPORARY}{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _write(temporary, data)
+        os.replace(temporary, folder / name)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    return [*entries, {"name": name, "start": start, "end": rows.written, "sha256": digest, "bytes": len(data)}]
 
-    Raises UsageError naming the file where anything is missing, truncated or altered.
+
+def load(path: Path, with_rows: bool = False) -> dict[str, Any]:
+    """The content of one checkpoint: {"step", "score", "state", "rows"}, tensors in their places on the CPU.
+
+    ``with_rows``: verify the files of "rows", too, for ``load_rows``. Raises UsageError naming the file where anything
+    is missing, truncated or altered.
     """
     try:
-        manifest = json.loads(_read(path / _MANIFEST, _MOST_JSON))
+        raw = _read(path / _MANIFEST, _MOST_JSON)
+        manifest = json.loads(raw)
+        if manifest["format"] != 1 or _canonical(manifest) != raw:
+            raise UsageError(f"checkpoint {path} is damaged: {_MANIFEST} is not as it was written")
         sums = {name: manifest["files"][name] for name in (_TENSORS, _STATE)}
-        data = {name: _read(path / name, int(entry["bytes"])) for name, entry in sums.items()}
-        for name, entry in sums.items():
-            if hashlib.sha256(data[name]).hexdigest() != entry["sha256"]:
-                raise UsageError(f"checkpoint {path} is damaged: {name} does not match its manifest")
+        data = {name: _verified(path / name, entry) for name, entry in sums.items()}
         content = json.loads(data[_STATE])
         content["state"] = _join(content["state"], load_tensors(data[_TENSORS]))
+        content["rows"] = manifest["rows"]
+        if with_rows:
+            for _ in load_rows(path, content["rows"]):
+                pass
     except FileNotFoundError as problem:
         raise UsageError(f"{path} is not a klrl checkpoint: {Path(str(problem.filename)).name} is missing") from None
     except UsageError:
@@ -78,6 +127,39 @@ def load(path: Path) -> dict[str, Any]:
         raise UsageError(f"checkpoint {path} is damaged: {type(problem).__name__} while reading it") from None
     result: dict[str, Any] = content
     return result
+
+
+def load_rows(path: Path, entries: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The replay rows that the checkpoint at ``path`` needs, file by file, each with the number of its first row."""
+    for entry in entries:
+        if not _ROWS_FILE.fullmatch(entry["name"]):
+            raise UsageError(f"checkpoint {path} is damaged: it names a file {entry['name']!r}")
+        yield int(entry["start"]), load_tensors(_verified(path.parent / entry["name"], entry))
+
+
+def newest(path: Path, which: str = "last", with_rows: bool = False) -> tuple[Path, dict[str, Any]]:
+    """What ``find`` names, loaded; where a run's checkpoint is damaged, the one before it, and a line that says so."""
+    first = find(path, which)
+    if first == path:
+        return path, load(path, with_rows)
+    complaint: UsageError | None = None
+    for candidate in [first, *(p for p in reversed(steps(path / "checkpoints")) if p != first)]:
+        try:
+            content = load(candidate, with_rows)
+        except UsageError as problem:
+            complaint = complaint or problem
+            continue
+        if complaint is not None:
+            print(f"klrl: {complaint}; {candidate.name} is used instead", file=sys.stderr, flush=True)
+        return candidate, content
+    assert complaint is not None
+    raise complaint
+
+
+def clean(folder: Path) -> None:
+    """Remove what a process that was killed while it saved left behind."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def steps(folder: Path) -> list[Path]:
@@ -101,13 +183,28 @@ def find(path: Path, which: str = "last") -> Path:
 
 
 def prune(folder: Path) -> None:
-    """Remove all checkpoints but the last and the best."""
+    """Remove all checkpoints but the last two and the best, and the rows that none of them needs."""
     found = steps(folder)
-    if found:
-        best = max(found, key=_rank)
-        for path in found[:-1]:
-            if path != best:
-                shutil.rmtree(path)
+    if not found:
+        return
+    kept = {*found[-2:], max(found, key=_rank)}
+    for path in found:
+        if path not in kept:
+            shutil.rmtree(path)
+    files = list(folder.glob("rows-*"))
+    needed = {entry["name"] for path in kept if files for entry in _rows_of(path)}
+    for path in files:
+        if path.name not in needed:
+            path.unlink()
+    clean(folder)
+
+
+def _rows_of(path: Path) -> list[dict[str, Any]]:
+    try:
+        entries: list[dict[str, Any]] = json.loads(_read(path / _MANIFEST, _MOST_JSON))["rows"]
+        return entries
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # damaged: load says so if it is wanted
 
 
 def _rank(path: Path) -> tuple[float, str]:
@@ -116,6 +213,14 @@ def _rank(path: Path) -> tuple[float, str]:
     except (OSError, ValueError, AttributeError):
         score = None  # damaged: load says so if it is the one that is wanted
     return (float("-inf") if score is None else float(score), path.name)
+
+
+def _verified(path: Path, entry: dict[str, Any]) -> bytes:
+    """A file's bytes, which are those that the manifest's entry is of."""
+    data = _read(path, int(entry["bytes"]))
+    if len(data) != entry["bytes"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise UsageError(f"checkpoint {path.parent} is damaged: {path.name} does not match its manifest")
+    return data
 
 
 def _read(path: Path, most: int) -> bytes:
@@ -127,6 +232,17 @@ def _read(path: Path, most: int) -> bytes:
     if len(data) > most:
         raise UsageError(f"checkpoint {path.parent} is damaged: {path.name} is longer than its manifest says")
     return data
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _canonical(manifest: Any) -> bytes:
+    return json.dumps(manifest, indent=1).encode()
 
 
 def _sync(folder: Path) -> None:

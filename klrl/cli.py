@@ -1,4 +1,4 @@
-"""The command: ``klrl train | eval | list | plot``. torch is imported only inside the commands."""
+"""The command: ``klrl train | resume | eval | list | plot``. torch is imported only inside the commands."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from klrl import __version__
 from klrl.config import build, suggest, to_dict
-from klrl.errors import NonFiniteError, UsageError
+from klrl.errors import EnvironmentFault, Interrupted, NonFiniteError, UsageError
 
 _USAGE = """usage: klrl COMMAND ...
 
@@ -21,6 +21,7 @@ Reinforcement learning that always knows how far each update moved the policy.
 
 commands:
   klrl train AGENT ENV [options]   train an agent, e.g. klrl train ppo CartPole-v1
+  klrl resume RUN [options]        go on with a run that was stopped, as if it had not been
   klrl eval RUN [options]          evaluate a run or checkpoint
   klrl list                        agents, presets and their measured scores
   klrl plot FIGURE [options]       kl-gaussian, kl-2d, fit or families, as .png or .svg
@@ -30,14 +31,19 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 training failed, 2 bad input (one line on stderr)."""
+    """Run the command line and exit: 0 done, 1 training failed, 2 bad input, both with one line on stderr.
+
+    A run stopped by SIGINT or SIGTERM was saved and exits with 130 or 143.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         _dispatch(arguments)
     except UsageError as problem:
         sys.exit(_complain(problem, 2))
-    except (NonFiniteError, OSError) as problem:
+    except (NonFiniteError, EnvironmentFault, OSError) as problem:
         sys.exit(_complain(problem, 1))
+    except Interrupted as stop:
+        sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -54,7 +60,13 @@ def _dispatch(arguments: list[str]) -> None:
     if arguments[0] == "--version":
         print(f"klrl {__version__}")
         return
-    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "eval": _eval, "list": _list, "plot": _plot}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": _train,
+        "resume": _resume,
+        "eval": _eval,
+        "list": _list,
+        "plot": _plot,
+    }
     if arguments[0] not in commands:
         raise UsageError(f"unknown command {arguments[0]!r}{suggest(arguments[0], commands)}; see klrl --help")
     commands[arguments[0]](arguments[1:])
@@ -102,6 +114,17 @@ def _train(arguments: list[str]) -> None:
     given: Any = _parse(command, options, f"klrl train {agent} {env or 'ENV'}")
     run = build(RunConfig, to_dict(given.run))
     run_training(agent, env or "", run, build(config_class, to_dict(given.agent)))
+
+
+def _resume(arguments: list[str]) -> None:
+    help_wanted = any(word in ("-h", "--help") for word in arguments)
+    if not help_wanted and (not arguments or arguments[0].startswith("-")):
+        raise UsageError("resume needs a run folder: klrl resume runs/ppo-CartPole-v1-0-...")
+    path, words = ("RUN", arguments) if help_wanted else (arguments[0], arguments[1:])
+    from klrl.training import ResumeConfig, resume
+
+    given = build(ResumeConfig, asdict(_parse(ResumeConfig, words, "klrl resume RUN")))
+    resume(path, total_timesteps=given.total_timesteps)
 
 
 def _eval(arguments: list[str]) -> None:

@@ -60,6 +60,11 @@ class Episodes:
             "rollout/ep_len_mean": statistics.fmean(lengths),
         }
 
+    def forget_unfinished(self) -> None:
+        """Where the environments begin anew."""
+        self._returns[:], self._lengths[:], self._begin[:] = 0.0, 0, 0
+        self._resetting, self._actions = np.zeros(0, np.int64), []
+
     def state_dict(self) -> State:
         first = int(self._begin.min())
         return {

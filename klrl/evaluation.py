@@ -1,5 +1,6 @@
 """Whole episodes with an agent that does not learn: during training, at its end, and whenever one asks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -40,16 +41,24 @@ class EvalConfig:
     """Print one line of JSON."""
 
 
-def run_episodes(agent: Agent, envs: VectorEnv[Any, Any, Any], seed: int, deterministic: bool = True) -> Evaluation:
+def run_episodes(
+    agent: Agent,
+    envs: VectorEnv[Any, Any, Any],
+    seed: int,
+    deterministic: bool = True,
+    check: Callable[[], None] = lambda: None,
+) -> Evaluation:
     """The first episode of each environment, so that short ones do not count twice.
 
     Sampled actions do not disturb the agent's own random state. An episode that goes on for 27,000 steps is cut off.
+    ``check`` is called at each step and may raise.
     """
     rng_state = agent.rng.bit_generator.state
     obs, _ = envs.reset(seed=seed)
     returns, lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs, np.int64)
     running = np.ones(envs.num_envs, np.bool_)
     while running.any() and lengths.max() < _MOST_EVAL_STEPS:
+        check()
         obs, reward, terminated, truncated, _ = envs.step(agent.env_action(agent.act(obs, deterministic)))
         returns += reward * running
         lengths += running

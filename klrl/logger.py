@@ -1,12 +1,13 @@
 """Where a run's figures go: TensorBoard, metrics.jsonl and the terminal."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
@@ -31,12 +32,21 @@ _LAYOUT = {
 
 
 class Logger:
-    """Writes each update's figures once: one TensorBoard event that holds them all, and one line of JSON."""
+    """Writes each update's figures once: one TensorBoard event that holds them all, and one line of JSON.
 
-    def __init__(self, folder: Path, hparams: dict[str, Any]) -> None:
+    ``go_on_at``: the step from which a resumed run writes; what lies there from before is dropped, in both.
+    """
+
+    def __init__(self, folder: Path, hparams: dict[str, Any], go_on_at: int | None = None) -> None:
+        self._start = time.time()
+        if go_on_at is not None:
+            self._start -= _cut(folder / "metrics.jsonl", go_on_at)
         self._events = EventFileWriter(str(folder))
         self._lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        self._start = time.time()
+        if go_on_at is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._events.add_event(Event(wall_time=time.time(), step=go_on_at, session_log=start))
+            return
         self._add(Summary(value=[_layout_summary()]), 0)
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hparams.items()}
         self._add(hparams_pb(plain, trial_id=folder.name), 0)
@@ -55,6 +65,23 @@ class Logger:
 
     def _add(self, summary: Summary, step: int) -> None:
         self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+
+def _cut(path: Path, step: int) -> float:
+    """Drop the lines from ``step`` on, and a last one that is not whole; the seconds at which the kept ones end."""
+    kept, wall = [], 0.0
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["step"] < step:
+            kept.append(line + "\n")
+            wall = row["wall"]
+    temporary = path.with_suffix(".writing")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+    return wall
 
 
 def _layout_summary() -> Any:
@@ -108,6 +135,10 @@ class Console:
         elif step >= self._next_step or time.monotonic() >= self._next_time:
             self._next_step, self._next_time = (step * 10 // self._total + 1) * self._total / 10, time.monotonic() + 60
             print(f"{100 * min(step / self._total, 1):3.0f}%  {_line(step, figures)}", flush=True)
+
+    def warn(self, text: str) -> None:
+        """A line on stderr that ``quiet`` does not silence."""
+        print(f"klrl: {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the live line as it is and give the terminal back."""

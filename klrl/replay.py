@@ -132,6 +132,11 @@ class ReplayBuffer:
             seen = {key: part.numpy() for key, part in step["seen"].items()}
             self._pending[int(place.split()[0])].append((seen, step["action"].numpy(), step["reward"]))
 
+    def forget_unfinished(self) -> None:
+        """Drop the steps whose n rewards are not complete, as the environments begin anew."""
+        self._ended = np.zeros(self.n_envs, np.bool_)
+        self._pending = [[] for _ in range(self.n_envs)]
+
     def check_finite(self) -> None:
         """Nothing to find: ``add`` refuses what is not finite."""
 

@@ -1,31 +1,28 @@
 """One training loop for every agent: collect, update, log, evaluate, save."""
 
+import contextlib
 import gc
-import os
-import statistics
-import time
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import gymnasium as gym
-import numpy as np
 import tomli_w
 import torch
 import tyro
-from gymnasium.vector import VectorEnv
 
 from klrl import agents, checkpoint, spaces
 from klrl.config import Count, PositiveInt, Seed, build, hints, merge, suggest, to_dict
-from klrl.envs.make import EnvConfig, EnvFactory, env_name, import_module, make_vector, preset
-from klrl.errors import NonFiniteError, UsageError
-from klrl.evaluation import EVAL_SEED, FINAL_SEED, FRESH_SEED, Evaluation, run_episodes
+from klrl.envs.make import EnvConfig, EnvFactory, env_name, import_module, make_vector, preset, registered
+from klrl.episodes import Episodes
+from klrl.errors import Interrupted, UsageError
+from klrl.evaluation import FRESH_SEED, Evaluation, run_episodes
+from klrl.folders import locked, make_folder
 from klrl.logger import Console, Logger
-from klrl.protocol import Agent, Report
-
-_FINAL_EPISODES = 20
+from klrl.loop import Loop, go_on_at
+from klrl.protocol import Agent
 
 
 @dataclass(frozen=True)
@@ -48,13 +45,19 @@ class RunConfig:
     """Updates (off-policy: blocks of kl.every steps) between two evaluations on separate environments; 0 never."""
     eval_episodes: PositiveInt = 5
     """Episodes of each of those evaluations; the final one has 20."""
-    save_every: Count = 100_000
-    """Steps between two checkpoints; 0 saves only at evaluations that are the best so far, and at the end."""
+    save_every: Count = 0
+    """Steps between two checkpoints; 0 saves about once a minute. The last two and the best are kept."""
     quiet: bool = False
     """Print only the final evaluation and where the run lies."""
     imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
     """Packages to import first, for the environments they register."""
     env: EnvConfig = field(default_factory=EnvConfig)
+
+
+@dataclass(frozen=True)
+class ResumeConfig:
+    total_timesteps: Count = 0
+    """Steps to train for, those done included; 0 keeps the run's own."""
 
 
 @dataclass(frozen=True)
@@ -103,153 +106,141 @@ def resolve(agent: str, env: str | EnvFactory | None, options: Mapping[str, Any]
     return run_config, build(config_class, {k: v for k, v in flat.items() if k in theirs})
 
 
+def resume(path: str | Path, env: EnvFactory | None = None, total_timesteps: int = 0) -> Run:
+    """Go on with the run in folder ``path``, in that folder, as if it had not stopped.
+
+    From its newest whole checkpoint; rows logged after that are dropped. ``env``: the factory, of a run that was given
+    one. ``total_timesteps``: a new total, in place of the run's own. Raises UsageError where it is still running, where
+    no checkpoint is whole, and where its steps are done.
+    """
+    folder = Path(path)
+    checkpoint.find(folder)
+    if (folder / "manifest.json").exists():
+        raise UsageError(f"resume takes a run's folder, not one of its checkpoints: {folder.parent.parent}")
+    with locked(folder):
+        checkpoint.clean(folder / "checkpoints")
+        source, content = checkpoint.newest(folder, with_rows=True)
+        with _fitting(source):
+            options, state = content["state"]["options"], content["state"]["loop"]
+            config, agent_config = config_of(options)
+            name, target, done = options["agent"], env or options["env_id"], state["episodes"]["steps"]
+        for package in config.imports:
+            import_module(package, f"--import {package}")
+        if isinstance(target, str) and not registered(target):
+            raise UsageError(f"{path} was trained on {target!r}, which is no env id here: give klrl.resume its factory")
+        if total_timesteps:
+            config = replace(config, total_timesteps=total_timesteps)
+        if state["complete"] and config.total_timesteps <= done:
+            raise UsageError(f"{path} has its {config.total_timesteps:,} steps; --total-timesteps N trains it further")
+        return _run(name, target, config, agent_config, folder, (source, content))
+
+
 def run_training(name: str, env: str | EnvFactory, config: RunConfig, agent_config: Any) -> Run:
     """Train as configured: ``train`` after its options were resolved."""
-    agent_class, _ = agents.find(name)
+    agents.find(name)
     for package in config.imports:
         import_module(package, f"--import {package}")
+    return _run(name, env, config, agent_config)
+
+
+def _run(
+    name: str,
+    env: str | EnvFactory,
+    config: RunConfig,
+    agent_config: Any,
+    folder: Path | None = None,
+    saved: tuple[Path, dict[str, Any]] | None = None,
+) -> Run:
+    """Train in a new folder, or go on in ``folder``, whose lock is held, from the checkpoint and content ``saved``."""
+    agent_class, _ = agents.find(name)
     device = pick_device(config.device, lambda: images_of(env, config.env))
     options = {"agent": name, "env_id": env_name(env), **to_dict(config), **to_dict(agent_config)}
     try:
         toml = tomli_w.dumps(options)
     except TypeError as problem:
         raise UsageError(f"--env.kwargs holds a value that a config file cannot: {problem}") from None
-    envs = make_vector(env, config.n_envs, config.env)
-    evaluator: VectorEnv[Any, Any, Any] | None = None
-    threads_before, precision_before = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    frozen_before = gc.get_freeze_count()
+    episodes, places = Episodes(config.n_envs), []
+    if saved is not None:
+        state = saved[1]["state"]["loop"]
+        shown = {key: part.numpy() for key, part in state["obs"].items()}
+        places = episodes.load_state_dict(state["episodes"], shown.get("", shown))
+    with contextlib.ExitStack() as stack:
+        envs = stack.enter_context(contextlib.closing(make_vector(env, config.n_envs, config.env, places)))
+        stack.enter_context(_process_settings(config))
+        spaces.check_observation_space(envs.single_observation_space)
+        agent = agent_class(envs.single_observation_space, envs.single_action_space, agent_config, device, config.seed)
+        buffer = agent.new_buffer(config.n_envs)
+        if saved is not None:
+            _restore(agent, buffer, *saved)
+        if folder is None:
+            folder = make_folder(config.run_dir, f"{name}-{env_name(env)}-{config.seed}")
+            stack.enter_context(locked(folder))
+        (folder / "config.toml").write_text(toml)
+        console = stack.enter_context(contextlib.closing(Console(config.total_timesteps, config.quiet)))
+        step = None if saved is None else go_on_at(saved[1]["state"]["loop"])
+        logger = stack.enter_context(contextlib.closing(Logger(folder, _hparams(options), step)))
+        loop = Loop(
+            agent,
+            buffer,
+            envs,
+            episodes,
+            lambda count: make_vector(env, count, config.env),
+            folder,
+            options,
+            config.seed,
+            config.total_timesteps,
+            config.eval_every,
+            config.eval_episodes,
+            config.save_every,
+            console,
+            logger,
+        )
+        if saved is not None:
+            loop.restore(saved[1]["state"]["loop"])
+            loop.saved_rows = saved[1]["rows"]
+        try:
+            score = loop.run()
+        except Interrupted:
+            console.close()
+            line = f"stopped after {episodes.steps:,} steps; go on with: klrl resume {folder}"
+            print(line, file=sys.stderr, flush=True)
+            raise
+    print(f"evaluation  {score.mean:.1f} +- {score.std:.1f} over {len(score.returns)} episodes")
+    print(f"run         {folder}")
+    print(f"watch       tensorboard --logdir {config.run_dir}", flush=True)
+    return Run(agent, folder, env, config, score)
+
+
+@contextlib.contextmanager
+def _process_settings(config: RunConfig) -> Iterator[None]:
+    """What training sets for the whole process, as it was afterwards."""
+    threads, precision, frozen = torch.get_num_threads(), torch.get_float32_matmul_precision(), gc.get_freeze_count()
     torch.set_num_threads(config.threads)
     torch.set_float32_matmul_precision(config.matmul_precision)
     # glibc gives freed memory back to the system beyond twice the largest array freed so far, and fetching it anew
     # costs as much as the arithmetic on it. After one array of 30 MB, never touched, it keeps what an update frees.
     torch.empty(30_000_000, dtype=torch.uint8)
+    gc.collect()
+    gc.freeze()  # what was imported until here lives as long as the process: the collector need not walk it
     try:
-        spaces.check_observation_space(envs.single_observation_space)
-        agent = agent_class(envs.single_observation_space, envs.single_action_space, agent_config, device, config.seed)
-        buffer = agent.new_buffer(config.n_envs)
-        folder = make_folder(config.run_dir, f"{name}-{env_name(env)}-{config.seed}")
-        (folder / "config.toml").write_text(toml)
-        if config.eval_every:
-            evaluator = make_vector(env, config.eval_episodes, config.env)
-        gc.collect()
-        gc.freeze()  # what was imported until here lives as long as the process: the collector need not walk it
-        score = _loop(agent, buffer, env, envs, evaluator, config, folder, options)
-        print(f"evaluation  {score.mean:.1f} +- {score.std:.1f} over {len(score.returns)} episodes")
-        print(f"run         {folder}")
-        print(f"watch       tensorboard --logdir {config.run_dir}", flush=True)
+        yield
     finally:
-        if not frozen_before:
+        if not frozen:
             gc.unfreeze()
-        torch.set_num_threads(threads_before)
-        torch.set_float32_matmul_precision(precision_before)
-        envs.close()
-        if evaluator is not None:
-            evaluator.close()
-    return Run(agent, folder, env, config, score)
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
 
 
-def _loop(
-    agent: Agent,
-    buffer: Any,
-    env: str | EnvFactory,
-    envs: VectorEnv[Any, Any, Any],
-    evaluator: VectorEnv[Any, Any, Any] | None,
-    config: RunConfig,
-    folder: Path,
-    options: dict[str, Any],
-) -> Evaluation:
-    """Collect and update until the steps are done, logging and saving along the way; the final evaluation."""
-    obs, _ = envs.reset(seed=config.seed)
-    episodes = Episodes(envs.num_envs)
-    logger, console = Logger(folder, _hparams(options)), Console(config.total_timesteps, config.quiet)
-    updates, saved_at, best, training_time = 0, 0, -float("inf"), 0.0
-    try:
-        while True:
-            start, steps_before, learning = time.perf_counter(), episodes.steps, 0.0
-            report: Report | None = None
-            while report is None:
-                action = agent.act(obs)
-                try:
-                    next_obs, reward, terminated, truncated, _ = envs.step(agent.env_action(action))
-                except Exception:
-                    buffer.check_finite()  # a nan that the environment showed may be what made it fail
-                    raise
-                buffer.add(obs, action, reward, terminated, truncated, next_obs)
-                episodes.add(reward, terminated | truncated)
-                obs = next_obs
-                if agent.due(buffer):
-                    due = time.perf_counter()
-                    report = agent.update(buffer, steps_before / config.total_timesteps)
-                    learning += time.perf_counter() - due
-                if report is None and episodes.steps >= config.total_timesteps:
-                    report = agent.flush(buffer)
-            updates += 1
-            now = time.perf_counter()
-            training_time += now - start
-            figures = episodes.figures()
-            report.write(figures.__setitem__)
-            figures["time/fps"] = episodes.steps / training_time
-            figures["time/collect_share"] = 1 - learning / (now - start)
-
-            finished, score = episodes.steps >= config.total_timesteps, None
-            if finished:
-                final = make_vector(env, _FINAL_EPISODES, config.env)
-                score = run_episodes(agent, final, config.seed + FINAL_SEED)
-                final.close()
-            elif evaluator is not None and updates % config.eval_every == 0:
-                score = run_episodes(agent, evaluator, config.seed + EVAL_SEED)
-            if score is not None:
-                figures["eval/mean_reward"], figures["eval/std_reward"] = score.mean, score.std
-                figures["eval/mean_ep_length"] = statistics.fmean(score.lengths)
-            logger.write(episodes.steps, figures)
-            console.update(episodes.steps, figures)
-            improved = score is not None and score.mean > best
-            if finished or improved or 0 < config.save_every <= episodes.steps - saved_at:
-                saved_at = episodes.steps
-                _save(folder, agent, options, score, episodes.steps)
-            best = max(best, score.mean) if score is not None else best
-            if finished and score is not None:
-                return score
-    except NonFiniteError as problem:
-        saved = checkpoint.steps(folder / "checkpoints")
-        kept = f"; the last checkpoint is {saved[-1]}" if saved else ""
-        raise NonFiniteError(f"{problem}, {episodes.steps} steps into the run{kept}") from None
-    finally:
-        console.close()
-        logger.close()
-
-
-class Episodes:
-    """Counts steps and keeps the last 100 episodes' returns and lengths, under NEXT_STEP autoreset."""
-
-    def __init__(self, n_envs: int) -> None:
-        self.steps = 0
-        self._returns, self._lengths = np.zeros(n_envs), np.zeros(n_envs, np.int64)
-        self._resetting = 0
-        self.done: deque[tuple[float, int]] = deque(maxlen=100)
-
-    def add(self, reward: np.ndarray[Any, Any], ended: np.ndarray[Any, Any]) -> None:
-        """One step of all environments; a row that only resets its environment is not a step."""
-        self.steps += len(reward) - self._resetting
-        self._returns += reward
-        self._lengths += 1
-        self._resetting = 0
-        if ended.any():
-            rows = np.flatnonzero(ended)
-            self._resetting = len(rows)
-            self.done.extend(zip(self._returns[rows].tolist(), self._lengths[rows].tolist(), strict=True))
-            self._returns[rows] = 0.0
-            self._lengths[rows] = -1  # the row that resets brings it to 0
-
-    def figures(self) -> dict[str, float]:
-        """Means over the last 100 episodes; empty before the first has ended."""
-        if not self.done:
-            return {}
-        returns, lengths = zip(*self.done, strict=True)
-        return {
-            "rollout/ep_rew_mean": statistics.fmean(returns),
-            "rollout/ep_len_mean": statistics.fmean(lengths),
-        }
+def _restore(agent: Agent, buffer: Any, source: Path, content: dict[str, Any]) -> None:
+    """Agent and replay rows from a checkpoint. Raises UsageError where they do not fit."""
+    state = content["state"]
+    for key in ("observation_space", "action_space"):
+        saved, mine = spaces.from_json(state[key]), getattr(agent, key)
+        if saved != mine:
+            raise UsageError(f"checkpoint {source} is of a run with {key} {saved}, but the environment has {mine}")
+    agent.load_state_dict(state["agent"])
+    for start, rows in checkpoint.load_rows(source, content["rows"]):
+        buffer.put_rows(start, rows)
 
 
 def load(path: str | Path, which: Literal["last", "best"] = "last") -> Agent:
@@ -262,9 +253,8 @@ def load(path: str | Path, which: Literal["last", "best"] = "last") -> Agent:
 
 def load_with_options(path: str | Path, which: str = "last") -> tuple[Agent, dict[str, Any]]:
     """The agent and the options that its run was made with."""
-    source = checkpoint.find(Path(path), which)
-    content = checkpoint.load(source)
-    try:
+    source, content = checkpoint.newest(Path(path), which)
+    with _fitting(source):
         options, state = content["state"]["options"], content["state"]["agent"]
         run_config, agent_config = config_of(options)
         agent_class, _ = agents.find(options["agent"])
@@ -273,44 +263,23 @@ def load_with_options(path: str | Path, which: str = "last") -> tuple[Agent, dic
         )
         agent: Agent = agent_class(observation_space, action_space, agent_config, "cpu", run_config.seed)
         agent.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as problem:
-        raise UsageError(f"checkpoint {source} does not fit this version of klrl: {problem}") from None
     return agent, options
+
+
+@contextlib.contextmanager
+def _fitting(source: Path) -> Iterator[None]:
+    """What a checkpoint's content is refused with where it is not what this version writes."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as problem:
+        raise UsageError(f"checkpoint {source} does not fit this version of klrl: {problem}") from None
 
 
 def config_of(options: Mapping[str, Any]) -> tuple[RunConfig, Any]:
     """The run's and the agent's config from the options in a checkpoint."""
     return resolve(options["agent"], None, {k: v for k, v in options.items() if k not in ("agent", "env_id")})
-
-
-def _save(folder: Path, agent: Agent, options: dict[str, Any], score: Evaluation | None, step: int) -> None:
-    state = {
-        "options": options,
-        "observation_space": spaces.to_json(agent.observation_space),
-        "action_space": spaces.to_json(agent.action_space),
-        "agent": agent.state_dict(),
-    }
-    checkpoint.save(folder / "checkpoints", step, state, None if score is None else score.mean)
-    checkpoint.prune(folder / "checkpoints")
-
-
-def make_folder(parent: str, name: str) -> Path:
-    """A new folder ``parent/name-time``, numbered where that is taken. Raises UsageError where it cannot be made."""
-    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "_").replace(":", "_")
-    try:
-        os.makedirs(parent, exist_ok=True)
-        for number in range(1, 10_000):
-            folder = Path(parent) / (stem if number == 1 else f"{stem}-{number}")
-            try:
-                folder.mkdir()
-            except FileExistsError:
-                continue
-            return folder
-    except OSError as problem:
-        raise UsageError(
-            f"--run-dir {parent}: {problem.strerror or problem}; choose a folder you can write to"
-        ) from None
-    raise UsageError(f"--run-dir {parent}: 10,000 runs of this second lie there already")
 
 
 def pick_device(wanted: str, has_images: Any) -> str:

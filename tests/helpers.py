@@ -1,5 +1,7 @@
 """What the agents' tests share."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from klrl.agents.ppo import PPO, PPOConfig
@@ -72,3 +74,9 @@ def train_sac(
             reports.append(report)
     env.close()
     return agent, reports
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """What a run logged, but for times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "wall" and not k.startswith("time/")} for line in lines]

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first; a room may import from those above it in this list, and from itself.
 LAYERS = [
     {"klrl.errors", "klrl.kl"},
+    {"klrl.signals", "klrl.folders"},
     {"klrl.config", "klrl.spaces", "klrl.sb3", "klrl.plots"},
     {"klrl.distributions", "klrl.parameters", "klrl.trust_region", "klrl.returns", "klrl.observations"},
     {"klrl.networks", "klrl.buffers", "klrl.replay"},
@@ -21,6 +22,7 @@ LAYERS = [
     {"klrl.agents"},
     {"klrl.envs", "klrl.checkpoint", "klrl.logger", "klrl.evaluation"},
     {"klrl.episodes"},
+    {"klrl.loop"},
     {"klrl.training"},
     {"klrl.cli"},
     {"klrl.__main__"},

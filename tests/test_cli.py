@@ -68,7 +68,7 @@ def test_train_eval_list_end_to_end(agent: str) -> None:
     result = json.loads(klrl("eval", folder, "--episodes", "3", "--json").stdout)
     assert len(result["returns"]) == 3
     assert result["mean"] == pytest.approx(sum(result["returns"]) / 3)
-    text = klrl("eval", next(str(p) for p in Path(folder, "checkpoints").iterdir()), "--episodes", "2").stdout
+    text = klrl("eval", next(str(p) for p in Path(folder, "checkpoints").glob("step-*")), "--episodes", "2").stdout
     assert text.endswith("over 2 episodes of CartPole-v1\n")
     again = klrl("train", agent, "CartPole-v1", "--config", f"{folder}/config.toml", "--quiet")
     assert again.stdout.splitlines()[0] == evaluation

@@ -19,9 +19,11 @@ import klrl
 from klrl import checkpoint
 from klrl.envs.make import EnvConfig, make_vector, preset, presets
 from klrl.envs.wrappers import next_step
+from klrl.episodes import Episodes
 from klrl.errors import NonFiniteError, UsageError
+from klrl.folders import make_folder
 from klrl.logger import Console
-from klrl.training import Episodes, Run, make_folder, pick_device, resolve
+from klrl.training import Run, pick_device, resolve
 
 QUICK: dict[str, Any] = {
     "total_timesteps": 1500,
@@ -127,20 +129,11 @@ def test_every_truncation_and_bit_flip_is_detected(run: Run) -> None:
                 del broken[int(rng.integers(len(whole))) :]
             else:
                 broken[int(rng.integers(len(whole)))] ^= 1 << int(rng.integers(8))
-            if name == "manifest.json" and _same_json(bytes(broken), whole):
-                continue  # white space, or the unused format number: nothing that is read has changed
             (path / name).write_bytes(bytes(broken))
             with pytest.raises(UsageError, match=r"damaged|missing"):
                 checkpoint.load(path)
         (path / name).write_bytes(whole)
     checkpoint.load(path)
-
-
-def _same_json(a: bytes, b: bytes) -> bool:
-    try:
-        return bool(json.loads(a).get("files") == json.loads(b)["files"])
-    except (ValueError, AttributeError):
-        return False
 
 
 def test_a_failed_save_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,9 +203,13 @@ def test_steps_and_returns_leave_out_rows_that_only_reset() -> None:
     episodes = Episodes(2)
     no, yes = np.array([False, False]), np.array([True, False])
     for ended in (no, yes, no, no):  # env 0: two steps, end, a reset row, one step
-        episodes.add(np.array([0.0 if episodes.steps == 4 and ended is no and episodes.done else 1.0, 1.0]), ended)
+        reward = np.array([0.0 if episodes.steps == 4 and ended is no and episodes.done else 1.0, 1.0])
+        episodes.add(np.array([episodes.steps, 0]), reward, ended)
     assert episodes.steps == 7
     assert list(episodes.done) == [(2.0, 2)]
+    first, second = Episodes(2).load_state_dict(episodes.state_dict(), np.zeros(2))
+    assert (first.episode, list(first.actions), first.ended) == (1, [5], False), "the reset row's action is not one"
+    assert (second.episode, list(second.actions), second.ended) == (0, [0, 0, 0, 0], False)
 
 
 def test_a_same_step_environment_is_seen_as_next_step() -> None:

@@ -1,0 +1,40 @@
+"""SIGINT and SIGTERM as something that a loop asks about when it suits it."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from klrl.errors import Interrupted
+
+
+class Signals:
+    """While entered, the first SIGINT or SIGTERM waits for ``check``; a second SIGINT is a KeyboardInterrupt at once.
+
+    Outside of the main thread, where Python allows no handlers, signals do what they did.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._before: dict[int, Any] = {}
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal came."""
+        if self.signum:
+            raise Interrupted(self.signum)
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,84 @@
+"""train(N) and resume(2N) are train(2N): weights, optimizer, normaliser, coefficients, replay rows, logged figures."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import rows
+
+import klrl
+from klrl import checkpoint
+
+SMALL = {
+    "ppo": {"n_envs": 4, "n_steps": 64, "batch_size": 64, "n_epochs": 2},
+    "trpo": {"n_envs": 4, "n_steps": 64, "batch_size": 64},
+    "sac": {
+        "n_envs": 2,
+        "learning_starts": 100,
+        "batch_size": 32,
+        "hidden_sizes": (16, 16),
+        "kl": {"every": 70},
+        "buffer_size": 700,
+    },
+}
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """All that the last checkpoint holds, but for times and where the total is named."""
+    path = checkpoint.find(folder)
+    whole = checkpoint.load(path, with_rows=True)
+    whole["state"]["loop"]["progress"].pop("training_time")
+    for key in [k for k in whole["state"]["loop"]["progress"]["figures"] or {} if k.startswith("time/")]:
+        whole["state"]["loop"]["progress"]["figures"].pop(key)
+    whole["state"]["options"].pop("run_dir")
+    capacity: dict[int, Any] = {}
+    for start, parts in checkpoint.load_rows(path, whole.pop("rows")):
+        for i, row in enumerate(parts["rows"]):
+            capacity[start + i] = row
+    loop = whole["state"]["loop"]["buffer"]
+    whole["replay"] = {i: row for i, row in capacity.items() if i >= loop.get("written", 0) - loop.get("size", 0)}
+    return whole
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        missing = [f"{path}.{key} is in one only" for key in a.keys() ^ b.keys()]
+        return missing + [line for key in a.keys() & b.keys() for line in differences(a[key], b[key], f"{path}.{key}")]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        same = a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    else:
+        same = a == b or (a != a and b != b)
+    return [] if same else [f"{path}: {a} is not {b}"]
+
+
+def check_same(agent: str, env_id: str, steps: int, **options: Any) -> None:
+    options = {**SMALL[agent], "quiet": True, "seed": 3, "eval_every": 3, "eval_episodes": 2, **options}
+    whole = klrl.train(agent, env_id, total_timesteps=2 * steps, run_dir="whole", **options)
+    half = klrl.train(agent, env_id, total_timesteps=steps, run_dir="half", **options)
+    resumed = klrl.resume(half.folder, total_timesteps=2 * steps)
+    assert resumed.folder == half.folder
+    assert not differences(content(whole.folder), content(half.folder))
+    assert not differences(dict(enumerate(rows(whole.folder))), dict(enumerate(rows(half.folder))))
+    assert resumed.score == whole.score
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_a_resumed_run_is_the_same_run(vectorization: str) -> None:
+    check_same("ppo", "CartPole-v1", 1000, env={"vectorization": vectorization})
+
+
+@pytest.mark.parametrize(
+    ("agent", "env", "steps"),
+    [
+        ("ppo", "HalfCheetah-v5", 600),
+        ("ppo", "LunarLander-v3", 1000),
+        ("trpo", "Pendulum-v1", 1000),
+        ("sac", "CartPole-v1", 450),
+        ("sac", "Pendulum-v1", 500),
+        ("sac", "LunarLander-v3", 450),
+    ],
+)
+def test_a_resumed_run_is_the_same_run_for_every_agent(agent: str, env: str, steps: int) -> None:
+    options = {"lr_schedule": "constant"} if agent == "ppo" else {}  # a schedule depends on the total
+    check_same(agent, env, steps, **options)
