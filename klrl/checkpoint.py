@@ -61,7 +61,7 @@ def save(
         _STATE: json.dumps({"step": step, "score": score, "state": plain}).encode(),
     }
     sums = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()}
-    files[_MANIFEST] = _canonical({"format": 1, "files": sums, "rows": entries})
+    files[_MANIFEST] = _sealed({"format": 1, "files": sums, "rows": entries})
     try:
         temporary.mkdir(parents=True)
         for name, data in files.items():
@@ -109,7 +109,7 @@ def load(path: Path, with_rows: bool = False) -> dict[str, Any]:
     try:
         raw = _read(path / _MANIFEST, _MOST_JSON)
         manifest = json.loads(raw)
-        if manifest["format"] != 1 or _canonical(manifest) != raw:
+        if manifest["format"] != 1 or _sealed(manifest) != raw:
             raise UsageError(f"checkpoint {path} is damaged: {_MANIFEST} is not as it was written")
         sums = {name: manifest["files"][name] for name in (_TENSORS, _STATE)}
         data = {name: _verified(path / name, entry) for name, entry in sums.items()}
@@ -172,9 +172,13 @@ def find(path: Path, which: str = "last") -> Path:
 
     The best has the highest evaluation; without any evaluation it is the last. Raises UsageError where there is none.
     """
-    if (path / _MANIFEST).exists() or path.name.startswith("step-"):
-        return path
-    if not path.is_dir():
+    try:
+        if (path / _MANIFEST).exists() or path.name.startswith("step-"):
+            return path
+        is_folder = path.is_dir()
+    except OSError as problem:
+        raise UsageError(f"{path}: {problem.strerror or problem}") from None
+    if not is_folder:
         raise UsageError(f"no run or checkpoint at {path}")
     found = steps(path / "checkpoints")
     if not found:
@@ -241,8 +245,11 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _canonical(manifest: Any) -> bytes:
-    return json.dumps(manifest, indent=1).encode()
+def _sealed(manifest: dict[str, Any]) -> bytes:
+    """The manifest's bytes, its own sum at the end."""
+    content = {key: part for key, part in manifest.items() if key != "seal"}
+    seal = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "seal": seal}, indent=1).encode()
 
 
 def _sync(folder: Path) -> None:

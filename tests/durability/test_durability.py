@@ -57,7 +57,7 @@ def say(text: str) -> None:
     print(f"\n| {text} |", flush=True)
 
 
-@sample(3, 100)
+@sample(5, 100)
 @pytest.mark.parametrize("agent", ["ppo", "sac"])
 def test_kills_during_training_lose_at_most_one_save_interval(agent: str, count: int) -> None:
     chance, kills, lost = random.Random(0), 0, []
@@ -65,7 +65,8 @@ def test_kills_during_training_lose_at_most_one_save_interval(agent: str, count:
     if agent == "ppo":
         options |= {"n_steps": 64, "batch_size": 64, "n_epochs": 2}
     else:
-        options |= {"learning_starts": 64, "batch_size": 32, "hidden_sizes": (16,), "kl": {"every": 64}}
+        options |= {"learning_starts": 64, "batch_size": 32, "hidden_sizes": (16,), "train_freq": 4}
+        options |= {"kl": {"every": 16}}
     folder: Path | None = None
 
     def go() -> None:
@@ -76,7 +77,7 @@ def test_kills_during_training_lose_at_most_one_save_interval(agent: str, count:
 
     while kills < count:
         pid = forked(go)
-        time.sleep(0.25 + chance.random() * 0.6)
+        time.sleep(0.3 + chance.random() * 0.7)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         kills += 1
@@ -91,7 +92,8 @@ def test_kills_during_training_lose_at_most_one_save_interval(agent: str, count:
         lost.append(max(0, max(logged, default=0) - content["step"]))
         assert lost[-1] <= SAVE_EVERY + 128
         assert logged == sorted(set(logged)), "no step twice"
-    worst = f"at most {max(lost)} steps lost, saved every {SAVE_EVERY}"
+    assert lost or count < 20
+    worst = f"at most {max(lost, default=0)} steps lost, saved every {SAVE_EVERY}"
     say(f"{kills} SIGKILLs during training ({agent}) | 0 corrupt, {worst}")
 
 
@@ -214,7 +216,7 @@ def payloads(path: Path) -> dict[str, Callable[[], None]]:
     def rows_named(name: str) -> None:
         content = json.loads(manifest.read_text())
         content["rows"] = [{**entry, "name": name}]
-        manifest.write_text(json.dumps(content, indent=1))
+        manifest.write_bytes(checkpoint._sealed(content))
 
     def linked(name: str, target: str) -> None:
         (path / name).unlink()
@@ -231,7 +233,7 @@ def payloads(path: Path) -> dict[str, Callable[[], None]]:
         (path / name).write_bytes(data)
         content = json.loads(manifest.read_text())
         content["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        manifest.write_text(json.dumps(content, indent=1))
+        manifest.write_bytes(checkpoint._sealed(content))
 
     def torch_file() -> None:
         torch.save({"x": Evil()}, "evil.pt")
