@@ -220,6 +220,9 @@ def _process_settings(config: RunConfig) -> Iterator[None]:
     # glibc gives freed memory back to the system beyond twice the largest array freed so far, and fetching it anew
     # costs as much as the arithmetic on it. After one array of 30 MB, never touched, it keeps what an update frees.
     torch.empty(30_000_000, dtype=torch.uint8)
+    # Adam's first moments of a dead unit's weights fade through the denormal numbers, which take many times as long.
+    flushed = bool(torch.tensor(1e-40) * 1 == 0)
+    torch.set_flush_denormal(True)
     gc.collect()
     gc.freeze()  # what was imported until here lives as long as the process: the collector need not walk it
     try:
@@ -227,6 +230,7 @@ def _process_settings(config: RunConfig) -> Iterator[None]:
     finally:
         if not frozen:
             gc.unfreeze()
+        torch.set_flush_denormal(flushed)
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
 
