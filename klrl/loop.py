@@ -176,11 +176,11 @@ class Loop:
         progress, steps, figures, score = self.progress, self.episodes.steps, dict(learned), None
         if self.finished:
             final = self.make_envs(_FINAL_EPISODES)
-            score = run_episodes(self.agent, final, self.seed + FINAL_SEED, check=self.signals.check)
+            score = self._evaluate(final, FINAL_SEED)
             final.close()
         elif self.eval_every and progress.updates % self.eval_every == 0:
             self._evaluator = self._evaluator or self.make_envs(self.eval_episodes)
-            score = run_episodes(self.agent, self._evaluator, self.seed + EVAL_SEED, check=self.signals.check)
+            score = self._evaluate(self._evaluator, EVAL_SEED)
         if score is not None:
             figures["eval/mean_reward"], figures["eval/std_reward"] = score.mean, score.std
             figures["eval/mean_ep_length"] = statistics.fmean(score.lengths)
@@ -193,6 +193,13 @@ class Loop:
             self._save(score)
         progress.best = max(progress.best, score.mean) if score is not None else progress.best
         progress.logged = steps
+        return score
+
+    def _evaluate(self, envs: Envs, seed: int) -> Evaluation:
+        """Episodes that leave the global generators as they were, so that training does not depend on them."""
+        before = _random_state()
+        score = run_episodes(self.agent, envs, self.seed + seed, check=self.signals.check)
+        _restore_random(before)
         return score
 
     def _save(self, score: Evaluation | None) -> None:

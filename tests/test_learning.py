@@ -74,7 +74,15 @@ def test_presets_reach_their_scores_over_three_seeds(env_id: str, needed: float)
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("env_id", "needed", "seeds"), [("Pendulum-v1", -200, 5), ("CartPole-v1", 450, 3)])
+@pytest.mark.parametrize(
+    ("env_id", "needed", "seeds"),
+    [
+        ("Pendulum-v1", -200, 5),
+        ("CartPole-v1", 450, 3),
+        ("MountainCarContinuous-v0", 90, 3),
+        ("HalfCheetah-v5", 4000, 2),
+    ],
+)
 def test_sac_presets_reach_their_scores_on_every_seed(env_id: str, needed: float, seeds: int) -> None:
     for seed in range(seeds):
         assert klrl.train("sac", env_id, seed=seed, quiet=True).score.mean >= needed

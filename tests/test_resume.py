@@ -1,8 +1,11 @@
 """train(N) and resume(2N) are train(2N): weights, optimizer, normaliser, coefficients, replay rows, logged figures."""
 
+import random
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from helpers import rows
@@ -53,11 +56,20 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     return [] if same else [f"{path}: {a} is not {b}"]
 
 
-def check_same(agent: str, env_id: str, steps: int, **options: Any) -> None:
+def seed_globals(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def check_same(agent: str, task: Any, steps: int, **options: Any) -> None:
     options = {**SMALL[agent], "quiet": True, "seed": 3, "eval_every": 3, "eval_episodes": 2, **options}
-    whole = klrl.train(agent, env_id, total_timesteps=2 * steps, run_dir="whole", **options)
-    half = klrl.train(agent, env_id, total_timesteps=steps, run_dir="half", **options)
-    resumed = klrl.resume(half.folder, total_timesteps=2 * steps)
+    seed_globals(0)
+    whole = klrl.train(agent, task, total_timesteps=2 * steps, run_dir="whole", **options)
+    seed_globals(0)
+    half = klrl.train(agent, task, total_timesteps=steps, run_dir="half", **options)
+    seed_globals(1)
+    resumed = klrl.resume(half.folder, None if isinstance(task, str) else task, total_timesteps=2 * steps)
     assert resumed.folder == half.folder
     assert not differences(content(whole.folder), content(half.folder))
     assert not differences(dict(enumerate(rows(whole.folder))), dict(enumerate(rows(half.folder))))
@@ -72,6 +84,17 @@ def check_same(agent: str, env_id: str, steps: int, **options: Any) -> None:
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_a_resumed_run_is_the_same_run(vectorization: str) -> None:
     check_same("ppo", "CartPole-v1", 1000, env={"vectorization": vectorization})
+
+
+class Noisy(gym.RewardWrapper[Any, Any]):
+    """Draws from every global generator, as users' environments do."""
+
+    def reward(self, reward: Any) -> float:
+        return float(reward) + random.random() + np.random.normal() + float(torch.rand(()))
+
+
+def test_the_global_generators_go_on() -> None:
+    check_same("ppo", lambda: Noisy(gym.make("CartPole-v1")), 500)
 
 
 @pytest.mark.parametrize(

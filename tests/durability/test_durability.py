@@ -1,6 +1,6 @@
 """What survives: kills at any time, at every system call of a save, damaged and malicious files, invalid commands.
 
-The default run takes a sample; ``pytest -m slow -s tests/durability`` is the whole, and prints README's table.
+The default run takes a sample; ``pytest -m "" -s tests/durability`` is the whole, and prints README's table.
 Children are forked, so that each kill costs no import of torch.
 """
 
