@@ -116,8 +116,15 @@ SIGNALLED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-@pytest.mark.parametrize("agent", ["ppo", "sac"])
+@pytest.mark.parametrize(
+    ("agent", "name", "code"),
+    [
+        ("ppo", "SIGINT", 130),
+        ("sac", "SIGTERM", 143),
+        pytest.param("ppo", "SIGTERM", 143, marks=pytest.mark.slow),
+        pytest.param("sac", "SIGINT", 130, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_and_a_resumed_run_is_as_if_it_had_not_come(agent: str, name: str, code: int) -> None:
     options = {"seed": 1, "quiet": True, "eval_every": 0, **SIGNALLED[agent]}
     train = [sys.executable, "-m", "klrl", "train", agent, "CartPole-v1", *_words(options)]
