@@ -130,10 +130,8 @@ class WatchedWorkers(VectorWrapper):
         return self._watch(wait)
 
     def _watch(self, wait: Callable[[], T]) -> T:
-        level, gym.logger.min_level = (
-            gym.logger.min_level,
-            gym.logger.ERROR + 1,
-        )  # it would print the worker's traceback
+        level = gym.logger.min_level
+        gym.logger.min_level = gym.logger.ERROR + 1  # it would print the worker's traceback
         try:
             return wait()
         except multiprocessing.TimeoutError:
