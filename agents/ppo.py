@@ -100,10 +100,9 @@ class PPO(OnPolicyAgent):
         gradient or a weight is not; policy, critic, optimizer and reward scale are then what they were before.
         """
         config = self.config
-        scale_before = {} if self.reward_scale is None else self.reward_scale.state_dict()
+        parameters, before = self.parameters, self.snapshot()
         batch, valid = self.beliefs(rollout)
         learning_rate = self.learning_rate.value * (1 - progress if config.lr_schedule == "linear" else 1)
-        parameters, before = self.parameters, self.parameters.state_dict()
         trace: list[Tensor] = []
         stop_epoch = 0
 
@@ -137,11 +136,9 @@ class PPO(OnPolicyAgent):
             for tag, figure in [*metrics.items(), ("/largest weight", float(parameters.vector.abs().max()))]:
                 if not math.isfinite(figure):
                     raise NonFiniteError(f"{tag.split('/')[1]} is {figure} in update {self.n_updates + 1}")
-            report, log_ratio = self._settle(batch, valid, before, stop_epoch)
+            report, log_ratio = self._settle(batch, valid, before["parameters"], stop_epoch)
         except (NonFiniteError, ValueError) as problem:  # ValueError: the new policy has no KL, as its outputs overflow
-            parameters.restore(before)
-            if self.reward_scale is not None:
-                self.reward_scale.load_state_dict(scale_before)
+            self.undo(before)
             raise SkippedUpdateError(str(problem)) from None
 
         if self.penalty is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from klrl.buffers import RolloutBuffer
 from klrl.config import NonNegative, Positive, PositiveInt, Range
-from klrl.errors import UsageError
+from klrl.errors import SkippedUpdateError, UsageError
 from klrl.kl import fisher_vector_product
 from klrl.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_gradient
 from klrl.protocol import KLConfig, Report, bounded_kl
@@ -73,25 +73,30 @@ class TRPO(OnPolicyAgent):
     def update(self, rollout: RolloutBuffer, progress: float = 0.0) -> Report:
         """Take one natural step within the KL limit, fit the critic, and report how far the policy moved.
 
-        Raises NonFiniteError naming the field where the rollout is not finite. Where an advantage, the step or the
-        critic's fit is not, that part of the update is skipped and counted under ``health/``.
+        Raises NonFiniteError naming the field where the rollout is not finite, and SkippedUpdateError where the gradient
+        or the critic's fit is not; policy, critic, optimizer and reward scale are then what they were before.
         """
-        config = self.config
+        config, before = self.config, self.snapshot()
         batch, valid = self.beliefs(rollout)
         batch = replace(batch, weight=batch.weight / batch.weight.sum())
         pieces = [(self.actor.linearize(part.inputs), part) for part in batch.chunks()]
         gradient = self._gradient(pieces)
-        step, searched = None, Searched(0.0, 0.0, 0.0, 0.0, "nonfinite")
-        if bool(gradient.isfinite().all()):
-            searched = searched._replace(rejected="no_improvement")
-            if bool(gradient.any()):
-                fisher = self.fisher(pieces if config.fisher_share == 1 else self._some(batch))
-                step = natural_step(fisher, gradient, config.kl.target, config.cg_damping, config.cg_max_steps)
-                searched = searched._replace(rejected="curvature") if step is None else self._search(batch, valid, step)
+        if not bool(gradient.isfinite().all()):
+            self.undo(before)
+            raise SkippedUpdateError(f"the policy's gradient is not finite in update {self.n_updates + 1}")
+        step, searched = None, Searched(0.0, 0.0, 0.0, 0.0, "no_improvement")
+        if bool(gradient.any()):
+            fisher = self.fisher(pieces if config.fisher_share == 1 else self._some(batch))
+            step = natural_step(fisher, gradient, config.kl.target, config.cg_damping, config.cg_max_steps)
+            searched = searched._replace(rejected="curvature") if step is None else self._search(batch, valid, step)
 
         report, _ = self.measure_move(batch, valid)
         report = replace(report, attempted=searched.first_kl, rolled_back=float(searched.rejected != ""))
-        metrics = self._figures(step, searched) | self.diagnostics(batch, valid) | self._fit_critic(batch)
+        value_loss = self._fit_critic(batch)
+        if not (math.isfinite(value_loss) and bool(self.parameters.vector.isfinite().all())):
+            self.undo(before)
+            raise SkippedUpdateError(f"value_loss is {value_loss} in update {self.n_updates + 1}")
+        metrics = self._figures(step, searched) | self.diagnostics(batch, valid) | {"train/value_loss": value_loss}
         self.finish(rollout, valid)
         return Report(report, metrics)
 
@@ -139,10 +144,10 @@ class TRPO(OnPolicyAgent):
         weights = self.parameters.vector[self.parameters.parts[0]]
         return line_search(weights, step.step, measure, self.config.kl.target, self.config.line_search_max_iter)
 
-    def _fit_critic(self, batch: Batch) -> dict[str, float]:
-        """Adam on E[(V - return)^2] over minibatches. A fit that is not finite is undone."""
+    def _fit_critic(self, batch: Batch) -> float:
+        """Adam on E[(V - return)^2] over minibatches; the mean of that loss."""
         config, parameters, part = self.config, self.parameters, self.parameters.parts[1]
-        before, losses = parameters.state_dict(), []
+        losses = []
         scale = len(batch.weight) / config.batch_size
         for _ in range(config.n_critic_updates):
             order = torch.from_numpy(self.rng.permutation(len(batch.weight))).to(self.device)
@@ -155,11 +160,7 @@ class TRPO(OnPolicyAgent):
                 pullback(scale * to_value)
                 parameters.adam_step(config.learning_rate, only=1)
                 losses.append(loss)
-        mean_loss = scale * float(torch.stack(losses).mean())
-        skipped = not (math.isfinite(mean_loss) and bool(parameters.vector[part].isfinite().all()))
-        if skipped:
-            parameters.restore(before, only=1)
-        return {"train/value_loss": mean_loss, "health/skipped_updates": float(skipped)}
+        return scale * float(torch.stack(losses).mean())
 
     def _figures(self, step: NaturalStep | None, searched: Searched) -> dict[str, float]:
         """The step as predicted and as it was. One tag for each reason says what refused it."""

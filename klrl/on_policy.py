@@ -195,11 +195,21 @@ class OnPolicyAgent(Agent):
         self.encoder.update(before_step, valid)
         self.n_updates += 1
 
+    def snapshot(self) -> State:
+        """What an update changes before it is known to be whole, for ``undo``."""
+        scale = {} if self.reward_scale is None else self.reward_scale.state_dict()
+        return {"parameters": self.parameters.state_dict(), "reward_scale": scale}
+
+    def undo(self, before: State) -> None:
+        """Be, bit for bit, what ``snapshot`` saw."""
+        self.parameters.restore(before["parameters"])
+        if self.reward_scale is not None:
+            self.reward_scale.load_state_dict(before["reward_scale"])
+
     def state_dict(self) -> State:
         return {
-            "parameters": self.parameters.state_dict(),
+            **self.snapshot(),
             "encoder": self.encoder.state_dict(),
-            "reward_scale": {} if self.reward_scale is None else self.reward_scale.state_dict(),
             "rng": self.rng.bit_generator.state,
             "n_updates": self.n_updates,
         }

@@ -84,10 +84,12 @@ def test_a_worker_that_dies_or_hangs_is_named_and_leaves_nobody(how: str, said: 
     assert not alive(pids)
 
 
-def test_rewards_too_large_for_float32_skip_updates_and_ten_in_a_row_stop() -> None:
+@pytest.mark.parametrize("agent", ["ppo", "trpo"])
+def test_rewards_too_large_for_float32_skip_updates_and_ten_in_a_row_stop(agent: str) -> None:
     raw = {"normalize_reward": False, "normalize_advantage": False}
+    small = {key: value for key, value in SMALL.items() if agent == "ppo" or key != "n_epochs"}
     with pytest.raises(NonFiniteError, match="10 updates in a row were skipped, the last as value_loss is"):
-        klrl.train("ppo", lambda: Failing("reward"), total_timesteps=5000, **raw, **SMALL)
+        klrl.train(agent, lambda: Failing("reward"), total_timesteps=5000, **raw, **small)
 
 
 def test_a_disk_that_is_full_leaves_the_checkpoint_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +150,22 @@ def test_a_signal_saves_and_a_resumed_run_is_as_if_it_had_not_come(agent: str, n
     assert rows(folder) == rows(whole.folder)
 
 
+def test_a_second_ctrl_c_leaves_at_once() -> None:
+    code = "import time, klrl\nfrom klrl.envs.make import EnvConfig, make_vector\nfrom test_faults import Failing\n"
+    code += "klrl.train('ppo', lambda: Failing('hang', 3), n_envs=2, quiet=True, env={'vectorization': 'sync'})"
+    path = {"PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | path, stderr=subprocess.DEVNULL)
+    while not list(Path("runs").glob("*/events*")):
+        time.sleep(0.02)
+        assert process.poll() is None
+    time.sleep(0.5)  # it now hangs inside a step, which the first signal lets finish
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=2) != 0
+
+
 def _words(options: dict[str, Any]) -> list[str]:
     words: list[str] = []
     for key, value in options.items():
@@ -201,6 +219,34 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(capsys: p
     before = rows(run.folder)
     resumed = klrl.resume(run.folder)
     assert [{**row, "eval": 0} for row in rows(resumed.folder)] == [{**row, "eval": 0} for row in before]
+
+
+def test_a_run_folder_that_cannot_be_written_is_not_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = klrl.train("ppo", "CartPole-v1", total_timesteps=256, **SMALL)
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
+
+    def refuse(path: Any, flags: int, *rest: Any, **named: Any) -> int:  # as to all but root, whom no mode stops
+        if str(path).startswith(str(run.folder)) and flags & (os.O_WRONLY | os.O_RDWR):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, flags, *rest, **named)
+
+    opened = os.open
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UsageError, match="Permission denied; the run's folder must be writable"):
+        klrl.resume(run.folder, total_timesteps=512)
+    assert {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")} == before
+
+
+def test_a_vector_environment_without_parts_begins_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    entry_point = "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv"
+    gym.register("VectorOnly-v0", vector_entry_point=entry_point, kwargs={"max_episode_steps": 500})
+    run = klrl.train("ppo", "VectorOnly-v0", total_timesteps=500, **SMALL)
+    resumed = klrl.resume(run.folder, total_timesteps=1000)
+    assert "this environment's episodes cannot be replayed: they begin anew" in capsys.readouterr().err
+    steps = [row["step"] for row in rows(resumed.folder)]
+    assert steps == sorted(set(steps))
+    assert steps[-1] >= 1000
+    assert resumed.score.mean > 0
 
 
 def test_an_environment_that_cannot_be_replayed_begins_anew(capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,3 +111,12 @@ def test_the_global_generators_go_on() -> None:
 def test_a_resumed_run_is_the_same_run_for_every_agent(agent: str, env: str, steps: int) -> None:
     options = {"lr_schedule": "constant"} if agent == "ppo" else {}  # a schedule depends on the total
     check_same(agent, env, steps, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "HalfCheetah-v5", "LunarLander-v3"])
+@pytest.mark.parametrize("agent", ["ppo", "trpo", "sac"])
+def test_a_resumed_run_is_the_same_run_everywhere(agent: str, env: str, vectorization: str) -> None:
+    options = {"lr_schedule": "constant"} if agent == "ppo" else {}
+    check_same(agent, env, 600, env={"vectorization": vectorization}, **options)

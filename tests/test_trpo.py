@@ -17,10 +17,11 @@ from torch.func import functional_call
 from klrl.agents import trpo
 from klrl.agents.trpo import TRPO, TRPOConfig
 from klrl.envs.make import EnvConfig, make_vector
-from klrl.errors import NonFiniteError, UsageError
+from klrl.errors import NonFiniteError, SkippedUpdateError, UsageError
 from klrl.kl import freeze, kl
 from klrl.on_policy import Batch
 
+TENSORS = ("vector", "first_moment", "second_moment")
 SMALL = TRPOConfig(n_steps=32, batch_size=64, hidden_sizes=(8,))
 
 
@@ -172,16 +173,11 @@ def broken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return step
 
-    if name in ("kl", "no_improvement", "curvature", "nonfinite step"):
-        factors = {"kl": 1e4, "no_improvement": -1.0, "curvature": 0.0, "nonfinite step": math.inf}
-        monkeypatch.setattr(trpo, "natural_step", altered(factors[name]))
-    else:
-        monkeypatch.setattr(
-            "klrl.on_policy.gae", lambda reward, *rest: (np.full(reward.shape, math.nan, np.float32), reward)
-        )
+    factors = {"kl": 1e4, "no_improvement": -1.0, "curvature": 0.0, "nonfinite": math.inf}
+    monkeypatch.setattr(trpo, "natural_step", altered(factors[name]))
 
 
-@pytest.mark.parametrize("name", ["kl", "no_improvement", "curvature", "nonfinite step", "nonfinite advantages"])
+@pytest.mark.parametrize("name", ["kl", "no_improvement", "curvature", "nonfinite"])
 def test_a_refused_update_leaves_the_policy_says_why_and_training_goes_on(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,14 +190,13 @@ def test_a_refused_update_leaves_the_policy_says_why_and_training_goes_on(
     with monkeypatch.context() as patch:
         broken(name, patch)
         report = agent.update(buffer)
-    reason = name.split()[0]
     assert torch.equal(agent.parameters.vector[policy], before[policy])
     assert not torch.equal(agent.parameters.vector[critic], before[critic]), "the critic is fitted all the same"
     assert report.kl.mean == report.kl.max == report.kl.reverse == 0.0
     assert report.kl.rolled_back == 1.0
     assert report.metrics["train/accepted"] == 0.0
     rejected = {key for key, value in report.metrics.items() if key.startswith("health/rejected_") and value}
-    assert rejected == {f"health/rejected_{reason}"}
+    assert rejected == {f"health/rejected_{name}"}
     collect(agent, env, buffer, obs)
     assert agent.update(buffer).metrics["train/accepted"] == 1.0
 
@@ -212,7 +207,12 @@ def test_constant_rewards_and_advantages_of_zero_move_nothing() -> None:
     assert bool(agent.parameters.vector.isfinite().all())
 
 
-@pytest.mark.parametrize("log_std", [-30.0, -80.0, 40.0])
+def test_a_policy_too_narrow_for_float32_is_named() -> None:
+    with pytest.raises(SkippedUpdateError, match="the policy's gradient is not finite in update 1"):
+        train(replace(SMALL, log_std_init=-80.0), "Pendulum-v1", 1)
+
+
+@pytest.mark.parametrize("log_std", [-30.0, 40.0])
 def test_a_deterministic_or_flat_policy_never_gives_weights_that_are_not_finite(log_std: float) -> None:
     agent, reports = train(replace(SMALL, log_std_init=log_std), "Pendulum-v1", 3)
     assert bool(agent.parameters.vector.isfinite().all())
@@ -233,17 +233,30 @@ def test_saturated_categoricals_and_one_state_batches_never_crash() -> None:
     assert bool(agent.parameters.vector.isfinite().all())
 
 
-def test_a_reward_of_1e30_skips_what_it_spoils_and_a_nan_is_named() -> None:
+@pytest.mark.parametrize(
+    ("spoiled", "said"), [("advantage", "the policy's gradient is not finite in"), ("reward", "value_loss is")]
+)
+def test_an_update_that_is_not_finite_is_undone_and_a_nan_reward_is_named(
+    spoiled: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     env = make_vector("CartPole-v1", 8, EnvConfig())
-    agent = make(replace(SMALL, normalize_reward=False), env)
+    agent = make(replace(SMALL, normalize_reward=spoiled == "advantage"), env)
     buffer = agent.new_buffer(8)
     obs = collect(agent, env, buffer, env.reset(seed=0)[0])
-    buffer.reward[3, 2] = 1e30
-    before = agent.parameters.state_dict()
-    report = agent.update(buffer)
-    assert report.metrics["health/skipped_updates"] == 1.0
-    assert torch.equal(agent.parameters.vector[agent.parameters.parts[1]], before["vector"][agent.parameters.parts[1]])
-    assert bool(agent.parameters.vector.isfinite().all())
+    before = agent.snapshot()
+    with monkeypatch.context() as patch:
+        if spoiled == "reward":
+            buffer.reward[3, 2] = 1e30
+        else:
+            patch.setattr("klrl.on_policy.gae", lambda reward, *rest: (np.full_like(reward, math.nan), reward))
+        with pytest.raises(SkippedUpdateError, match=said):
+            agent.update(buffer)
+    after = agent.snapshot()
+    assert all(torch.equal(after["parameters"][name], before["parameters"][name]) for name in TENSORS)
+    assert after["reward_scale"] == before["reward_scale"]
+    assert after["parameters"]["steps"] == before["parameters"]["steps"] == [0, 0]
+    collect(agent, env, buffer, obs)
+    assert agent.update(buffer).metrics["train/accepted"] == 1.0
     collect(agent, env, buffer, obs)
     buffer.reward[3, 2] = math.nan
     with pytest.raises(NonFiniteError, match="reward is nan in env 2 at step 3"):
