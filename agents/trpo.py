@@ -73,8 +73,8 @@ class TRPO(OnPolicyAgent):
     def update(self, rollout: RolloutBuffer, progress: float = 0.0) -> Report:
         """Take one natural step within the KL limit, fit the critic, and report how far the policy moved.
 
-        Raises NonFiniteError naming the field where the rollout is not finite, and SkippedUpdateError where the gradient
-        or the critic's fit is not; policy, critic, optimizer and reward scale are then what they were before.
+        Raises NonFiniteError naming the field where the rollout is not finite, and SkippedUpdateError where the
+        gradient or the critic's fit is not; policy, critic, optimizer and reward scale are then as before it.
         """
         config, before = self.config, self.snapshot()
         batch, valid = self.beliefs(rollout)
