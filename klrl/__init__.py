@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from klrl.errors import UsageError as UsageError
     from klrl.protocol import KLConfig as KLConfig
     from klrl.replay import ReplayBuffer as ReplayBuffer
+    from klrl.trained import load as load
     from klrl.training import Run as Run
-    from klrl.training import load as load
     from klrl.training import resume as resume
     from klrl.training import train as train
 
@@ -42,7 +42,7 @@ _HOME = {
     "TRPO": "klrl.agents.trpo",
     "TRPOConfig": "klrl.agents.trpo",
     "UsageError": "klrl.errors",
-    "load": "klrl.training",
+    "load": "klrl.trained",
     "resume": "klrl.training",
     "train": "klrl.training",
 }

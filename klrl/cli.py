@@ -1,19 +1,20 @@
-"""The command: ``klrl train | resume | eval | list | plot``. torch is imported only inside the commands."""
+"""The command: ``klrl train | resume | sweep | eval | report | compare | record | list | plot``.
 
-import contextlib
-import io
+torch is imported only inside the commands.
+"""
+
 import json
-import re
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, make_dataclass
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from klrl import __version__
 from klrl.config import build, suggest, to_dict
 from klrl.errors import EnvironmentFault, Interrupted, NonFiniteError, UsageError
+from klrl.options import parse, read, split, values
 
 _USAGE = """usage: klrl COMMAND ...
 
@@ -22,7 +23,11 @@ Reinforcement learning that always knows how far each update moved the policy.
 commands:
   klrl train AGENT ENV [options]   train an agent, e.g. klrl train ppo CartPole-v1
   klrl resume RUN [options]        go on with a run that was stopped, as if it had not been
+  klrl sweep AGENT ENV [options]   train a grid of settings and seeds, and report on it
   klrl eval RUN [options]          evaluate a run or checkpoint
+  klrl report RUN... [options]     one file that shows what runs did: figures, scores, anomalies
+  klrl compare A B [options]       how two policies differ: KL both ways, JS, returns
+  klrl record RUN [options]        a video of a run's policy
   klrl list                        agents, presets and their measured scores
   klrl plot FIGURE [options]       kl-gaussian, kl-2d, fit or families, as .png or .svg
   klrl COMMAND --help              a command's options
@@ -63,7 +68,11 @@ def _dispatch(arguments: list[str]) -> None:
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": _train,
         "resume": _resume,
+        "sweep": _sweep,
         "eval": _eval,
+        "report": _report,
+        "compare": _compare,
+        "record": _record,
         "list": _list,
         "plot": _plot,
     }
@@ -87,10 +96,10 @@ def _train(arguments: list[str]) -> None:
 
     agent, env, options = names[0], (names[1] if len(names) == 2 else None), arguments[len(names) :]
     _, config_class = agents.find(agent)
-    files = _values(options, "--config")
+    files = values(options, "--config")
     saved = _read_config(files[-1], agent) if files else {}
     run_config, agent_config = resolve(agent, env, saved)
-    for package in [*run_config.imports, *_values(options, "--import")]:
+    for package in [*run_config.imports, *values(options, "--import")]:
         import_module(package, f"--import {package}")
     if env is not None:
         check(env)
@@ -111,47 +120,66 @@ def _train(arguments: list[str]) -> None:
         ],
         frozen=True,
     )
-    given: Any = _parse(command, options, f"klrl train {agent} {env or 'ENV'}")
+    given: Any = parse(command, options, f"klrl train {agent} {env or 'ENV'}")
     run = build(RunConfig, to_dict(given.run))
     run_training(agent, env or "", run, build(config_class, to_dict(given.agent)))
 
 
 def _resume(arguments: list[str]) -> None:
-    help_wanted = any(word in ("-h", "--help") for word in arguments)
-    if not help_wanted and (not arguments or arguments[0].startswith("-")):
-        raise UsageError("resume needs a run folder: klrl resume runs/ppo-CartPole-v1-0-...")
-    path, words = ("RUN", arguments) if help_wanted else (arguments[0], arguments[1:])
+    names, words = split(arguments, 1, "resume needs a run folder: klrl resume runs/ppo-CartPole-v1-0-...", 1)
     from klrl.training import ResumeConfig, resume
 
-    given = build(ResumeConfig, asdict(_parse(ResumeConfig, words, "klrl resume RUN")))
-    resume(path, total_timesteps=given.total_timesteps)
+    given = read(ResumeConfig, words, "klrl resume RUN")
+    resume("".join(names), total_timesteps=given.total_timesteps)
+
+
+def _sweep(arguments: list[str]) -> None:
+    names, words = split(arguments, 2, "sweep needs an agent and an env: klrl sweep ppo CartPole-v1 --seeds 5", 2)
+    from klrl.sweep import SweepConfig, sweep
+
+    given = read(SweepConfig, words, "klrl sweep AGENT ENV")
+    agent, env = names
+    sweep(agent, env, given)
+
+
+def _report(arguments: list[str]) -> None:
+    names, words = split(arguments, 1, "report needs run folders: klrl report runs/ppo-CartPole-v1-0-...")
+    from klrl.report import ReportConfig, report
+
+    words = ["--output" if word == "-o" else word for word in words]
+    given = read(ReportConfig, words, "klrl report RUN...")
+    print(report(names, given))
+
+
+def _compare(arguments: list[str]) -> None:
+    names, words = split(arguments, 2, "compare needs two runs or checkpoints: klrl compare runs/a runs/b", 2)
+    from klrl.compare import CompareConfig, compare
+
+    given = read(CompareConfig, words, "klrl compare A B")
+    a, b = names
+    print(compare(a, b, given))
+
+
+def _record(arguments: list[str]) -> None:
+    names, words = split(arguments, 1, "record needs a run folder or checkpoint: klrl record runs/a", 1)
+    from klrl.record import RecordConfig, record
+
+    given = read(RecordConfig, words, "klrl record RUN")
+    for path in record("".join(names), given):
+        print(path)
 
 
 def _eval(arguments: list[str]) -> None:
-    help_wanted = any(word in ("-h", "--help") for word in arguments)
-    if not help_wanted and (not arguments or arguments[0].startswith("-")):
-        raise UsageError("eval needs a run folder or checkpoint: klrl eval runs/ppo-CartPole-v1-0-...")
-    path, words = ("RUN", arguments) if help_wanted else (arguments[0], arguments[1:])
-
-    from klrl import training
-    from klrl.envs.make import import_module, make_vector, registered
+    names, words = split(arguments, 1, "eval needs a run folder or checkpoint: klrl eval runs/ppo-CartPole-v1-0-...", 1)
     from klrl.evaluation import FRESH_SEED, EvalConfig, run_episodes
+    from klrl.trained import open_policy
 
-    given = build(EvalConfig, asdict(_parse(EvalConfig, words, "klrl eval RUN")))
-    agent, options = training.load_with_options(path, given.checkpoint)
-    run_config, _ = training.config_of(options)
-    for package in [*run_config.imports, *given.imports]:
-        import_module(package, f"--import {package}")
-    env = given.env_id or options["env_id"]
-    if not given.env_id and not registered(env):
-        raise UsageError(f"{path} was trained on {env!r}, which is no env id here: name one with --env-id or --import")
-    envs = make_vector(env, given.episodes, run_config.env)
-    for name in ("observation_space", "action_space"):
-        mine, theirs = getattr(agent, name), getattr(envs, f"single_{name}")
-        if mine != theirs:
-            raise UsageError(f"{path} was trained on {options['env_id']} with {name} {mine}, but {env} has {theirs}")
-    score = run_episodes(agent, envs, run_config.seed + FRESH_SEED, not given.stochastic)
+    given = read(EvalConfig, words, "klrl eval RUN")
+    trained = open_policy("".join(names), given.checkpoint)
+    envs = trained.make_envs(given.episodes, given.env_id, given.imports)
+    score = run_episodes(trained.agent, envs, trained.config.seed + FRESH_SEED, not given.stochastic)
     envs.close()
+    env = given.env_id or trained.env
     if given.json:
         print(json.dumps({"env_id": env, **score._asdict()}))
     else:
@@ -187,7 +215,7 @@ def _plot(arguments: list[str]) -> None:
         raise UsageError('klrl plot needs matplotlib: pip install "klrl[plot]"') from None
     help_wanted = any(word in ("-h", "--help") for word in arguments)
     name, words = ("FIGURE", arguments) if help_wanted else ("".join(arguments[:1]), arguments[1:])
-    given = _parse(plots.PlotConfig, words, f"klrl plot {name}")
+    given = parse(plots.PlotConfig, words, f"klrl plot {name}")
     if name not in plots.FIGURES:
         raise UsageError(
             f"plot needs one of {', '.join(plots.FIGURES)}, got {name or 'nothing'}{suggest(name, plots.FIGURES)}"
@@ -210,112 +238,3 @@ def _read_config(path: str, agent: str) -> dict[str, Any]:
         raise UsageError(f"--config {path} is of another agent than {agent!r}")
     options.pop("env_id", None)
     return options
-
-
-def _values(arguments: Sequence[str], name: str) -> list[str]:
-    """The words that follow option ``name``, up to the next option: what must be known before the rest is parsed."""
-    found: list[str] = []
-    taking = False
-    for word in arguments:
-        if word.startswith(name + "="):
-            found.append(word.removeprefix(name + "="))
-        taking = (taking and not word.startswith("--")) or word == name
-        if taking and word != name:
-            found.append(word)
-    return found
-
-
-def _parse(cls: Any, arguments: Sequence[str], prog: str) -> Any:
-    """tyro's parser, with numbers like 1e5 and 100_000, name=value tables, and errors of one line."""
-    import tyro
-    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
-
-    registry = ConstructorRegistry()
-
-    @registry.primitive_rule
-    def whole_numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
-        if info.type is not int:
-            return None
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="INT",
-            instance_from_str=lambda words: _whole_number(words[0]),
-            is_instance=lambda value: isinstance(value, int),
-            str_from_instance=lambda value: [str(value)],
-        )
-
-    @registry.primitive_rule
-    def tables(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
-        if info.type_origin is not dict and info.type != dict[str, Any]:
-            return None
-        return PrimitiveConstructorSpec(
-            nargs="*",
-            metavar="[NAME=VALUE ...]",
-            instance_from_str=lambda words: dict(_pair(word) for word in words),
-            is_instance=lambda value: isinstance(value, dict),
-            str_from_instance=lambda value: [f"{key}={json.dumps(part)}" for key, part in value.items()],
-        )
-
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            parsed, unknown = tyro.cli(
-                cls, prog=prog, args=list(arguments), return_unknown_args=True, registry=registry
-            )
-    except SystemExit as stop:
-        if stop.code:
-            raise UsageError(_one_line(errors.getvalue())) from None
-        sys.exit(0)
-    if unknown:
-        raise UsageError(f"unknown option {unknown[0]!r}{suggest(unknown[0], _option_names(cls))}")
-    return parsed
-
-
-def _option_names(cls: Any, prefix: str = "--") -> list[str]:
-    """Every option of a dataclass as it is spelled on the command line."""
-    from dataclasses import is_dataclass
-    from typing import get_args, get_origin
-
-    from klrl.config import hints
-
-    names: list[str] = []
-    for name, annotation in hints(cls).items():
-        kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
-        if is_dataclass(kind):
-            merged = name in ("run", "agent")
-            names += _option_names(kind, prefix if merged else f"{prefix}{name.replace('_', '-')}.")
-        else:
-            names.append(prefix + ("import" if name == "imports" else name.replace("_", "-")))
-    return names
-
-
-def _whole_number(word: str) -> int:
-    """100000, 100_000 and 1e5."""
-    try:
-        return int(word)
-    except ValueError:
-        number = float(word)
-    if not number.is_integer():
-        raise ValueError(f"{word} is not a whole number")
-    return int(number)
-
-
-def _pair(word: str) -> tuple[str, Any]:
-    name, equals, text = word.partition("=")
-    if not equals:
-        raise ValueError(f"{word!r} is not of the form name=value")
-    try:
-        return name, tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return name, text
-
-
-def _one_line(text: str) -> str:
-    """What tyro prints in a box, up to its rule, as one line."""
-    lines = [re.sub(r"[╭╮╰╯│]", " ", line).strip() for line in text.splitlines()]
-    kept: list[str] = []
-    for line in lines[1:]:
-        if line.startswith("───"):
-            break
-        kept.append(line)
-    return " ".join(" ".join(kept).split()) or "bad command line; see --help"

@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from klrl import agents, checkpoint, spaces
-from klrl.config import Count, PositiveInt, Seed, build, hints, merge, suggest, to_dict
+from klrl.config import Count, PositiveInt, Seed, build, flatten, hints, merge, suggest, to_dict
 from klrl.envs.make import EnvConfig, EnvFactory, env_name, import_module, make_vector, preset, registered
 from klrl.episodes import Episodes
 from klrl.errors import Interrupted, UsageError
@@ -47,8 +47,12 @@ class RunConfig:
     """Episodes of each of those evaluations; the final one has 20."""
     save_every: Count = 0
     """Steps between two checkpoints; 0 saves about once a minute. The last two and the best are kept."""
+    histogram_every: Count = 10
+    """Updates (off-policy: blocks) between two TensorBoard histograms of log10 KL over states; 0 none."""
     quiet: bool = False
     """Print only the final evaluation and where the run lies."""
+    verbose: bool = False
+    """Print a line for each update, not only for each tenth of the run."""
     imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
     """Packages to import first, for the environments they register."""
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -120,7 +124,7 @@ def resume(path: str | Path, env: EnvFactory | None = None, total_timesteps: int
     with locked(folder):
         checkpoint.clean(folder / "checkpoints")
         source, content = checkpoint.newest(folder, with_rows=True)
-        with _fitting(source):
+        with fitting(source):
             options, state = content["state"]["options"], content["state"]["loop"]
             config, agent_config = config_of(options)
             name, target, done = options["agent"], env or options["env_id"], state["episodes"]["steps"]
@@ -138,6 +142,8 @@ def resume(path: str | Path, env: EnvFactory | None = None, total_timesteps: int
 def run_training(name: str, env: str | EnvFactory, config: RunConfig, agent_config: Any) -> Run:
     """Train as configured: ``train`` after its options were resolved."""
     agents.find(name)
+    if config.quiet and config.verbose:
+        raise UsageError("--quiet and --verbose contradict each other: give one of them")
     for package in config.imports:
         import_module(package, f"--import {package}")
     return _run(name, env, config, agent_config)
@@ -176,9 +182,9 @@ def _run(
             folder = make_folder(config.run_dir, f"{name}-{env_name(env)}-{config.seed}")
             stack.enter_context(locked(folder))
         (folder / "config.toml").write_text(toml)
-        console = stack.enter_context(contextlib.closing(Console(config.total_timesteps, config.quiet)))
+        console = stack.enter_context(contextlib.closing(Console(config.total_timesteps, config.quiet, config.verbose)))
         step = None if saved is None else go_on_at(saved[1]["state"]["loop"])
-        logger = stack.enter_context(contextlib.closing(Logger(folder, _hparams(options), step)))
+        logger = stack.enter_context(contextlib.closing(Logger(folder, flatten(options), step)))
         loop = Loop(
             agent,
             buffer,
@@ -192,6 +198,7 @@ def _run(
             config.eval_every,
             config.eval_episodes,
             config.save_every,
+            config.histogram_every,
             console,
             logger,
         )
@@ -247,31 +254,8 @@ def _restore(agent: Agent, buffer: Any, source: Path, content: dict[str, Any]) -
         buffer.put_rows(start, rows)
 
 
-def load(path: str | Path, which: Literal["last", "best"] = "last") -> Agent:
-    """The agent of a run folder or checkpoint, with its normaliser, on the CPU.
-
-    Raises UsageError where ``path`` is neither, or where a file is missing, truncated or altered.
-    """
-    return load_with_options(path, which)[0]
-
-
-def load_with_options(path: str | Path, which: str = "last") -> tuple[Agent, dict[str, Any]]:
-    """The agent and the options that its run was made with."""
-    source, content = checkpoint.newest(Path(path), which)
-    with _fitting(source):
-        options, state = content["state"]["options"], content["state"]["agent"]
-        run_config, agent_config = config_of(options)
-        agent_class, _ = agents.find(options["agent"])
-        observation_space, action_space = (
-            spaces.from_json(content["state"][key]) for key in ("observation_space", "action_space")
-        )
-        agent: Agent = agent_class(observation_space, action_space, agent_config, "cpu", run_config.seed)
-        agent.load_state_dict(state)
-    return agent, options
-
-
 @contextlib.contextmanager
-def _fitting(source: Path) -> Iterator[None]:
+def fitting(source: Path) -> Iterator[None]:
     """What a checkpoint's content is refused with where it is not what this version writes."""
     try:
         yield
@@ -302,11 +286,3 @@ def images_of(env: str | EnvFactory, config: EnvConfig) -> bool:
     probe.close()
     parts = space.spaces.values() if isinstance(space, gym.spaces.Dict) else [space]
     return any(spaces.is_image(part) for part in parts)
-
-
-def _hparams(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The options flattened to ``kl.target`` and the like."""
-    flat: dict[str, Any] = {}
-    for key, value in options.items():
-        flat |= _hparams(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

@@ -1,0 +1,172 @@
+"""The report's figures. Needs the extra ``plot`` (matplotlib)."""
+
+import base64
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from klrl.history import History
+from klrl.scores import Group
+
+# Told apart by colour-blind readers (Okabe and Ito), and by lightness in print.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5a5a5a")
+_MARK, _QUIET = "#b3261e", "#8a8a8a"
+
+
+def kl_trajectory(run: History) -> Figure | None:
+    """Each update's KL over states, mean and 95th percentile, against its limit; stopped and undone ones marked."""
+    if not run.has("kl/mean"):
+        return None
+    figure, axes = _panel()
+    step, shown = run["step"], "kl/reverse" if _bounded(run) == "reverse" else "kl/mean"
+    axes.plot(step, run["kl/p95"], color=_COLOURS[5], linewidth=0.7, label="95th percentile of states")
+    axes.plot(step, run[shown], color=_COLOURS[0], linewidth=1.2, label=f"mean KL, {_bounded(run)}")
+    _marks(axes, run, run[shown])
+    if run.has("kl/limit"):
+        axes.axhline(run.last("kl/limit"), color=_MARK, linestyle="--", linewidth=1.2, label="limit")
+    positive = run[shown][run[shown] > 0]
+    if len(positive):
+        top = max(np.nanmax(run["kl/p95"]), run.last("kl/limit") if run.has("kl/limit") else 0.0)
+        axes.set(yscale="log", ylim=(np.quantile(positive, 0.02) / 2, 2 * top))
+    axes.set(ylabel="nats")
+    return _finish(figure, axes)
+
+
+def _bounded(run: History) -> str:
+    return str(run.options["kl"]["direction"])
+
+
+def _marks(axes: Axes, run: History, height: Any) -> None:
+    step, undone, stopped = run["step"], run["kl/rolled_back"] > 0, run["kl/stop_epoch"] > 0
+    reached = np.where(np.isfinite(run["kl/attempted"]), run["kl/attempted"], height)
+    for rows, marker, label in ((stopped & ~undone, "v", "stopped early"), (undone, "x", "undone or moved back, from")):
+        if rows.any():
+            axes.scatter(step[rows], reached[rows], s=18, marker=marker, color=_MARK, zorder=3, label=label)
+
+
+def time_spent(run: History) -> Figure | None:
+    """Seconds of collecting, learning, and the rest, which evaluates, logs and saves."""
+    if not len(run["step"]):
+        return None
+    training = np.diff(run["step"] / run["time/fps"], prepend=0.0)
+    collect = float((training * run["time/collect_share"]).sum())
+    parts = {"environment": collect, "learning": float(training.sum()) - collect}
+    parts["evaluation, saving"] = max(0.0, float(run["wall"][-1]) - sum(parts.values()))
+    figure, axes = _panel(height=1.5)
+    start = 0.0
+    for (name, seconds), colour in zip(parts.items(), (_COLOURS[0], _COLOURS[1], _QUIET), strict=True):
+        axes.barh(0, seconds, left=start, color=colour, label=f"{name} {seconds:,.0f} s")
+        start += seconds
+    axes.set(yticks=[], xlabel="seconds")
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.spines[:].set_visible(False)
+    _legend(axes)
+    return figure
+
+
+def curves(groups: list[Group], tags: dict[str, str], ylabel: str, log: bool = False) -> Figure | None:
+    """Means over each group's runs, with the middle 95 % of bootstrapped means where there are several.
+
+    tags: what to draw, and what to call it; the first as a line, the others thinner or dashed.
+    """
+    figure, axes = _panel()
+    drawn = False
+    for group, colour in zip(groups, _cycle(len(groups)), strict=True):
+        for style, (tag, name) in zip(("-", "--", ":"), tags.items(), strict=False):
+            curve = group.curve(tag)
+            if curve is None or not curve[1].any():  # a share or coefficient that stays 0 is one that is not in use
+                continue
+            steps, mean, low, high = curve
+            label = " ".join([group.letter] * (len(groups) > 1) + [name] * (len(tags) > 1))
+            axes.plot(steps, mean, style, color=colour, linewidth=1.4, label=label)
+            if len(group.runs) > 1:
+                axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+            drawn = True
+    if drawn and log:
+        axes.set_yscale("log")
+    axes.set_ylabel(ylabel)
+    return _finish(figure, axes) if drawn else None
+
+
+def returns(groups: list[Group]) -> Figure | None:
+    """Training returns as ``curves``; a single run also with its evaluations and their spread over episodes."""
+    figure = curves(groups, {"rollout/ep_rew_mean": "training"}, "return")
+    if len(groups) > 1 or len(groups[0].runs) > 1:
+        return figure
+    run = groups[0].runs[0]
+    rows = np.isfinite(run["eval/mean_reward"])
+    if not rows.any():
+        return figure
+    figure = figure or _panel()[0]
+    (axes,) = figure.axes
+    mean, std = run["eval/mean_reward"][rows], run["eval/std_reward"][rows]
+    axes.errorbar(run["step"][rows], mean, std, fmt="o", markersize=3.5, elinewidth=0.8, color=_COLOURS[1])
+    axes.plot([], [], "o", color=_COLOURS[1], label="evaluation, with std over episodes")
+    if str(axes.lines[0].get_label()).startswith("_"):
+        axes.lines[0].set_label("training, last 100 episodes")
+    return _finish(figure, axes)
+
+
+PANELS: dict[str, Callable[[list[Group]], Figure | None]] = {
+    "Return": returns,
+    "KL as a share of its limit": lambda groups: curves(groups, {"kl/of_limit": "bounded KL"}, "KL / limit"),
+    "Coefficient of the KL penalty": lambda groups: curves(groups, {"kl/coef": "coefficient"}, "beta", log=True),
+    "Temperature": lambda groups: curves(
+        [group for group in groups if group.runs[0].has("entropy/target")],
+        {"train/ent_coef": "temperature"},
+        "alpha",
+        log=True,
+    ),
+    "Entropy": lambda groups: curves(groups, {"entropy/mean": "entropy", "entropy/target": "target"}, "nats"),
+    "Clip fraction": lambda groups: curves(groups, {"train/clip_fraction": "clipped"}, "share of samples"),
+    "Share of the TRPO step taken": lambda groups: curves(groups, {"train/step_fraction": "share"}, "share"),
+    "Explained variance": lambda groups: curves(groups, {"train/explained_variance": "critic"}, "share"),
+    "Critic": lambda groups: curves(groups, {"train/q_mean": "mean Q"}, "mean Q"),
+}
+OF_ONE_RUN: dict[str, Callable[[History], Figure | None]] = {
+    "KL of each update": kl_trajectory,
+    "Where time went": time_spent,
+}
+
+
+def _panel(height: float = 2.9) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.0, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _finish(figure: Figure, axes: Axes) -> Figure:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", linewidth=0.4, color="#dddddd")
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel("environment steps")
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        _legend(axes)
+    return figure
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
+
+
+def _cycle(count: int) -> list[str]:
+    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+
+
+def as_svg(figure: Figure) -> str:
+    """The figure as an SVG document; the same figure always gives the same bytes."""
+    text = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "klrl", "font.family": "sans-serif"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
+
+
+def as_data(figure: Figure) -> str:
+    """The figure as a data: URL, for a page that must not load anything."""
+    return "data:image/svg+xml;base64," + base64.b64encode(as_svg(figure).encode()).decode()

@@ -1,0 +1,101 @@
+"""What a run wrote, read back while it runs, after its end, or after it was killed."""
+
+import json
+import math
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from klrl.config import flatten
+from klrl.errors import UsageError
+from klrl.folders import in_use
+
+Column = npt.NDArray[np.float64]
+_OF_ONE_RUN = ("seed", "run_dir", "quiet", "verbose", "device", "threads", "eval_every", "save_every")
+
+
+@dataclass(frozen=True)
+class History:
+    """The figures of one run's updates, a column for each tag, in the order of steps."""
+
+    folder: Path
+    options: dict[str, Any]
+    """``config.toml``, groups as tables."""
+    state: Literal["finished", "running", "stopped"]
+    columns: dict[str, Column]
+    """[rows] for each tag, nan where a row lacks it; "step" and "wall" (seconds) are among them."""
+
+    @property
+    def agent(self) -> str:
+        return str(self.options["agent"])
+
+    @property
+    def env(self) -> str:
+        return str(self.options["env_id"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.options["seed"])
+
+    @property
+    def steps(self) -> int:
+        """The environment steps of its last logged update; 0 before the first."""
+        return int(self["step"][-1]) if len(self["step"]) else 0
+
+    def __getitem__(self, tag: str) -> Column:
+        """A column; all nan where the run never logged ``tag``."""
+        return self.columns.get(tag, np.full(len(self.columns["step"]), math.nan))
+
+    def has(self, tag: str) -> bool:
+        """Whether the run logged ``tag`` at all."""
+        return bool(np.isfinite(self[tag]).any())
+
+    def last(self, tag: str) -> float:
+        """The last logged value of ``tag``; nan where there is none."""
+        column = self[tag]
+        logged = column[~np.isnan(column)]
+        return float(logged[-1]) if len(logged) else math.nan
+
+    @property
+    def final_return(self) -> float:
+        """The final evaluation's mean; of an unfinished run, the last 100 training episodes'."""
+        return self.last("eval/mean_reward" if self.state == "finished" else "rollout/ep_rew_mean")
+
+    def setting(self) -> dict[str, Any]:
+        """The options that make it what it is: runs that agree in these differ by their seeds alone."""
+        return {key: value for key, value in flatten(self.options).items() if key not in _OF_ONE_RUN}
+
+
+def read_history(path: str | Path) -> History:
+    """The history of the run in folder ``path``. Raises UsageError where it is none."""
+    folder = Path(path)
+    try:
+        options = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        total = options["total_timesteps"]
+        _ = options["agent"], options["env_id"], options["seed"]
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError) as problem:
+        raise UsageError(f"{path} is not a run's folder: {_reason(problem)}") from None
+    rows = [row for row in map(_row, lines) if row is not None]
+    tags = dict.fromkeys(["step", "wall", *(tag for row in rows for tag in row)])
+    columns = {tag: np.array([row.get(tag, math.nan) for row in rows], np.float64) for tag in tags}
+    done = bool(rows) and rows[-1]["step"] >= total and "eval/mean_reward" in rows[-1]
+    state: Literal["finished", "running", "stopped"] = "running" if in_use(folder) else "stopped"
+    return History(folder, options, "finished" if done else state, columns)
+
+
+def _reason(problem: Exception) -> str:
+    return f"{problem.strerror}: {problem.filename}" if isinstance(problem, OSError) else f"config.toml: {problem}"
+
+
+def _row(line: str) -> dict[str, float] | None:
+    """A line's figures; None for one that was cut off, as by a kill or by reading while it is written."""
+    try:
+        row = json.loads(line)
+        return {tag: float(value) for tag, value in row.items()} if "step" in row else None
+    except (ValueError, TypeError):
+        return None

@@ -1,0 +1,141 @@
+"""The command line's words: positional ones, options by tyro, and errors of one line."""
+
+import contextlib
+import io
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar
+
+from klrl.config import build, suggest, to_dict
+from klrl.errors import UsageError
+
+C = TypeVar("C")
+
+
+def split(arguments: Sequence[str], least: int, example: str, most: int | None = None) -> tuple[list[str], list[str]]:
+    """The positional words that lead, and the options after them; with --help in them, no word is needed.
+
+    Raises UsageError with the ``example`` where fewer than ``least`` or more than ``most`` words lead.
+    """
+    count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    names, words = list(arguments[:count]), list(arguments[count:])
+    if not any(word in ("-h", "--help") for word in words) and not least <= count <= (most or count):
+        raise UsageError(example)
+    return names, words
+
+
+def values(arguments: Sequence[str], name: str) -> list[str]:
+    """The words that follow option ``name``, up to the next option: what must be known before the rest is parsed."""
+    found: list[str] = []
+    taking = False
+    for word in arguments:
+        if word.startswith(name + "="):
+            found.append(word.removeprefix(name + "="))
+        taking = (taking and not word.startswith("--")) or word == name
+        if taking and word != name:
+            found.append(word)
+    return found
+
+
+def read(cls: type[C], arguments: Sequence[str], prog: str) -> C:
+    """The dataclass ``cls`` from the options ``arguments``, each checked for type and range."""
+    return build(cls, to_dict(parse(cls, arguments, prog)))
+
+
+def parse(cls: Any, arguments: Sequence[str], prog: str) -> Any:
+    """tyro's parser, with numbers like 1e5 and 100_000, name=value tables, and errors of one line."""
+    import tyro
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def whole_numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
+        if info.type is not int:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="INT",
+            instance_from_str=lambda words: _whole_number(words[0]),
+            is_instance=lambda value: isinstance(value, int),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    @registry.primitive_rule
+    def tables(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
+        if info.type_origin is not dict and info.type != dict[str, Any]:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="[NAME=VALUE ...]",
+            instance_from_str=lambda words: dict(_pair(word) for word in words),
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda value: [f"{key}={json.dumps(part)}" for key, part in value.items()],
+        )
+
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            parsed, unknown = tyro.cli(
+                cls, prog=prog, args=list(arguments), return_unknown_args=True, registry=registry
+            )
+    except SystemExit as stop:
+        if stop.code:
+            raise UsageError(_one_line(errors.getvalue())) from None
+        sys.exit(0)
+    if unknown:
+        raise UsageError(f"unknown option {unknown[0]!r}{suggest(unknown[0], _option_names(cls))}")
+    return parsed
+
+
+def _option_names(cls: Any, prefix: str = "--") -> list[str]:
+    """Every option of a dataclass as it is spelled on the command line."""
+    from dataclasses import is_dataclass
+    from typing import get_args, get_origin
+
+    from klrl.config import hints
+
+    names: list[str] = []
+    for name, annotation in hints(cls).items():
+        kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+        if is_dataclass(kind):
+            merged = name in ("run", "agent")
+            names += _option_names(kind, prefix if merged else f"{prefix}{name.replace('_', '-')}.")
+        else:
+            names.append(prefix + ("import" if name == "imports" else name.replace("_", "-")))
+    return names
+
+
+def _whole_number(word: str) -> int:
+    """100000, 100_000 and 1e5."""
+    try:
+        return int(word)
+    except ValueError:
+        number = float(word)
+    if not number.is_integer():
+        raise ValueError(f"{word} is not a whole number")
+    return int(number)
+
+
+def _pair(word: str) -> tuple[str, Any]:
+    name, equals, text = word.partition("=")
+    if not equals:
+        raise ValueError(f"{word!r} is not of the form name=value")
+    try:
+        return name, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name, text
+
+
+def _one_line(text: str) -> str:
+    """What tyro prints in a box, up to its rule, as one line."""
+    lines = [re.sub(r"[╭╮╰╯│]", " ", line).strip() for line in text.splitlines()]
+    kept: list[str] = []
+    for line in lines[1:]:
+        if line.startswith("───"):
+            break
+        kept.append(line)
+    return " ".join(" ".join(kept).split()) or "bad command line; see --help"

@@ -1,0 +1,219 @@
+"""What runs did, in one file: HTML with figures, Markdown or JSON."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from klrl.anomalies import find_anomalies
+from klrl.config import flatten
+from klrl.errors import UsageError
+from klrl.history import History, read_history
+from klrl.scores import Group, group_runs
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    output: str = ""
+    """File to write; by default report.html in the run's folder, for several runs here; md and json are printed."""
+    format: Literal["html", "md", "json"] = "html"
+    """A page with figures (needs the extra "plot"), Markdown tables, or JSON."""
+
+
+def report(paths: Sequence[str], config: ReportConfig) -> str:
+    """The report on the runs at ``paths``, each a run's folder or one that holds some; where it lies, or its text.
+
+    Raises UsageError where a path holds no run, and where it cannot be written.
+    """
+    runs = [read_history(folder) for folder in dict.fromkeys(f for path in paths for f in _folders(path))]
+    groups = group_runs(runs)
+    if config.format == "json":
+        text = json.dumps(summary(groups), indent=2)
+    elif config.format == "md":
+        text = as_markdown(summary(groups))
+    else:
+        text = as_html(groups)
+        if not config.output:
+            config = ReportConfig(str(runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html")))
+    if not config.output:
+        return text
+    try:
+        Path(config.output).write_text(text, encoding="utf-8")
+    except OSError as problem:
+        raise UsageError(f"--output {config.output}: {problem.strerror or problem}") from None
+    return config.output
+
+
+def _folders(path: str) -> list[Path]:
+    if (Path(path) / "config.toml").is_file():
+        return [Path(path)]
+    found = sorted(config.parent for config in Path(path).rglob("config.toml") if not config.parent.is_symlink())
+    if not found:
+        raise UsageError(f"{path} is not a run's folder, and holds none")
+    return found
+
+
+def summary(groups: Sequence[Group]) -> dict[str, Any]:
+    """The report as data; what is not a number is None."""
+    return {
+        "groups": [
+            {
+                "letter": group.letter,
+                "name": group.name,
+                "score": None if (score := group.score()) is None else score._asdict(),
+                "runs": [_run_summary(run) for run in group.runs],
+            }
+            for group in groups
+        ]
+    }
+
+
+def _run_summary(run: History) -> dict[str, Any]:
+    share = run["kl/of_limit"][np.isfinite(run["kl/of_limit"])]
+    return {
+        "folder": str(run.folder),
+        "agent": run.agent,
+        "env": run.env,
+        "seed": run.seed,
+        "state": run.state,
+        "steps": run.steps,
+        "total_timesteps": int(run.options["total_timesteps"]),
+        "seconds": _number(run.last("wall")),
+        "return": _number(run.final_return),
+        "kl": {
+            "limit": _number(run.last("kl/limit")),
+            "mean": _number(run.last("kl/mean")),
+            "median_of_limit": _number(float(np.median(share))) if len(share) else None,
+            "updates_over_limit": int((share > 1).sum()),
+            "updates": len(run["step"]),
+        },
+        "anomalies": [found._asdict() for found in find_anomalies(run)],
+        "config": flatten(run.options),
+    }
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+_SCORE_COLUMNS = ("", "setting", "runs", "mean", "std", "IQM", "95 % of IQM")
+_RUN_COLUMNS = ("run", "seed", "state", "steps", "return", "KL / limit, median", "updates over limit")
+
+
+def _score_rows(data: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for group in data["groups"]:
+        score = group["score"]
+        figures = ["-"] * 4
+        if score is not None:
+            figures = [f"{score[key]:.1f}" for key in ("mean", "std", "iqm")]
+            figures.append(f"{score['low']:.1f} to {score['high']:.1f}" if len(group["runs"]) > 1 else "-")
+        yield group["letter"], group["name"], str(len(group["runs"])), *figures
+
+
+def _run_rows(data: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for run in (run for group in data["groups"] for run in group["runs"]):
+        kl = run["kl"]
+        median = "-" if kl["median_of_limit"] is None else f"{kl['median_of_limit']:.2f}"
+        over = "-" if kl["limit"] is None else f"{kl['updates_over_limit']} of {kl['updates']}"
+        score = "-" if run["return"] is None else f"{run['return']:.1f}"
+        steps = f"{run['steps']:,} of {run['total_timesteps']:,}"
+        yield Path(run["folder"]).name, str(run["seed"]), run["state"], steps, score, median, over
+
+
+def as_markdown(data: dict[str, Any]) -> str:
+    """``summary``'s data as tables."""
+    lines = ["# Final scores", "", *_markdown_table(_SCORE_COLUMNS, _score_rows(data))]
+    lines += ["", "# Runs", "", *_markdown_table(_RUN_COLUMNS, _run_rows(data)), "", "# Anomalies", ""]
+    found = [
+        f"- {Path(run['folder']).name}: {anomaly['what']}. Try: {anomaly['advice']}."
+        for group in data["groups"]
+        for run in group["runs"]
+        for anomaly in run["anomalies"]
+    ]
+    return "\n".join([*lines, *(found or ["None found."])])
+
+
+def _markdown_table(columns: Sequence[str], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    table = [columns, ["---"] * len(columns), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 1240px; margin: 2rem auto;
+  padding: 0 1rem }
+h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem } h3 { font-size: .95rem }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(380px, 1fr)); gap: 0 1.5rem }
+figure { margin: .5rem 0 } figcaption { font-weight: 600; font-size: .9rem } img { width: 100% }
+table { border-collapse: collapse; font-size: .9rem } td, th { padding: .2rem .8rem .2rem 0; text-align: left;
+  border-bottom: 1px solid #e4e4e4; font-variant-numeric: tabular-nums }
+.scroll { overflow-x: auto } .anomaly { border-left: 3px solid #b3261e; padding: .2rem .8rem; margin: .5rem 0 }
+.quiet { color: #666 } summary { cursor: pointer; margin: .5rem 0 }
+"""
+
+
+def as_html(groups: Sequence[Group]) -> str:
+    """A page that needs nothing else: tables, anomalies, figures, configs. Raises UsageError without matplotlib."""
+    try:
+        from klrl.figures import OF_ONE_RUN, PANELS, as_data
+    except ModuleNotFoundError as problem:
+        if not (problem.name or "").startswith("matplotlib"):
+            raise
+        raise UsageError('klrl report needs matplotlib: pip install "klrl[plot]", or --format md') from None
+
+    def draw(figures: Mapping[str, Callable[[Any], Any]], subject: Any) -> list[str]:
+        drawn = [(escape(name), figure) for name, draw in figures.items() if (figure := draw(subject)) is not None]
+        return [
+            f'<figure><figcaption>{name}</figcaption><img alt="{name}" src="{as_data(figure)}"></figure>'
+            for name, figure in drawn
+        ]
+
+    def panels(cells: list[str]) -> str:
+        return f'<div class="panels">{"".join(cells)}</div>'
+
+    data = summary(groups)
+    runs = [
+        (run, facts)
+        for group, g in zip(groups, data["groups"], strict=True)
+        for run, facts in zip(group.runs, g["runs"], strict=True)
+    ]
+    several = len(runs) > 1
+    title = escape(groups[0].name if len(groups) == 1 else f"{len(groups)} settings, {len(runs)} runs")
+    body = [f"<h1>{title}</h1>", _html_table(_RUN_COLUMNS, _run_rows(data))]
+    if several:
+        note = "Lines are means over the runs of a setting, bands the middle 95 % of 2000 bootstrapped means."
+        body += ["<h2>Final scores</h2>", _html_table(_SCORE_COLUMNS, _score_rows(data))]
+        body.append(f'<p class="quiet">{note}</p>')
+        for env in dict.fromkeys(run.env for run, _ in runs):
+            there = [group for group in groups if group.runs[0].env == env]
+            body += [f"<h2>{escape(env)}</h2>", panels(draw(PANELS, there))]
+        body.append("<h2>Run by run</h2>")
+    for run, facts in runs:
+        found = "".join(
+            f'<div class="anomaly">{escape(anomaly["what"])}.<br><span class="quiet">Try: '
+            f"{escape(anomaly['advice'])}.</span></div>"
+            for anomaly in facts["anomalies"]
+        )
+        shared, own = [] if several else draw(PANELS, groups), draw(OF_ONE_RUN, run)
+        figures = panels(shared[:1] + own[:1] + shared[1:] + own[1:])  # return and KL first, time last
+        options = _html_table(("option", "value"), ((key, str(value)) for key, value in facts["config"].items()))
+        count = len(facts["anomalies"])
+        heading = f"{escape(run.folder.name)}: {count or 'no'} anomal{'y' if count == 1 else 'ies'}"
+        body.append(
+            f"<details {'' if several else 'open'}><summary>{heading}</summary>"
+            f"{found}{figures}<details><summary>config</summary>{options}</details></details>"
+        )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+        f"<body>{''.join(body)}</body></html>\n"
+    )
+
+
+def _html_table(columns: Sequence[str], rows: Iterable[tuple[str, ...]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
