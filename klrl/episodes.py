@@ -37,7 +37,7 @@ class Episodes:
         self.steps += len(reward) - len(self._resetting)
         self._returns += reward
         self._lengths += 1
-        self._resetting = np.flatnonzero(ended)
+        (self._resetting,) = ended.nonzero()
         if len(self._resetting):
             rows = self._resetting
             self.done.extend(zip(self._returns[rows].tolist(), self._lengths[rows].tolist(), strict=True))

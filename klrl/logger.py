@@ -4,11 +4,15 @@ import json
 import os
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
@@ -16,18 +20,22 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+Column = npt.NDArray[np.float64]
 # Custom Scalars: what belongs together in one chart, for every agent.
 _LAYOUT = {
     "KL": {
         "KL and its limit": ["kl/mean", "kl/p95", "kl/limit"],
         "largest KL of a state": ["kl/max"],
         "share of the limit": ["kl/of_limit"],
-        "coefficient": ["kl/coef"],
+        "coefficients: KL penalty, temperature": ["kl/coef", "train/ent_coef"],
         "predicted and measured": ["kl/predicted", "kl/mean"],
         "forward and reverse": ["kl/mean", "kl/reverse"],
         "exact and sampled": ["kl/mean", "kl/k1", "kl/k3"],
     },
-    "policy": {"return": ["rollout/ep_rew_mean", "eval/mean_reward"], "entropy": ["entropy/mean"]},
+    "policy": {
+        "return": ["rollout/ep_rew_mean", "eval/mean_reward"],
+        "entropy": ["entropy/mean", "entropy/target"],
+    },
 }
 
 
@@ -58,6 +66,20 @@ class Logger:
         safe = {k: v if abs(v) < float("inf") else str(v) for k, v in figures.items()}
         self._lines.write(json.dumps({"step": step, "wall": round(time.time() - self._start, 3), **safe}) + "\n")
         self._lines.flush()
+
+    def write_histogram(self, step: int, tag: str, values: Column) -> None:
+        """Record how ``values`` are spread, in 30 bins."""
+        counts, edges = np.histogram(values, 30)
+        histogram = HistogramProto(
+            min=values.min(),
+            max=values.max(),
+            num=len(values),
+            sum=values.sum(),
+            sum_squares=np.square(values).sum(),
+            bucket_limit=edges[1:].tolist(),
+            bucket=counts.tolist(),
+        )
+        self._add(Summary(value=[Summary.Value(tag=tag, histo=histogram)]), step)
 
     def close(self) -> None:
         self._events.close()
@@ -107,22 +129,41 @@ def _layout_summary() -> Any:
     )
 
 
+class Pace:
+    """Steps per second of the last minute, evaluations and saves included: what the time to go follows from.
+
+    Nothing before the first update counts: until then an off-policy agent does not learn, and is much faster.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def seconds_left(self, step: int, total: int) -> float | None:
+        """From ``step``, reached now, to ``total``; None before there is a pace."""
+        now = self._clock()
+        self._seen.append((now, step))
+        while len(self._seen) > 2 and now - self._seen[1][0] >= 60:
+            self._seen.popleft()
+        (then, before), gained = self._seen[0], step - self._seen[0][1]
+        return max(total - step, 0) * (now - then) / gained if step > before else None
+
+
 class Console:
-    """A run's progress: one live line on a terminal; elsewhere a plain line each tenth, and at least each minute."""
+    """A run's progress: one live line on a terminal; elsewhere a plain line each tenth, and at least each minute.
 
-    def __init__(self, total: int, quiet: bool) -> None:
-        self._total, self._quiet = total, quiet
+    ``verbose`` prints a plain line for each update, also on a terminal; ``quiet`` prints none.
+    """
+
+    def __init__(self, total: int, quiet: bool = False, verbose: bool = False) -> None:
+        self._total, self._quiet, self._verbose = total, quiet, verbose
         self._next_step, self._next_time = 0.0, 0.0
+        self._pace = Pace()
         self._progress: Any = None
-        if not quiet and sys.stdout.isatty():
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        if not (quiet or verbose) and sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-            self._progress = Progress(
-                BarColumn(20),
-                TaskProgressColumn(),
-                TimeRemainingColumn(compact=True),
-                TextColumn("{task.description}"),
-            )
+            self._progress = Progress(BarColumn(20), TaskProgressColumn(), TextColumn("{task.description}"))
             self._task = self._progress.add_task("", total=total)
             self._progress.start()
 
@@ -131,8 +172,10 @@ class Console:
         if self._quiet:
             return
         if self._progress is not None:
-            self._progress.update(self._task, completed=min(step, self._total), description=_line(step, figures))
-        elif step >= self._next_step or time.monotonic() >= self._next_time:
+            left = self._pace.seconds_left(step, self._total)
+            line = f"{'--:--' if left is None else _clock_time(left)} left {_line(step, figures)}"
+            self._progress.update(self._task, completed=min(step, self._total), description=line)
+        elif self._verbose or step >= self._next_step or time.monotonic() >= self._next_time:
             self._next_step, self._next_time = (step * 10 // self._total + 1) * self._total / 10, time.monotonic() + 60
             print(f"{100 * min(step / self._total, 1):3.0f}%  {_line(step, figures)}", flush=True)
 
@@ -145,6 +188,11 @@ class Console:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _clock_time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
 def _line(step: int, figures: dict[str, float]) -> str:

@@ -61,6 +61,7 @@ class Loop:
     eval_every: int
     eval_episodes: int
     save_every: int
+    histogram_every: int
     console: Console
     logger: Logger
 
@@ -69,6 +70,7 @@ class Loop:
         self.obs: Any = None
         self.signals = Signals()
         self.saved_rows: list[dict[str, Any]] = []
+        self.per_state: torch.Tensor | None = None  # KL of the last update, until it is logged
         self.provisional = False  # the figures are of an update that goes on if the run does
         self._saved_at, self._saved_time = 0, time.monotonic()
         self._evaluator: Envs | None = None
@@ -149,6 +151,7 @@ class Loop:
                     self._skip(str(problem))
                 learning += time.perf_counter() - due
         seconds = time.perf_counter() - start
+        self.per_state = report.kl.per_state
         progress.training_time += seconds
         progress.updates += 1
         figures = self.episodes.figures()
@@ -184,7 +187,13 @@ class Loop:
         if score is not None:
             figures["eval/mean_reward"], figures["eval/std_reward"] = score.mean, score.std
             figures["eval/mean_ep_length"] = statistics.fmean(score.lengths)
+            if self.finished:
+                figures["eval/final_return"] = score.mean
         self.logger.write(steps, figures)
+        if self.per_state is not None and self.histogram_every and progress.updates % self.histogram_every == 0:
+            # In logarithms: KLs spread over decades, and on a plain axis all but the largest are one bar.
+            magnitudes = self.per_state.double().clamp(1e-12, 1e12).log10().cpu().numpy()
+            self.logger.write_histogram(steps, "kl/log10_per_state", magnitudes)
         self.console.update(steps, figures)
         improved = score is not None and score.mean > progress.best
         by_steps = 0 < self.save_every <= steps - self._saved_at

@@ -38,6 +38,11 @@ def test_js_matches_a_hand_computed_example_and_its_bounds() -> None:
     assert total_variation(old, new).tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
 
 
+def test_js_is_zero_at_identity() -> None:
+    old, _ = random_categoricals()
+    assert bool((js(old, old) == 0).all())
+
+
 def test_root_js_is_a_metric() -> None:
     torch.manual_seed(0)
     a, b, c = (td.Categorical(logits=2 * torch.randn(1000, 4)) for _ in range(3))

@@ -70,6 +70,7 @@ def test_each_update_is_one_event_and_layout_and_hparams_come_once(run: Run) -> 
     events = EventAccumulator(str(run.folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
     stamps = {event.wall_time for tag in KL_TAGS for event in events.Scalars(tag)}
     assert len(stamps) == len(events.Scalars("kl/mean")), "all of an update's figures carry one time"
+    assert events.Scalars("eval/final_return")[0].value == pytest.approx(run.score.mean)
     (layout,) = events.Tensors("custom_scalars__config__")
     charts = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0])
     shown = {tag for category in charts.category for chart in category.chart for tag in chart.multiline.tag}

@@ -62,6 +62,7 @@ def js(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Ten
         log_p, log_q = _tables(old, new)
         middle = torch.logaddexp(log_p, log_q) - math.log(2)
         value = 0.5 * (categorical_kl_of(log_p, middle) + categorical_kl_of(log_q, middle))
+        value = torch.where((log_p == log_q).all(-1), 0.0, value)  # where middle is them but for its rounding
     return in_units(_checked(value, old, new), units).to(torch.get_default_dtype())
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -47,6 +47,8 @@ class KLReport:
     """Whether the KLs are Monte Carlo estimates, for want of a closed form; exact otherwise."""
     attempted: float = 0.0
     """The bounded KL that the update reached, before anything was taken back."""
+    per_state: Tensor | None = field(default=None, repr=False, compare=False)
+    """KL(old || new) of each state, [B], in ascending order: what the mean and the quantiles are of."""
 
     @property
     def bounded(self) -> float:
@@ -125,6 +127,7 @@ def measure(
         mean, reverse, entropy_before, entropy = means.tolist()
     return KLReport(
         estimated=estimated,
+        per_state=ordered,
         attempted=mean if direction == "forward" else reverse,
         mean=mean,
         max=largest,

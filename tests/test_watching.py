@@ -1,0 +1,60 @@
+"""What one watches while a run goes on: histograms of KL, the time to go, lines on the terminal."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import klrl
+from klrl.logger import Pace
+
+QUICK: dict[str, Any] = {
+    "total_timesteps": 1500,
+    "n_envs": 4,
+    "n_steps": 64,
+    "batch_size": 64,
+    "n_epochs": 2,
+    "eval_every": 2,
+    "eval_episodes": 2,
+    "quiet": True,
+}
+
+
+def test_every_few_updates_a_histogram_shows_how_kl_is_spread_over_states() -> None:
+    run = klrl.train("ppo", "CartPole-v1", **QUICK, histogram_every=2)
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(run.folder), size_guidance={"histograms": 0}).Reload()
+    histograms = events.Histograms("kl/log10_per_state")
+    assert [event.step for event in histograms] == [line["step"] for line in lines[1::2]]
+    for event, line in zip(histograms, lines[1::2], strict=True):
+        shown = event.histogram_value
+        assert sum(shown.bucket) == shown.num > 0
+        assert 10**shown.max == pytest.approx(line["kl/max"], rel=1e-6)
+        assert shown.sum / shown.num <= math.log10(line["kl/mean"]), "the mean of logarithms is below that of the mean"
+
+
+def test_the_time_to_go_is_that_of_the_last_minute_and_knows_nothing_of_before_the_first_update() -> None:
+    now = [0.0]
+    pace = Pace(lambda: now[0])
+    assert pace.seconds_left(10_000, 20_000) is None, "steps before the first update took no learning"
+    for i in range(1, 11):
+        now[0] += 10
+        left = pace.seconds_left(10_000 + 100 * i, 20_000)
+        assert left == pytest.approx((20_000 - 10_000 - 100 * i) / 10)
+    for i in range(1, 8):  # it becomes ten times as slow
+        now[0] += 10
+        left = pace.seconds_left(11_000 + 10 * i, 20_000)
+    assert left == pytest.approx((20_000 - 11_070) / 1)
+
+
+def test_verbose_prints_a_line_for_each_update_and_quiet_none(capsys: pytest.CaptureFixture[str]) -> None:
+    long = QUICK | {"total_timesteps": 5000, "eval_every": 0}
+    run = klrl.train("ppo", "CartPole-v1", **long | {"quiet": False, "verbose": True})
+    lines = [line for line in capsys.readouterr().out.splitlines() if " steps " in line]
+    assert len(lines) == len((run.folder / "metrics.jsonl").read_text().splitlines()) > 15
+    klrl.train("ppo", "CartPole-v1", **QUICK)
+    assert " steps " not in capsys.readouterr().out
+    with pytest.raises(klrl.UsageError, match="--quiet and --verbose contradict"):
+        klrl.train("ppo", "CartPole-v1", **QUICK | {"verbose": True})
