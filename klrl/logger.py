@@ -161,10 +161,11 @@ class Console:
         self._pace = Pace()
         self._progress: Any = None
         if not (quiet or verbose) and sys.stdout.isatty():
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+            from rich.progress import Progress, TextColumn
+            from rich.table import Column
 
-            self._progress = Progress(BarColumn(20), TaskProgressColumn(), TextColumn("{task.description}"))
-            self._task = self._progress.add_task("", total=total)
+            self._progress = Progress(TextColumn("{task.description}", table_column=Column(no_wrap=True)))
+            self._task = self._progress.add_task("")
             self._progress.start()
 
     def update(self, step: int, figures: dict[str, float]) -> None:
@@ -173,11 +174,14 @@ class Console:
             return
         if self._progress is not None:
             left = self._pace.seconds_left(step, self._total)
-            line = f"{'--:--' if left is None else _clock_time(left)} left {_line(step, figures)}"
-            self._progress.update(self._task, completed=min(step, self._total), description=line)
+            done = f"{100 * min(step / self._total, 1):.0f}%" + ("" if left is None else f" {_clock_time(left)} left")
+            line = "  ".join([done, *_words(step, figures)]).replace(" of ", "/")  # 80 columns hold it
+            self._progress.update(self._task, description=line)
         elif self._verbose or step >= self._next_step or time.monotonic() >= self._next_time:
             self._next_step, self._next_time = (step * 10 // self._total + 1) * self._total / 10, time.monotonic() + 60
-            print(f"{100 * min(step / self._total, 1):3.0f}%  {_line(step, figures)}", flush=True)
+            widths = (">15", ">9", ">15", "", "")
+            words = [f"{word:{width}}" for word, width in zip(_words(step, figures), widths, strict=False)]
+            print("  ".join([f"{100 * min(step / self._total, 1):3.0f}%", *words]).rstrip(), flush=True)
 
     def warn(self, text: str) -> None:
         """A line on stderr that ``quiet`` does not silence."""
@@ -195,12 +199,12 @@ def _clock_time(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
-def _line(step: int, figures: dict[str, float]) -> str:
-    parts = [f"{step:>9,} steps", f"{figures['time/fps']:>7,.0f}/s"]
-    if "rollout/ep_rew_mean" in figures:
-        parts.append(f"return {figures['rollout/ep_rew_mean']:>8.1f}")
+def _words(step: int, figures: dict[str, float]) -> list[str]:
     limit = f" of {figures['kl/limit']:g}" if "kl/limit" in figures else ""
-    parts.append(f"KL {figures['kl/mean']:.4f}{limit}")
-    if figures["kl/coef"] > 0:
-        parts.append(f"coef {figures['kl/coef']:.3g}")
-    return "  ".join(parts)
+    return [
+        f"{step:,} steps",
+        f"{figures['time/fps']:,.0f}/s",
+        f"return {figures['rollout/ep_rew_mean']:.1f}" if "rollout/ep_rew_mean" in figures else "",
+        f"KL {figures['kl/mean']:.4f}{limit}",
+        f"coef {figures['kl/coef']:.2g}" if figures["kl/coef"] > 0 else "",
+    ]
