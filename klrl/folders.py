@@ -44,17 +44,25 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as problem:
         raise UsageError(f"{folder}: {problem.strerror or problem}; the run's folder must be writable") from None
     try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                owner = os.read(handle, 32).decode(errors="replace").strip()
-                raise UsageError(f"{folder} is still running, in process {owner or 'unknown'}") from None
+        if not _taken(handle):
+            owner = os.read(handle, 32).decode(errors="replace").strip()
+            raise UsageError(f"{folder} is still running, in process {owner or 'unknown'}")
         os.truncate(handle, 0)
         os.write(handle, f"{os.getpid()}\n".encode())
         yield
     finally:
         os.close(handle)
+
+
+def _taken(handle: int) -> bool:
+    for _ in range(10):  # ``in_use`` in another process holds it for an instant
+        try:
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.02)
+    return False
 
 
 def in_use(folder: Path) -> bool:

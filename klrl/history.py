@@ -15,7 +15,8 @@ from klrl.errors import UsageError
 from klrl.folders import in_use
 
 Column = npt.NDArray[np.float64]
-_OF_ONE_RUN = ("seed", "run_dir", "quiet", "verbose", "device", "threads", "eval_every", "save_every")
+_WATCHING = ("eval_every", "eval_episodes", "save_every", "histogram_every", "quiet", "verbose")
+_OF_ONE_RUN = ("seed", "run_dir", "device", "threads", *_WATCHING)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -181,7 +182,9 @@ def _run(
         if folder is None:
             folder = make_folder(config.run_dir, f"{name}-{env_name(env)}-{config.seed}")
             stack.enter_context(locked(folder))
-        (folder / "config.toml").write_text(toml)
+        unfinished = folder / ".writing-config.toml"
+        unfinished.write_text(toml)
+        os.replace(unfinished, folder / "config.toml")
         console = stack.enter_context(contextlib.closing(Console(config.total_timesteps, config.quiet, config.verbose)))
         step = None if saved is None else go_on_at(saved[1]["state"]["loop"])
         logger = stack.enter_context(contextlib.closing(Logger(folder, flatten(options), step)))

@@ -1,0 +1,142 @@
+"""The cells of a sweep, one setting with one seed each: what is done is read from the runs' folders.
+
+While a process works on a cell, it holds the lock of a file that the sweep opened for it; the system frees it when the
+process ends, however it ends. So no cell is worked on twice at once: not by two sweeps, and not after one was killed
+while its processes went on.
+"""
+
+import contextlib
+import fcntl
+import glob
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from klrl import checkpoint
+from klrl.errors import UsageError
+from klrl.folders import in_use
+from klrl.grid import Setting, file_name
+from klrl.history import History, read_history
+
+State = Literal["running", "elsewhere", "failed", "waiting", "finished"]
+
+
+class Cell:
+    """One setting with one seed, and the process at work on it."""
+
+    def __init__(self, setting: Setting, seed: int, folder: Path) -> None:
+        """``folder``: the setting's, in which the run's own lies or will lie."""
+        self.setting, self.seed, self.folder = setting, seed, folder
+        self.stem = file_name(f"{setting.options['agent']}-{setting.options['env_id']}-{seed}")
+        self.state: State = "waiting"
+        self.history: History | None = None
+        self.problem = ""
+        self.process: subprocess.Popen[bytes] | None = None
+        self._errors: Any = None
+
+    def read(self) -> bool:
+        """Read what its run has logged, if anything; whether it is whole. A run with other options is not its own."""
+        wanted = History(self.folder, self.setting.options, "stopped", {}).setting()
+        found = []
+        for path in self._runs():
+            with contextlib.suppress(UsageError):  # it has not begun to log
+                found.append(read_history(path))
+        mine = [history for history in found if history.setting() == wanted]
+        self.history = last = max(mine, key=lambda history: history.steps, default=None)
+        whole = last is not None and last.state == "finished" and _saved_at(last) >= last.steps
+        if whole and self.process is None:
+            self.state = "finished"
+        return whole
+
+    def begin(self) -> bool:
+        """Start its process: it resumes the run, or begins it anew where it was stopped before its first checkpoint.
+
+        Where another process is at work on the cell, nothing is started, and its state is "elsewhere". False where the
+        run is finished, and nobody is at work on it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _held(self.folder / f".{self.stem}.lock") as lock:
+            if lock is None or any(map(in_use, self._runs())):
+                self.state, self.problem = "elsewhere", "another process is at work on it"
+                return True
+            self.problem = ""
+            if self.read():
+                return False
+            self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in poll)
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "klrl", *self._command()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                pass_fds=[lock],
+                start_new_session=True,  # so that a signal reaches it once, from the sweep
+            )
+            self.state = "running"
+        return True
+
+    def poll(self) -> None:
+        """Take note if its process has ended."""
+        if self.process is None or (code := self.process.poll()) is None:
+            return
+        with self._errors as file:
+            file.seek(0)
+            text = file.read().decode(errors="replace")
+        self.process, self.state = None, "failed"
+        if not self.read():
+            self.problem = last_words(text, code)
+
+    def _runs(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{glob.escape(self.stem)}-[0-9]*"))
+
+    def _command(self) -> list[str]:
+        """What goes on with its run, or begins it; what was stopped before it could be resumed is removed."""
+        stopped = self.history
+        if stopped is not None and _saved_at(stopped) >= 0:
+            return ["resume", str(stopped.folder)]
+        for path in self._runs():
+            if (stopped is not None and path == stopped.folder) or not (path / "metrics.jsonl").exists():
+                shutil.rmtree(path)
+        self.history = None
+        options, text = self.folder / "options.toml", tomli_w.dumps(self.setting.options)
+        if not options.exists() or options.read_text(encoding="utf-8") != text:
+            options.write_text(text, encoding="utf-8")
+        agent, env = self.setting.options["agent"], self.setting.options["env_id"]
+        where = ["--config", str(options), "--run-dir", str(self.folder)]
+        return ["train", agent, env, "--quiet", "--seed", str(self.seed), *where]
+
+
+def _saved_at(run: History) -> int:
+    """The step of the run's last checkpoint; -1 where it has none."""
+    saved = checkpoint.steps(run.folder / "checkpoints")
+    return int(saved[-1].name.removeprefix("step-")) if saved else -1
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[int | None]:
+    """The file's lock as a handle, which keeps it for whoever inherits it; None where another process has it."""
+    handle: int | None = None
+    file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            handle = file
+        yield handle
+    finally:
+        os.close(file)
+
+
+def last_words(text: str, code: int) -> str:
+    """Why a process ended with the exit code ``code``, from what it wrote to stderr."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = [line.removeprefix("klrl: ") for line in lines if line.startswith("klrl: ")]
+    if code < 0 and not named:
+        return f"ended by {signal.Signals(-code).name}"
+    return (named or lines or [f"exit code {code}"])[-1]

@@ -1,0 +1,89 @@
+"""The settings of a sweep: every combination of the values that options are given, each complete and validated."""
+
+import hashlib
+import itertools
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from klrl.config import flatten, merge, to_dict
+from klrl.errors import UsageError
+from klrl.training import resolve
+
+_OWN = {
+    "seed": "--seeds",
+    "run_dir": "--run-dir",
+    "quiet": "--quiet",
+    "verbose": "--quiet",
+    "imports": "--import",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    """Every option that was set, also the folder's name."""
+    label: str
+    """Those that differ between settings."""
+    options: dict[str, Any]
+    """A run's ``config.toml``, seed aside."""
+
+
+def parse_choices(words: Iterable[str]) -> dict[str, list[Any]]:
+    """``kl.target=0.01,0.02`` and the like: each option's values. Raises UsageError for what is not of that form."""
+    choices: dict[str, list[Any]] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        name = name.strip().removeprefix("--").replace("-", "_")
+        values = parse_values(text)
+        if not name or not equals or not values:
+            raise UsageError(f"--set {word}: must be OPTION=VALUE[,VALUE...], as kl.target=0.01,0.02")
+        if name in _OWN:
+            raise UsageError(f"--set {word}: the sweep has {_OWN[name]} for that")
+        if any(f"{name}.".startswith(f"{other}.") or other.startswith(f"{name}.") for other in choices):
+            raise UsageError(f"--set {word}: {name} is given twice; separate its values by commas")
+        choices[name] = values
+    return choices
+
+
+def parse_values(text: str) -> list[Any]:
+    """Values between commas: TOML's, and where they are not, texts."""
+    try:
+        values: list[Any] = tomllib.loads(f"values = [{text}]")["values"]
+        return values
+    except tomllib.TOMLDecodeError:
+        return [value for part in text.split(",") for value in parse_values(part)] if "," in text else [text.strip()]
+
+
+def expand(agent: str, env: str, choices: Mapping[str, Sequence[Any]], imports: Sequence[str] = ()) -> list[Setting]:
+    """Every combination of the choices' values, complete. Raises UsageError where ``klrl train`` would refuse one."""
+    settings: list[Setting] = []
+    for values in itertools.product(*choices.values()):
+        chosen = dict(zip(choices, values, strict=True))
+        options: dict[str, Any] = {"imports": list(imports)} if imports else {}
+        for path, value in chosen.items():
+            part: Any = value
+            for key in reversed(path.split(".")):
+                part = {key: part}
+            options = merge(options, part)
+        run, own = resolve(agent, env, options)
+        options = {"agent": agent, "env_id": env, **to_dict(run), **to_dict(own)}
+        texts = {key: f"{key}={_text(flatten(options).get(key, chosen[key]))}" for key in sorted(choices)}
+        name = file_name(",".join(texts.values()) or "default")
+        label = " ".join(text for key, text in texts.items() if len(choices[key]) > 1) or env
+        settings.append(Setting(name, label, options))
+    return [setting for i, setting in enumerate(settings) if setting not in settings[:i]]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return "x".join(map(_text, value))
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def file_name(text: str) -> str:
+    safe = re.sub(r"[/\\:]", "_", text)
+    return safe if len(safe.encode()) <= 200 else f"{safe[:120]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

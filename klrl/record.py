@@ -1,0 +1,196 @@
+"""Videos of a trained policy: an mp4 for each episode, a frame for each state, on request with the policy's figures."""
+
+import contextlib
+import ctypes.util
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import SyncVectorEnv, VectorWrapper
+from torch import distributions as td
+
+from klrl import checkpoint
+from klrl.config import Count, PositiveInt, Range
+from klrl.distributions import Categoricals
+from klrl.errors import UsageError
+from klrl.evaluation import FRESH_SEED, run_episodes
+from klrl.kl import kl, mc_entropy
+from klrl.loop import Envs
+from klrl.observations import Observation
+from klrl.protocol import Agent
+from klrl.soft_networks import SquashedActor
+from klrl.trained import Trained, open_policy
+from klrl.video import Frame, Video, find_encoder, write_on
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    episodes: PositiveInt = 3
+    """Episodes to record, an mp4 each: the ones that klrl eval runs when asked for as many."""
+    output: str = ""
+    """Folder for the videos, by default videos/ in the run's; those of the same name there are replaced."""
+    overlay: bool = False
+    """Write onto each frame the step and the return so far, and what the policy is at that state: its entropy,
+    the most likely of discrete actions, and KL(before||this), before being the checkpoint that was kept before it."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which of a run's checkpoints."""
+    env_id: str = ""
+    """Another environment with the same spaces; the run's own by default."""
+    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
+    """Packages to import first, for the environments they register."""
+    stochastic: bool = False
+    """Sample actions instead of taking the most likely ones."""
+    seed: Count = 0
+    """Another seed records other episodes."""
+    max_steps: Annotated[int, Range(1, 27_000)] = 10_000
+    """Steps after which an episode is cut off."""
+
+
+def record(path: str, config: RecordConfig) -> list[Path]:
+    """Record a run's or checkpoint's policy; the videos, ``step-N-episode-I.mp4``, in the environment's own speed.
+
+    A video has a frame for each state, the last one included: one more than the episode has steps. Raises UsageError
+    where there is no such run, the extra "video" is missing, or the environment cannot be rendered, and OSError where
+    a video cannot be written.
+    """
+    find_encoder()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_display())
+        trained = open_policy(path, config.checkpoint)
+        folder = Path(config.output or _home(trained) / "videos")
+        names = [f"{trained.folder.name}-episode-{i}.mp4" for i in range(config.episodes)]
+        envs = stack.enter_context(contextlib.closing(_make_envs(trained, config)))
+        fps = float(envs.metadata.get("render_fps") or 30)
+        videos = [stack.enter_context(contextlib.closing(Video(folder / name, fps))) for name in names]
+        film = Film(envs, videos, config.max_steps, Overlay(trained) if config.overlay else None)
+        run_episodes(trained.agent, film, trained.config.seed + FRESH_SEED + config.seed, not config.stochastic)
+    return [video.path for video in videos]
+
+
+class Overlay:
+    """What the policy is sure of at a state, and how far it moved there since the run's checkpoint before."""
+
+    def __init__(self, trained: Trained) -> None:
+        self.agent = trained.agent
+        names = [path for path in checkpoint.steps(trained.folder.parent) if path.name < trained.folder.name]
+        self.before = open_policy(names[-1]) if names else None
+
+    def lines(self, obs: Observation) -> list[list[str]]:
+        """For each of the states ``obs`` [B, *shape], the lines to show."""
+        policy = _policy(self.agent, obs)
+        parts = [[f"entropy {entropy:.3f} nats" for entropy in self._entropy(policy)]]
+        if isinstance(policy, Categoricals):
+            actions = self.agent.env_action(policy.mode.numpy())
+            chances = policy.log_probs.amax(-1).sum(-1).exp().tolist()
+            parts.append([f"likeliest action {a}, p {p:.3f}" for a, p in zip(actions, chances, strict=True)])
+        if self.before is not None:
+            moved = kl(_policy(self.before.agent, obs), policy).tolist()
+            parts.append([f"KL(step {self.before.step:,}||this) {x:.4f} nats" for x in moved])
+        return [list(lines) for lines in zip(*parts, strict=True)]
+
+    def _entropy(self, policy: Any) -> list[float]:
+        if not isinstance(self.agent.actor, SquashedActor):
+            return policy.entropy().tolist()
+        with torch.random.fork_rng(devices=[]):  # the same noise for each frame, so that the estimate does not flicker
+            torch.manual_seed(0)
+            return mc_entropy(td.TransformedDistribution(policy, [td.TanhTransform()])).value.tolist()
+
+
+class Film(VectorWrapper):
+    """Films the first episode of each environment while somebody steps them."""
+
+    def __init__(self, envs: Envs, videos: list[Video], max_steps: int, overlay: Overlay | None) -> None:
+        super().__init__(envs)
+        self._videos, self._max_steps, self._overlay = videos, max_steps, overlay
+        self._running = np.ones(envs.num_envs, np.bool_)
+        self._returns, self._steps = np.zeros(envs.num_envs), 0
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        obs, info = self.env.reset(**kwargs)
+        self._shoot(obs)
+        return obs, info
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        obs, reward, terminated, truncated, info = self.env.step(actions)
+        self._steps += 1
+        self._returns += reward
+        truncated = truncated | (self._steps >= self._max_steps)
+        self._shoot(obs)
+        ended = self._running & (terminated | truncated)
+        for i in np.flatnonzero(ended):
+            self._videos[i].finish()
+        self._running &= ~ended
+        return obs, reward, terminated, truncated, info
+
+    def _shoot(self, obs: Observation) -> None:
+        lines = self._overlay.lines(obs) if self._overlay is not None else None
+        for i, frame in self._frames():
+            if lines is not None:
+                frame = write_on(frame, [f"step {self._steps}  return {self._returns[i]:.1f}", *lines[i]])
+            self._videos[i].add(frame)
+
+    def _frames(self) -> list[tuple[int, Frame]]:
+        """A frame of each environment whose episode goes on."""
+        envs, running = self.env.unwrapped, np.flatnonzero(self._running).tolist()
+        try:
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # Gymnasium's, of missing metadata
+                shown = {i: envs.envs[i].render() for i in running} if isinstance(envs, SyncVectorEnv) else None
+                frames: Any = shown if shown is not None else self.env.render()
+                return [(i, np.asarray(frames[i], np.uint8)[:, :, :3]) for i in running]
+        except Exception as problem:
+            text = " ".join(f"{type(problem).__name__}: {problem}".split())
+            # A renderer that was only half made complains when it is collected, which is now, and unheard.
+            hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+            traceback.clear_frames(problem.__traceback__)
+            sys.unraisablehook = hook
+            needs = "; without a display, MuJoCo needs libEGL or libOSMesa" if "mujoco" in sys.modules else ""
+            raise UsageError(f"the environment cannot be rendered here: {text}{needs}") from None
+
+
+def _policy(agent: Agent, obs: Observation) -> Any:
+    return agent.distribution(agent.encoder(obs))
+
+
+def _home(trained: Trained) -> Path:
+    """The run's folder; of a checkpoint outside of one, the folder that it lies in."""
+    parent = trained.folder.parent
+    return parent.parent if parent.name == "checkpoints" else parent
+
+
+def _make_envs(trained: Trained, config: RecordConfig) -> Envs:
+    """The environments as evaluation has them, in this process and ready to be rendered."""
+    here = replace(trained, config=replace(trained.config, env=replace(trained.config.env, vectorization="sync")))
+    probe = here.make_envs(1, config.env_id, config.imports)
+    modes = probe.metadata.get("render_modes") or []
+    probe.close()
+    if "rgb_array" not in modes:
+        offered = f"renders only as {', '.join(modes)}" if modes else "renders nothing"
+        raise UsageError(f"{config.env_id or trained.env} cannot be recorded, which takes rgb_array: it {offered}")
+    return here.make_envs(config.episodes, config.env_id, config.imports, render_mode="rgb_array")
+
+
+@contextlib.contextmanager
+def _without_display() -> Iterator[None]:
+    """Where there is no display, name what pygame and MuJoCo draw with instead, unless that is set already.
+
+    MuJoCo reads it when it is imported, Gymnasium when it draws.
+    """
+    before = dict(os.environ)
+    if sys.platform == "linux" and not (before.get("DISPLAY") or before.get("WAYLAND_DISPLAY")):
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+        for library, backend in (("EGL", "egl"), ("OSMesa", "osmesa")):
+            if ctypes.util.find_library(library):
+                os.environ.setdefault("MUJOCO_GL", backend)
+    try:
+        yield
+    finally:
+        for name in {"SDL_VIDEODRIVER", "MUJOCO_GL"} - before.keys():
+            os.environ.pop(name, None)
