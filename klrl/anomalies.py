@@ -94,8 +94,8 @@ def _value(run: History) -> Anomaly | None:
         return None
     return Anomaly(
         f"the critic explains less than nothing: explained variance below 0 in {below:.0%} of the later updates",
-        "more passes for the critic (--n-epochs, TRPO --n-critic-updates), --normalize-reward, a higher --vf-coef "
-        "or a lower --gamma",
+        "nothing, where returns hardly vary any more (a solved task); else more passes for the critic (--n-epochs, "
+        "TRPO's --n-critic-updates), --normalize-reward, a higher --vf-coef or a lower --gamma",
     )
 
 

@@ -152,7 +152,13 @@ def _finish(figure: Figure, axes: Axes) -> Figure:
 
 
 def _legend(axes: Axes) -> None:
-    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
+    """Above the axes, in two columns where the labels would not fit into one line."""
+    figure: Any = axes.figure
+    labels = axes.get_legend_handles_labels()[1]
+    columns = len(labels) if sum(map(len, labels)) + 5 * len(labels) < 80 else 2
+    figure.legend(
+        frameon=False, fontsize=8, ncols=columns, loc="outside upper left", columnspacing=1.2, handlelength=1.6
+    )
 
 
 def _cycle(count: int) -> list[str]:

@@ -179,7 +179,7 @@ class Console:
             self._progress.update(self._task, description=line)
         elif self._verbose or step >= self._next_step or time.monotonic() >= self._next_time:
             self._next_step, self._next_time = (step * 10 // self._total + 1) * self._total / 10, time.monotonic() + 60
-            widths = (">15", ">9", ">15", "", "")
+            widths = (">15", ">9", ">13", "", "")
             words = [f"{word:{width}}" for word, width in zip(_words(step, figures), widths, strict=False)]
             print("  ".join([f"{100 * min(step / self._total, 1):3.0f}%", *words]).rstrip(), flush=True)
 
