@@ -61,7 +61,8 @@ def make_vector(
     ]
     if config.vectorization == "sync":
         return next_step(SyncVectorEnv(makers), env_name(env))
-    return WatchedWorkers(AsyncVectorEnv(makers), config.timeout)
+    longest = max((len(place.actions) for place in places), default=0)
+    return WatchedWorkers(AsyncVectorEnv(makers), config.timeout, longest)
 
 
 def env_name(env: str | EnvFactory) -> str:

@@ -1,5 +1,6 @@
 """Episodes that can be had again, workers that are watched, and adapters to the one autoreset mode that klrl knows."""
 
+import atexit
 import multiprocessing
 import signal
 from collections.abc import Callable
@@ -104,21 +105,26 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
 def _same(a: Any, b: Any) -> bool:
     if isinstance(b, dict):
         return all(_same(a[key], part) for key, part in b.items())
-    shown, expected = np.asarray(a), np.asarray(b)
+    expected = np.asarray(b)
+    shown = np.asarray(a).astype(expected.dtype)  # an environment may show float64 where its space says float32
     return np.array_equal(shown, expected, equal_nan=np.issubdtype(expected.dtype, np.inexact))
 
 
 class WatchedWorkers(VectorWrapper):
     """An AsyncVectorEnv whose workers may die or hang: that is a fault by name, and ``close`` ends nevertheless."""
 
-    def __init__(self, env: AsyncVectorEnv, timeout: float) -> None:
+    def __init__(self, env: AsyncVectorEnv, timeout: float, replayed: int = 0) -> None:
+        """``timeout``: seconds that a step or reset may take; the first reset also replays ``replayed`` steps."""
         super().__init__(env)
-        self.workers, self.timeout = env, timeout
+        self.workers, self.timeout, self.replayed = env, timeout, replayed
+        atexit.register(self._kill)  # the workers ignore the signal with which multiprocessing would end them
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        timeout, self.replayed = self.timeout * (1 + self.replayed), 0
+
         def wait() -> tuple[Any, dict[str, Any]]:
             self.workers.reset_async(**kwargs)
-            return self.workers.reset_wait(self.timeout)
+            return self.workers.reset_wait(timeout)
 
         return self._watch(wait)
 
@@ -164,20 +170,25 @@ class WatchedWorkers(VectorWrapper):
                 continue
         for process in processes:
             process.join(1.0 / len(processes))
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
+        self._kill()
+        atexit.unregister(self._kill)
         for pipe in pipes:
             pipe.close()
         self.workers.parent_pipes = [None] * len(processes)  # type: ignore[list-item]
         self.workers.closed = True
 
+    def _kill(self) -> None:
+        for process in self.workers.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
 
 def seeded(factory: Callable[[], gym.Env[Any, Any]], index: int, on_error: str, place: Place | None) -> SeededEpisodes:
     """What a vector environment calls to make its ``index``-th environment, in a worker process or in this one."""
     if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the trainer decides when to end
+        for signum in (signal.SIGINT, signal.SIGTERM):  # a group's signal reaches all; the trainer decides when to end
+            signal.signal(signum, signal.SIG_IGN)
     return SeededEpisodes(factory(), index, on_error, place)
 
 

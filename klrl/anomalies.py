@@ -32,7 +32,7 @@ def _skipped(run: History) -> Anomaly | None:
 
 def _over_limit(run: History) -> Anomaly | None:
     share = run["kl/of_limit"]
-    over, updates = int((share > 1).sum()), int(np.isfinite(share).sum())
+    over, updates = int((share > 1).sum()), int((~np.isnan(share)).sum())
     if not over:
         return None
     return Anomaly(

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,19 @@ from klrl.errors import UsageError
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _MOST_JSON = 64 * 1024 * 1024
 _TEMPORARY = ".writing-"
+# What reading altered files raises.
+_DAMAGE = (
+    OSError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
 _ROWS_FILE = re.compile(r"rows-[0-9]{1,20}-[0-9a-f]{16}\.safetensors")
+_UNFINISHED = re.compile(rf"{re.escape(_TEMPORARY)}(?:(?:old-)?(step-[0-9]+)-[0-9]+|{_ROWS_FILE.pattern})")
 
 
 class Rows(Protocol):
@@ -123,7 +136,7 @@ def load(path: Path, with_rows: bool = False) -> dict[str, Any]:
         raise UsageError(f"{path} is not a klrl checkpoint: {Path(str(problem.filename)).name} is missing") from None
     except UsageError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, RecursionError) as problem:
+    except _DAMAGE as problem:
         raise UsageError(f"checkpoint {path} is damaged: {type(problem).__name__} while reading it") from None
     result: dict[str, Any] = content
     return result
@@ -157,14 +170,32 @@ def newest(path: Path, which: str = "last", with_rows: bool = False) -> tuple[Pa
 
 
 def clean(folder: Path) -> None:
-    """Remove what a process that was killed while it saved left behind."""
+    """Remove what a process that was killed while it saved left behind, and put back what it had put aside.
+
+    Raises UsageError where ``folder`` is a link: what lies elsewhere is not this run's.
+    """
+    if folder.is_symlink():
+        raise UsageError(f"{folder} is a link: a run holds its own checkpoints")
+    for path in steps(folder):
+        if (match := _UNFINISHED.fullmatch(path.name)) is not None:
+            os.rename(path, folder / match[1])
     for path in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if _UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def steps(folder: Path) -> list[Path]:
-    """The checkpoints below ``folder``, oldest first; unfinished ones are not among them."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir()) if folder.is_dir() else []
+    """The checkpoints below ``folder``, oldest first; unfinished ones are not among them.
+
+    One that was put aside for a newer one of the same step is, where a kill kept that from taking its place.
+    """
+    if not folder.is_dir():
+        return []
+    found = {path.name: path for path in folder.glob("step-*") if path.is_dir()}
+    for path in folder.glob(f"{_TEMPORARY}old-*"):
+        if (match := _UNFINISHED.fullmatch(path.name)) is not None:
+            found.setdefault(match[1], path)
+    return [found[name] for name in sorted(found)]
 
 
 def find(path: Path, which: str = "last") -> Path:
@@ -173,7 +204,7 @@ def find(path: Path, which: str = "last") -> Path:
     The best has the highest evaluation; without any evaluation it is the last. Raises UsageError where there is none.
     """
     try:
-        if (path / _MANIFEST).exists() or path.name.startswith("step-"):
+        if (path / _MANIFEST).exists() or (path.name.startswith("step-") and not (path / "checkpoints").exists()):
             return path
         is_folder = path.is_dir()
     except OSError as problem:
@@ -195,7 +226,7 @@ def prune(folder: Path) -> None:
     for path in found:
         if path not in kept:
             shutil.rmtree(path)
-    files = list(folder.glob("rows-*"))
+    files = [path for path in folder.glob("rows-*") if _ROWS_FILE.fullmatch(path.name)]
     needed = {entry["name"] for path in kept if files for entry in _rows_of(path)}
     for path in files:
         if path.name not in needed:
@@ -207,21 +238,21 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
     try:
         entries: list[dict[str, Any]] = json.loads(_read(path / _MANIFEST, _MOST_JSON))["rows"]
         return entries
-    except (OSError, ValueError, KeyError, TypeError):
+    except _DAMAGE:
         return []  # damaged: load says so if it is wanted
 
 
 def _rank(path: Path) -> tuple[float, str]:
     try:
-        score = json.loads((path / _STATE).read_bytes()).get("score")
-    except (OSError, ValueError, AttributeError):
-        score = None  # damaged: load says so if it is the one that is wanted
-    return (float("-inf") if score is None else float(score), path.name)
+        score = float(json.loads(_read(path / _STATE, _MOST_JSON))["score"])
+    except _DAMAGE:
+        score = float("-inf")  # none, or damaged: load says so if it is the one that is wanted
+    return score, path.name
 
 
 def _verified(path: Path, entry: dict[str, Any]) -> bytes:
     """A file's bytes, which are those that the manifest's entry is of."""
-    data = _read(path, int(entry["bytes"]))
+    data = _read(path, entry["bytes"])
     if len(data) != entry["bytes"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise UsageError(f"checkpoint {path.parent} is damaged: {path.name} does not match its manifest")
     return data
@@ -231,8 +262,12 @@ def _read(path: Path, most: int) -> bytes:
     """A regular file's bytes, refused where it is a link or larger than its manifest says."""
     if path.is_symlink():
         raise UsageError(f"{path} is a link: a checkpoint holds its own files")
-    with open(path, "rb") as file:
-        data = file.read(most + 1)
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    with open(handle, "rb") as file:
+        about = os.fstat(handle)
+        if not stat.S_ISREG(about.st_mode):
+            raise UsageError(f"checkpoint {path.parent} is damaged: {path.name} is not a file")
+        data = file.read(int(min(most, about.st_size)) + 1)
     if len(data) > most:
         raise UsageError(f"checkpoint {path.parent} is damaged: {path.name} is longer than its manifest says")
     return data

@@ -30,10 +30,11 @@ def kl_trajectory(run: History) -> Figure | None:
     _marks(axes, run, run[shown])
     if run.has("kl/limit"):
         axes.axhline(run.last("kl/limit"), color=_MARK, linestyle="--", linewidth=1.2, label="limit")
-    positive = run[shown][run[shown] > 0]
+    positive = run[shown][(run[shown] > 0) & np.isfinite(run[shown])]
     if len(positive):
-        top = max(np.nanmax(run["kl/p95"]), run.last("kl/limit") if run.has("kl/limit") else 0.0)
-        axes.set(yscale="log", ylim=(np.quantile(positive, 0.02) / 2, 2 * top))
+        heights = np.concatenate([positive, run["kl/p95"], run["kl/limit"]])
+        top = 2 * heights[np.isfinite(heights)].max()
+        axes.set(yscale="log", ylim=(min(np.quantile(positive, 0.02), top / 2) / 2, top))
     axes.set(ylabel="nats")
     return _finish(figure, axes)
 
@@ -73,14 +74,14 @@ def time_spent(run: History) -> Figure | None:
 def curves(groups: list[Group], tags: dict[str, str], ylabel: str, log: bool = False) -> Figure | None:
     """Means over each group's runs, with the middle 95 % of bootstrapped means where there are several.
 
-    tags: what to draw, and what to call it; the first as a line, the others thinner or dashed.
+    tags: what to draw, and what to call it; the first as a line, the others dashed and dotted.
     """
     figure, axes = _panel()
     drawn = False
     for group, colour in zip(groups, _cycle(len(groups)), strict=True):
         for style, (tag, name) in zip(("-", "--", ":"), tags.items(), strict=False):
             curve = group.curve(tag)
-            if curve is None or not curve[1].any():  # a share or coefficient that stays 0 is one that is not in use
+            if curve is None or (log and not (curve[1] > 0).any()):
                 continue
             steps, mean, low, high = curve
             label = " ".join([group.letter] * (len(groups) > 1) + [name] * (len(tags) > 1))
@@ -96,20 +97,19 @@ def curves(groups: list[Group], tags: dict[str, str], ylabel: str, log: bool = F
 
 def returns(groups: list[Group]) -> Figure | None:
     """Training returns as ``curves``; a single run also with its evaluations and their spread over episodes."""
-    figure = curves(groups, {"rollout/ep_rew_mean": "training"}, "return")
     if len(groups) > 1 or len(groups[0].runs) > 1:
-        return figure
+        return curves(groups, {"rollout/ep_rew_mean": "training"}, "return")
     run = groups[0].runs[0]
-    rows = np.isfinite(run["eval/mean_reward"])
-    if not rows.any():
-        return figure
-    figure = figure or _panel()[0]
-    (axes,) = figure.axes
-    mean, std = run["eval/mean_reward"][rows], run["eval/std_reward"][rows]
-    axes.errorbar(run["step"][rows], mean, std, fmt="o", markersize=3.5, elinewidth=0.8, color=_COLOURS[1])
-    axes.plot([], [], "o", color=_COLOURS[1], label="evaluation, with std over episodes")
-    if str(axes.lines[0].get_label()).startswith("_"):
-        axes.lines[0].set_label("training, last 100 episodes")
+    if not (run.has("rollout/ep_rew_mean") or run.has("eval/mean_reward")):
+        return None
+    figure, axes = _panel()
+    if run.has("rollout/ep_rew_mean"):
+        axes.plot(run["step"], run["rollout/ep_rew_mean"], color=_COLOURS[0], label="training, last 100 episodes")
+    if run.has("eval/mean_reward"):
+        mean, std = run["eval/mean_reward"], run["eval/std_reward"]
+        style: dict[str, Any] = {"fmt": "o", "markersize": 3.5, "elinewidth": 0.8, "color": _COLOURS[1]}
+        axes.errorbar(run["step"], mean, std, **style, label="evaluation, std over episodes")
+    axes.set_ylabel("return")
     return _finish(figure, axes)
 
 
@@ -124,7 +124,11 @@ PANELS: dict[str, Callable[[list[Group]], Figure | None]] = {
         log=True,
     ),
     "Entropy": lambda groups: curves(groups, {"entropy/mean": "entropy", "entropy/target": "target"}, "nats"),
-    "Clip fraction": lambda groups: curves(groups, {"train/clip_fraction": "clipped"}, "share of samples"),
+    "Clip fraction": lambda groups: curves(
+        [group for group in groups if group.runs[0].options.get("clip_range")],
+        {"train/clip_fraction": "clipped"},
+        "share of samples",
+    ),
     "Share of the TRPO step taken": lambda groups: curves(groups, {"train/step_fraction": "share"}, "share"),
     "Explained variance": lambda groups: curves(groups, {"train/explained_variance": "critic"}, "share"),
     "Critic": lambda groups: curves(groups, {"train/q_mean": "mean Q"}, "mean Q"),

@@ -33,6 +33,16 @@ def make_folder(parent: str, name: str) -> Path:
     raise UsageError(f"--run-dir {parent}: 10,000 runs of this second lie there already")
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Write ``path`` whole or not at all. A link there is replaced, and none is followed."""
+    temporary = path.with_name(f".writing-{path.name}")
+    temporary.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    with open(os.open(temporary, flags, 0o644), "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the run's lock; the system frees it when the process ends, however it ends.

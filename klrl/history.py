@@ -3,6 +3,7 @@
 import json
 import math
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,12 +77,11 @@ def read_history(path: str | Path) -> History:
     folder = Path(path)
     try:
         options = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        total = options["total_timesteps"]
-        _ = options["agent"], options["env_id"], options["seed"]
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError) as problem:
+        total = int(options["total_timesteps"])
+        _ = options["agent"], options["env_id"], int(options["seed"]), options["kl"]["direction"]
+        rows = [row for _, row in read_rows(folder / "metrics.jsonl")]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as problem:
         raise UsageError(f"{path} is not a run's folder: {_reason(problem)}") from None
-    rows = [row for row in map(_row, lines) if row is not None]
     tags = dict.fromkeys(["step", "wall", *(tag for row in rows for tag in row)])
     columns = {tag: np.array([row.get(tag, math.nan) for row in rows], np.float64) for tag in tags}
     done = bool(rows) and rows[-1]["step"] >= total and "eval/mean_reward" in rows[-1]
@@ -93,10 +93,12 @@ def _reason(problem: Exception) -> str:
     return f"{problem.strerror}: {problem.filename}" if isinstance(problem, OSError) else f"config.toml: {problem}"
 
 
-def _row(line: str) -> dict[str, float] | None:
-    """A line's figures; None for one that was cut off, as by a kill or by reading while it is written."""
-    try:
-        row = json.loads(line)
-        return {tag: float(value) for tag, value in row.items()} if "step" in row else None
-    except (ValueError, TypeError):
-        return None
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """The lines of a run's metrics.jsonl, and what they hold; without those that are cut off, or are no such lines."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = {tag: float(value) for tag, value in json.loads(line).items()}
+        except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
+            continue
+        if math.isfinite(row.get("step", math.nan)):
+            yield line, row

@@ -1,7 +1,6 @@
 """Where a run's figures go: TensorBoard, metrics.jsonl and the terminal."""
 
 import json
-import os
 import sys
 import time
 from collections import deque
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
@@ -20,7 +18,9 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-Column = npt.NDArray[np.float64]
+from klrl.folders import replace_file
+from klrl.history import Column, read_rows
+
 # Custom Scalars: what belongs together in one chart, for every agent.
 _LAYOUT = {
     "KL": {
@@ -92,17 +92,11 @@ class Logger:
 def _cut(path: Path, step: int) -> float:
     """Drop the lines from ``step`` on, and a last one that is not whole; the seconds at which the kept ones end."""
     kept, wall = [], 0.0
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
+    for line, row in read_rows(path) if path.exists() else []:
         if row["step"] < step:
             kept.append(line + "\n")
-            wall = row["wall"]
-    temporary = path.with_suffix(".writing")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+            wall = row.get("wall", wall)
+    replace_file(path, "".join(kept))
     return wall
 
 

@@ -78,6 +78,7 @@ class Loop:
     def restore(self, state: State) -> None:
         """Go on from the "loop" that ``_save`` wrote; ``episodes`` is restored, and ``envs`` made with its places."""
         self.progress = Progress(**state["progress"])
+        self.per_state = state["per_state"]
         self.buffer.load_state_dict(state["buffer"])
         self.obs, _ = self.envs.reset(seed=self.seed)
         if not isinstance(self.envs.unwrapped, SyncVectorEnv | AsyncVectorEnv):
@@ -115,8 +116,7 @@ class Loop:
             kept = f"; the last checkpoint is {saved[-1]}" if saved else ""
             raise NonFiniteError(f"{problem}, {self.episodes.steps} steps into the run{kept}") from None
         finally:
-            if self._evaluator is not None:
-                self._evaluator.close()
+            self._close_evaluator()
 
     @property
     def finished(self) -> bool:
@@ -134,7 +134,8 @@ class Loop:
             action = self.agent.act(self.obs)
             env_action = self.agent.env_action(action)
             try:
-                next_obs, reward, terminated, truncated, info = self.envs.step(env_action)
+                # A copy, as an environment may change what it is given, and its replay takes what it was given.
+                next_obs, reward, terminated, truncated, info = self.envs.step(env_action.copy())
             except Exception:
                 self.buffer.check_finite()  # a nan that the environment showed may be what made it fail
                 raise
@@ -178,12 +179,9 @@ class Loop:
         """Evaluate where it is time, log, and save; the evaluation's score."""
         progress, steps, figures, score = self.progress, self.episodes.steps, dict(learned), None
         if self.finished:
-            final = self.make_envs(_FINAL_EPISODES)
-            score = self._evaluate(final, FINAL_SEED)
-            final.close()
+            score = self._evaluate(_FINAL_EPISODES, FINAL_SEED)
         elif self.eval_every and progress.updates % self.eval_every == 0:
-            self._evaluator = self._evaluator or self.make_envs(self.eval_episodes)
-            score = self._evaluate(self._evaluator, EVAL_SEED)
+            score = self._evaluate(self.eval_episodes, EVAL_SEED)
         if score is not None:
             figures["eval/mean_reward"], figures["eval/std_reward"] = score.mean, score.std
             figures["eval/mean_ep_length"] = statistics.fmean(score.lengths)
@@ -204,12 +202,20 @@ class Loop:
         progress.logged = steps
         return score
 
-    def _evaluate(self, envs: Envs, seed: int) -> Evaluation:
+    def _evaluate(self, episodes: int, seed: int) -> Evaluation:
         """Episodes that leave the global generators as they were, so that training does not depend on them."""
         before = _random_state()
-        score = run_episodes(self.agent, envs, self.seed + seed, check=self.signals.check)
-        _restore_random(before)
-        return score
+        try:
+            if self._evaluator is None or self._evaluator.num_envs != episodes:
+                self._close_evaluator()
+                self._evaluator = self.make_envs(episodes)
+            return run_episodes(self.agent, self._evaluator, self.seed + seed, check=self.signals.check)
+        finally:
+            _restore_random(before)
+
+    def _close_evaluator(self) -> None:
+        if self._evaluator is not None:
+            self._evaluator.close()
 
     def _save(self, score: Evaluation | None) -> None:
         """Save everything, as it is between two updates or in the middle of collecting."""
@@ -227,6 +233,7 @@ class Loop:
                 "buffer": self.buffer.state_dict(),
                 "obs": {key: torch.from_numpy(np.array(part)) for key, part in _parts(self.obs)},
                 "random": _random_state(),
+                "per_state": None if progress["figures"] is None else self.per_state,
                 "complete": self.finished and score is not None,
             },
         }

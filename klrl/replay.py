@@ -102,7 +102,7 @@ class ReplayBuffer:
     def rows(self, start: int) -> dict[str, Tensor]:
         """The transitions from the ``start``-th ever written, oldest first, for ``put_rows``."""
         index = np.arange(start, self.written) % self.capacity
-        images = {key: torch.from_numpy(part[:, index]) for key, part in self._images.items()}
+        images = {key: torch.from_numpy(np.ascontiguousarray(part[:, index])) for key, part in self._images.items()}
         return {"rows": torch.from_numpy(self._rows[index]), **images}
 
     def put_rows(self, start: int, rows: dict[str, Tensor]) -> None:

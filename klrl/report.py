@@ -13,6 +13,7 @@ import numpy as np
 from klrl.anomalies import find_anomalies
 from klrl.config import flatten
 from klrl.errors import UsageError
+from klrl.folders import replace_file
 from klrl.history import History, read_history
 from klrl.scores import Group, group_runs
 
@@ -30,7 +31,8 @@ def report(paths: Sequence[str], config: ReportConfig) -> str:
 
     Raises UsageError where a path holds no run, and where it cannot be written.
     """
-    runs = [read_history(folder) for folder in dict.fromkeys(f for path in paths for f in _folders(path))]
+    folders = {folder.resolve(): folder for path in paths for folder in _folders(path)}
+    runs = [read_history(folder) for folder in folders.values()]
     groups = group_runs(runs)
     if config.format == "json":
         text = json.dumps(summary(groups), indent=2)
@@ -39,7 +41,9 @@ def report(paths: Sequence[str], config: ReportConfig) -> str:
     else:
         text = as_html(groups)
         if not config.output:
-            config = ReportConfig(str(runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html")))
+            path = (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
+            replace_file(path, text)
+            return str(path)
     if not config.output:
         return text
     try:
@@ -52,7 +56,7 @@ def report(paths: Sequence[str], config: ReportConfig) -> str:
 def _folders(path: str) -> list[Path]:
     if (Path(path) / "config.toml").is_file():
         return [Path(path)]
-    found = sorted(config.parent for config in Path(path).rglob("config.toml") if not config.parent.is_symlink())
+    found = sorted(file.parent for file in Path(path).rglob("metrics.jsonl") if (file.parent / "config.toml").exists())
     if not found:
         raise UsageError(f"{path} is not a run's folder, and holds none")
     return found
@@ -74,7 +78,7 @@ def summary(groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def _run_summary(run: History) -> dict[str, Any]:
-    share = run["kl/of_limit"][np.isfinite(run["kl/of_limit"])]
+    share = run["kl/of_limit"][~np.isnan(run["kl/of_limit"])]
     return {
         "folder": str(run.folder),
         "agent": run.agent,
@@ -112,7 +116,9 @@ def _score_rows(data: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         if score is not None:
             figures = [f"{score[key]:.1f}" for key in ("mean", "std", "iqm")]
             figures.append(f"{score['low']:.1f} to {score['high']:.1f}" if len(group["runs"]) > 1 else "-")
-        yield group["letter"], group["name"], str(len(group["runs"])), *figures
+        ended = sum(run["state"] == "finished" for run in group["runs"])
+        count = f"{ended} of {len(group['runs'])}" if 0 < ended < len(group["runs"]) else str(len(group["runs"]))
+        yield group["letter"], group["name"], count, *figures
 
 
 def _run_rows(data: dict[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -35,8 +35,9 @@ class Group:
     runs: list[History]
 
     def score(self) -> Score | None:
-        """Of the final returns; None where no run has any yet."""
-        finals = np.array([run.final_return for run in self.runs])
+        """Of the finished runs' final returns, or of all where none is finished; None where there are none yet."""
+        runs = [run for run in self.runs if run.state == "finished"] or self.runs
+        finals = np.array([run.final_return for run in runs])
         finals = finals[~np.isnan(finals)]
         if not len(finals):
             return None

@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-import os
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,9 +18,9 @@ from klrl import agents, checkpoint, spaces
 from klrl.config import Count, PositiveInt, Seed, build, flatten, hints, merge, suggest, to_dict
 from klrl.envs.make import EnvConfig, EnvFactory, env_name, import_module, make_vector, preset, registered
 from klrl.episodes import Episodes
-from klrl.errors import Interrupted, UsageError
+from klrl.errors import EnvironmentFault, Interrupted, UsageError
 from klrl.evaluation import FRESH_SEED, Evaluation, run_episodes
-from klrl.folders import locked, make_folder
+from klrl.folders import locked, make_folder, replace_file
 from klrl.logger import Console, Logger
 from klrl.loop import Loop, go_on_at
 from klrl.protocol import Agent
@@ -115,8 +115,8 @@ def resume(path: str | Path, env: EnvFactory | None = None, total_timesteps: int
     """Go on with the run in folder ``path``, in that folder, as if it had not stopped.
 
     From its newest whole checkpoint; rows logged after that are dropped. ``env``: the factory, of a run that was given
-    one. ``total_timesteps``: a new total, in place of the run's own. Raises UsageError where it is still running, where
-    no checkpoint is whole, and where its steps are done.
+    one. ``total_timesteps``: a new total, in place of the run's own; more than are done. Raises UsageError where it is
+    still running, where no checkpoint is whole, and where its steps are done.
     """
     folder = Path(path)
     checkpoint.find(folder)
@@ -134,6 +134,8 @@ def resume(path: str | Path, env: EnvFactory | None = None, total_timesteps: int
         if isinstance(target, str) and not registered(target):
             raise UsageError(f"{path} was trained on {target!r}, which is no env id here: give klrl.resume its factory")
         if total_timesteps:
+            if total_timesteps <= done:
+                raise UsageError(f"--total-timesteps {total_timesteps}: {path} has {done:,} steps already")
             config = replace(config, total_timesteps=total_timesteps)
         if state["complete"] and config.total_timesteps <= done:
             raise UsageError(f"{path} has its {config.total_timesteps:,} steps; --total-timesteps N trains it further")
@@ -164,29 +166,31 @@ def _run(
     options = {"agent": name, "env_id": env_name(env), **to_dict(config), **to_dict(agent_config)}
     try:
         toml = tomli_w.dumps(options)
+        json.dumps(options)  # a checkpoint's form, which holds less
     except TypeError as problem:
-        raise UsageError(f"--env.kwargs holds a value that a config file cannot: {problem}") from None
+        raise UsageError(f"--env.kwargs holds a value that a config file or checkpoint cannot: {problem}") from None
     episodes, places = Episodes(config.n_envs), []
-    if saved is not None:
-        state = saved[1]["state"]["loop"]
-        shown = {key: part.numpy() for key, part in state["obs"].items()}
-        places = episodes.load_state_dict(state["episodes"], shown.get("", shown))
     with contextlib.ExitStack() as stack:
+        if saved is not None:
+            with fitting(saved[0]):
+                state = saved[1]["state"]["loop"]
+                shown = {key: part.numpy() for key, part in state["obs"].items()}
+                places = episodes.load_state_dict(state["episodes"], shown.get("", shown))
         envs = stack.enter_context(contextlib.closing(make_vector(env, config.n_envs, config.env, places)))
         stack.enter_context(_process_settings(config))
         spaces.check_observation_space(envs.single_observation_space)
         agent = agent_class(envs.single_observation_space, envs.single_action_space, agent_config, device, config.seed)
         buffer = agent.new_buffer(config.n_envs)
+        step = None
         if saved is not None:
-            _restore(agent, buffer, *saved)
+            with fitting(saved[0]):
+                _restore(agent, buffer, *saved)
+                step = go_on_at(state)
         if folder is None:
             folder = make_folder(config.run_dir, f"{name}-{env_name(env)}-{config.seed}")
             stack.enter_context(locked(folder))
-        unfinished = folder / ".writing-config.toml"
-        unfinished.write_text(toml)
-        os.replace(unfinished, folder / "config.toml")
+        replace_file(folder / "config.toml", toml)
         console = stack.enter_context(contextlib.closing(Console(config.total_timesteps, config.quiet, config.verbose)))
-        step = None if saved is None else go_on_at(saved[1]["state"]["loop"])
         logger = stack.enter_context(contextlib.closing(Logger(folder, flatten(options), step)))
         loop = Loop(
             agent,
@@ -206,7 +210,8 @@ def _run(
             logger,
         )
         if saved is not None:
-            loop.restore(saved[1]["state"]["loop"])
+            with fitting(saved[0]):
+                loop.restore(state)
             loop.saved_rows = saved[1]["rows"]
         try:
             score = loop.run()
@@ -262,7 +267,7 @@ def fitting(source: Path) -> Iterator[None]:
     """What a checkpoint's content is refused with where it is not what this version writes."""
     try:
         yield
-    except UsageError:
+    except (UsageError, EnvironmentFault):
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as problem:
         raise UsageError(f"checkpoint {source} does not fit this version of klrl: {problem}") from None

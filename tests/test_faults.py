@@ -18,7 +18,9 @@ from helpers import rows
 import klrl
 from klrl import checkpoint
 from klrl.envs.make import EnvConfig, make_vector
+from klrl.envs.wrappers import Place
 from klrl.errors import EnvironmentFault, NonFiniteError, UsageError
+from klrl.report import ReportConfig, report
 
 SMALL: dict[str, Any] = {"n_envs": 2, "n_steps": 64, "batch_size": 64, "n_epochs": 2, "quiet": True, "eval_every": 0}
 
@@ -195,6 +197,8 @@ def test_twenty_runs_started_at_once_have_twenty_folders() -> None:
 
 def test_a_run_that_is_alive_or_done_is_not_resumed() -> None:
     run = klrl.train("ppo", "CartPole-v1", total_timesteps=256, **SMALL)
+    with pytest.raises(UsageError, match=r"--total-timesteps 200: runs/.* has \d+ steps already"):
+        klrl.resume(run.folder, total_timesteps=200)
     with pytest.raises(UsageError, match=r"has its 256 steps; --total-timesteps N trains it further"):
         klrl.resume(run.folder)
     code = "from pathlib import Path; from klrl.folders import locked\n"
@@ -219,6 +223,63 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(capsys: p
     before = rows(run.folder)
     resumed = klrl.resume(run.folder)
     assert [{**row, "eval": 0} for row in rows(resumed.folder)] == [{**row, "eval": 0} for row in before]
+
+
+def test_what_links_lead_to_is_left_alone() -> None:
+    run = klrl.train("ppo", "CartPole-v1", total_timesteps=256, **SMALL)
+    elsewhere = Path("elsewhere")
+    elsewhere.mkdir()
+    for name in (".writing-config.toml", ".writing-metrics.jsonl", ".writing-report.html", "report.html"):
+        (elsewhere / name).write_text("precious")
+        (run.folder / name).symlink_to((elsewhere / name).resolve())
+    klrl.resume(run.folder, total_timesteps=512)
+    report([str(run.folder)], ReportConfig())
+    assert all(path.read_text() == "precious" for path in elsewhere.iterdir())
+    kept = run.folder / "checkpoints"
+    kept.rename("moved")
+    kept.symlink_to(Path("moved").resolve())
+    Path("moved/.writing-mine").mkdir()
+    Path("moved/rows-precious.txt").touch()
+    with pytest.raises(UsageError, match="is a link: a run holds its own checkpoints"):
+        klrl.resume(run.folder, total_timesteps=1024)
+    assert Path("moved/.writing-mine").exists()
+    assert Path("moved/rows-precious.txt").exists()
+
+
+@pytest.mark.parametrize("line", ["5", "null", '["step"]', '{"step": "x"}', '{"step": 1}', "[" * 10_000, "\udcff"])
+def test_a_line_that_is_no_row_does_not_stop_a_resume_or_a_report(line: str) -> None:
+    run = klrl.train("ppo", "CartPole-v1", total_timesteps=256, **SMALL)
+    with (run.folder / "metrics.jsonl").open("ab") as lines:
+        lines.write(line.encode("utf-8", "surrogateescape") + b"\n")
+    klrl.resume(run.folder, total_timesteps=512)
+    assert report([str(run.folder)], ReportConfig(format="md"))
+
+
+def test_a_signal_to_the_whole_group_is_one_to_the_trainer() -> None:
+    options = {"seed": 1, "quiet": True, "eval_every": 0, **SIGNALLED["ppo"]}
+    train = [sys.executable, "-m", "klrl", "train", "ppo", "CartPole-v1", *_words(options)]
+    process = subprocess.Popen(train, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    while not any(path.stat().st_size for path in Path("runs").glob("*/metrics.jsonl")):
+        time.sleep(0.02)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=10) == 143
+    (folder,) = Path("runs").iterdir()
+    klrl.resume(folder)
+    assert rows(folder) == rows(klrl.train("ppo", "CartPole-v1", run_dir="whole", **options).folder)
+
+
+def test_a_replay_may_take_longer_than_a_step() -> None:
+    class Slow(gym.Wrapper[Any, Any, Any, Any]):
+        def step(self, action: Any) -> Any:
+            time.sleep(0.02)
+            return super().step(action)
+
+    place = Place(0, [np.array([0.0], np.float32)] * 60, np.zeros(3, np.float32), False)
+    config = EnvConfig(vectorization="async", timeout=0.8)
+    envs = make_vector(lambda: Slow(gym.make("Pendulum-v1")), 1, config, [place])
+    envs.reset(seed=0)
+    envs.close()
 
 
 def test_a_run_folder_that_cannot_be_written_is_not_resumed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,15 @@ def seed_globals(seed: int) -> None:
 
 
 def check_same(agent: str, task: Any, steps: int, **options: Any) -> None:
-    options = {**SMALL[agent], "quiet": True, "seed": 3, "eval_every": 3, "eval_episodes": 2, **options}
+    options = {
+        **SMALL[agent],
+        "quiet": True,
+        "seed": 3,
+        "eval_every": 3,
+        "eval_episodes": 2,
+        "histogram_every": 2,
+        **options,
+    }
     seed_globals(0)
     whole = klrl.train(agent, task, total_timesteps=2 * steps, run_dir="whole", **options)
     seed_globals(0)
@@ -74,16 +82,45 @@ def check_same(agent: str, task: Any, steps: int, **options: Any) -> None:
     assert not differences(content(whole.folder), content(half.folder))
     assert not differences(dict(enumerate(rows(whole.folder))), dict(enumerate(rows(half.folder))))
     assert resumed.score == whole.score
-    events = EventAccumulator(str(half.folder))
+    events = EventAccumulator(str(half.folder), size_guidance={"scalars": 0, "histograms": 0})
     events.Reload()
     steps_shown = [event.step for event in events.Scalars("kl/mean")]
     assert steps_shown == [row["step"] for row in rows(half.folder)], "TensorBoard shows no step twice, and each"
     assert len(list(half.folder.glob("events.*"))) == 2
+    histograms = [event.step for event in events.Histograms("kl/log10_per_state")]
+    assert histograms == steps_shown[options["histogram_every"] - 1 :: options["histogram_every"]]
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_a_resumed_run_is_the_same_run(vectorization: str) -> None:
     check_same("ppo", "CartPole-v1", 1000, env={"vectorization": vectorization})
+
+
+def test_an_agent_that_sees_images_goes_on() -> None:
+    def probe() -> Any:
+        return gym.make("klrl/RewardByBoth-v0", action="discrete", observation="image")
+
+    check_same("sac", probe, 100, kl={"every": 20}, learning_starts=40)
+
+
+class Rounding(gym.Wrapper[Any, Any, Any, Any]):
+    """Shows float64 where its space says float32, changes the action it is given, and draws when it is made."""
+
+    def __init__(self) -> None:
+        super().__init__(gym.make("Pendulum-v1"))
+        self.scale = 1 + float(np.random.random()) * 0
+
+    def step(self, action: Any) -> Any:
+        action *= 0.5 * self.scale
+        obs, *rest = super().step(action)
+        return np.asarray(obs, np.float64) / 3.0, *rest
+
+
+def test_an_environment_that_rounds_and_meddles_is_replayed_and_its_evaluation_leaves_no_trace(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    check_same("ppo", Rounding, 500)
+    assert "cannot be replayed" not in capsys.readouterr().err
 
 
 class Noisy(gym.RewardWrapper[Any, Any]):

@@ -1,69 +1,141 @@
-"""What the comparisons with Stable-Baselines3 share: each measurement a process of its own, the two in alternation."""
+"""What the comparisons share: the works, who does them, and how they are measured side by side.
+
+Each measurement is a process of its own (peers.py). In a round klrl and its peers do the same work one after another,
+so that a machine whose speed drifts is as slow for each; what counts is the ratio within a round.
+"""
 
 import argparse
+import datetime
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
-Work = dict[str, dict[str, Any]]
+_TRPO = {"agent": "trpo", "batch_size": 128, "n_critic_updates": 10, "cg_max_steps": 10, "steps": 20_480}
+# klrl logs every 1000 gradient steps, from step 100: its last row before the end is that of step 3099.
+_SAC = {"agent": "sac", "n_envs": 1, "batch_size": 256, "learning_starts": 100, "warm_up": 1000, "steps": 2100}
+WORKS: dict[str, dict[str, Any]] = {
+    "ppo-cartpole": {
+        "agent": "ppo",
+        "env": "CartPole-v1",
+        "n_envs": 8,
+        "n_steps": 128,
+        "batch_size": 256,
+        "n_epochs": 4,
+        "warm_up": 2048,
+        "steps": 40_960,
+    },
+    "ppo-halfcheetah": {
+        "agent": "ppo",
+        "env": "HalfCheetah-v5",
+        "n_envs": 1,
+        "n_steps": 2048,
+        "batch_size": 64,
+        "n_epochs": 10,
+        "warm_up": 4096,
+        "steps": 20_480,
+    },
+    "trpo-cartpole": {"env": "CartPole-v1", "n_envs": 2, "n_steps": 512, "warm_up": 2048, **_TRPO},
+    "trpo-hopper": {"env": "Hopper-v5", "n_envs": 1, "n_steps": 2048, "warm_up": 4096, **_TRPO},
+    "sac-halfcheetah": {"env": "HalfCheetah-v5", **_SAC},
+    "sac-pendulum": {"env": "Pendulum-v1", **_SAC},
+}
+"""By name: the agent, what all do alike under SB3's names, and the environment steps before and during the clock."""
+
+TITLES = {
+    "ppo": "PPO, {env}, {n_envs} x {n_steps} steps, minibatch {batch_size}, {n_epochs} epochs",
+    "trpo": "TRPO, {env}, {n_envs} x {n_steps} steps, {cg_max_steps} CG steps, {n_critic_updates} critic passes",
+    "sac": "SAC, {env}, minibatch {batch_size}, a gradient step for each step",
+}
+"""By agent: how the table names a work."""
+
+PEERS = {
+    "stable-baselines3": ("ppo-cartpole", "ppo-halfcheetah", "sac-halfcheetah", "sac-pendulum"),
+    "sb3-contrib": ("trpo-cartpole", "trpo-hopper"),
+    "skrl": ("ppo-cartpole", "sac-pendulum"),
+    "tianshou": ("ppo-cartpole", "sac-pendulum"),
+}
+"""By the name of its distribution: the works that a peer is compared on."""
 
 
-def klrl_speed(agent: str, env: str, n_envs: int, steps: int, warm_up: int, **config: Any) -> float:
-    """Steps per second of ``klrl.train`` between the second logged update, at ``warm_up`` steps, and the last."""
-    import klrl
+def main(doc: str | None, prefix: str = "", peers: Sequence[str] = tuple(PEERS)) -> None:
+    """Compare as the command line asks, on the works whose names begin with ``prefix``; one Markdown table.
 
-    with tempfile.TemporaryDirectory() as folder:
-        run = klrl.train(
-            agent,
-            env,
-            run_dir=folder,
-            total_timesteps=steps + warm_up,
-            n_envs=n_envs,
-            eval_every=0,
-            save_every=0,
-            quiet=True,
-            **config,
-        )
-        rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    return (rows[-1]["step"] - rows[1]["step"]) / (rows[-1]["wall"] - rows[1]["wall"])
-
-
-def sb3_speed(algorithm: Any, env: str, n_envs: int, steps: int, warm_up: int, **config: Any) -> float:
-    """Steps per second of SB3's ``learn`` after ``warm_up`` steps."""
-    import torch
-    from stable_baselines3.common.env_util import make_vec_env
-
-    torch.set_num_threads(1)
-    model = algorithm("MlpPolicy", make_vec_env(env, n_envs), device="cpu", **config)
-    model.learn(warm_up)
-    before, start = model.num_timesteps, time.perf_counter()
-    model.learn(steps, reset_num_timesteps=False)
-    return (model.num_timesteps - before) / (time.perf_counter() - start)
-
-
-def compare(script: str, doc: str | None, work: Work, klrl: Callable[..., float], sb3: Callable[..., float]) -> None:
-    """Run the comparison as the command line asks: medians of both, and the median of the paired ratios."""
+    peers: who is asked where the command line names none.
+    """
+    works = {name.removeprefix(prefix): name for name in WORKS if name.startswith(prefix)}
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--work", nargs="+", choices=list(work), default=list(work))
-    parser.add_argument("--one", choices=["klrl", "sb3"], help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs="+", choices=list(works), default=list(works))
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(peers))
+    parser.add_argument("--output", type=Path, help="a file for the table, beside the terminal")
     options = parser.parse_args()
-    if options.one:
-        print("\n" + str((klrl if options.one == "klrl" else sb3)(**work[options.work[0]])))
-        return
-    for name in options.work:
-        speeds: dict[str, list[float]] = {"klrl": [], "sb3": []}
-        for _ in range(options.rounds):
+    file = options.output.open("w") if options.output else None
+    for line in table([works[name] for name in options.work], options.peers, options.rounds):
+        print(line, flush=True)
+        if file is not None:
+            print(line, file=file, flush=True)
+
+
+def table(works: list[str], peers: list[str], rounds: int) -> Iterator[str]:
+    """The lines of the table, each as soon as it is measured."""
+    chosen = [peer for peer in peers if set(PEERS[peer]) & set(works)]
+    versions = {peer: installed(peer) for peer in chosen}
+    yield machine(rounds)
+    yield ""
+    yield "| work | klrl steps/s | peer steps/s | ratio: median (min to max) |"
+    yield "|---|---|---|---|"
+    for work in works:
+        others = [peer for peer in chosen if versions[peer] and work in PEERS[peer]]
+        speeds: dict[str, list[float]] = {one: [] for one in ("klrl", *others)}
+        for _ in range(rounds if others else 0):
             for one, measured in speeds.items():
-                command = [sys.executable, script, "--one", one, "--work", name]
-                out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                measured.append(float(out.splitlines()[-1]))
-        mine, theirs = (statistics.median(speeds[one]) for one in ("klrl", "sb3"))
-        ratio = statistics.median(a / b for a, b in zip(speeds["klrl"], speeds["sb3"], strict=True))
-        line = f"klrl {mine:8,.0f} steps/s   SB3 {theirs:8,.0f} steps/s   ratio {ratio:.2f}"
-        print(f"{work[name]['env']:16} {line}", flush=True)
+                measured.append(measure(one, work))
+        for peer in others:
+            ratios = [mine / theirs for mine, theirs in zip(speeds["klrl"], speeds[peer], strict=True)]
+            mine, theirs, ratio = (statistics.median(each) for each in (speeds["klrl"], speeds[peer], ratios))
+            span = f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            yield f"| {title(work)} | {mine:,.0f} | {peer} {versions[peer]}: {theirs:,.0f} | {span} |"
+    missing = [peer for peer in chosen if not versions[peer]]
+    if missing:
+        yield ""
+        yield f"Left out, as not installed: {', '.join(missing)}."
+
+
+def measure(one: str, work: str) -> float:
+    """Steps per second of klrl or of a peer, in a process of its own. Exits with what that says where it fails."""
+    command = [sys.executable, str(Path(__file__).with_name("peers.py")), one, json.dumps(WORKS[work])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{one} on {work} failed:\n{done.stderr}")
+    return float(done.stdout.splitlines()[-1])
+
+
+def title(work: str) -> str:
+    """What is done, as the table names it."""
+    return TITLES[WORKS[work]["agent"]].format(**WORKS[work])
+
+
+def machine(rounds: int) -> str:
+    """When, on what and with which versions."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    where = f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
+    packages = ", ".join(f"{name} {installed(name)}" for name in ("gymnasium", "mujoco", "klrl"))
+    python = f"Python {platform.python_version()}, torch {installed('torch')} (1 thread)"
+    return f"{datetime.date.today()}, {where}, {python}, {packages}; {rounds} rounds"
+
+
+def installed(package: str) -> str | None:
+    """The version of a distribution, None without one."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,4 +1,4 @@
-"""What survives: kills at any time, at every system call of a save, damaged and malicious files, invalid commands.
+"""What survives: kills at any time, at every system call of a save, damaged files, invalid commands.
 
 The default run takes a sample; ``pytest -m "" -s tests/durability`` is the whole, and prints README's table.
 Children are forked, so that each kill costs no import of torch.
@@ -6,13 +6,11 @@ Children are forked, so that each kill costs no import of torch.
 
 import json
 import os
-import pickle
 import random
 import shutil
 import signal
 import sys
 import time
-import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -38,7 +36,7 @@ def sample(few: int, whole: int) -> Any:
 
 
 def forked(work: Callable[[], None]) -> int:
-    """The pid of a child that does the work and leaves, its output swallowed."""
+    """The pid of a child that does the work, its output swallowed, and exits with 0 once it is done, else with 1."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -48,8 +46,9 @@ def forked(work: Callable[[], None]) -> int:
             os.dup2(silence, 1)
             os.dup2(silence, 2)
             work()
-        finally:
             os._exit(0)
+        finally:
+            os._exit(1)
     return pid
 
 
@@ -60,7 +59,7 @@ def say(text: str) -> None:
 @sample(5, 100)
 @pytest.mark.parametrize("agent", ["ppo", "sac"])
 def test_kills_during_training_lose_at_most_one_save_interval(agent: str, count: int) -> None:
-    chance, kills, lost = random.Random(0), 0, []
+    chance, kills, lost, reached = random.Random(0), 0, [], [0]
     options: dict[str, Any] = {"n_envs": 2, "save_every": SAVE_EVERY, "eval_every": 0, "quiet": True}
     if agent == "ppo":
         options |= {"n_steps": 64, "batch_size": 64, "n_epochs": 2}
@@ -79,7 +78,7 @@ def test_kills_during_training_lose_at_most_one_save_interval(agent: str, count:
         pid = forked(go)
         time.sleep(0.3 + chance.random() * 0.7)
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]), "it was at work when it was killed"
         kills += 1
         folders = sorted(Path("runs").iterdir()) if Path("runs").exists() else []
         if not folders or not checkpoint.steps(folders[-1] / "checkpoints"):
@@ -89,10 +88,11 @@ def test_kills_during_training_lose_at_most_one_save_interval(agent: str, count:
         assert path == checkpoint.find(folder), "none is corrupt"
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         logged = [json.loads(line)["step"] for line in lines if line.endswith("}")]
+        reached.append(content["step"])
         lost.append(max(0, max(logged, default=0) - content["step"]))
         assert lost[-1] <= SAVE_EVERY + 128
         assert logged == sorted(set(logged)), "no step twice"
-    assert lost or count < 20
+    assert reached == sorted(reached)
     worst = f"at most {max(lost, default=0)} steps lost, saved every {SAVE_EVERY}"
     say(f"{kills} SIGKILLs during training ({agent}) | 0 corrupt, {worst}")
 
@@ -106,13 +106,14 @@ class Rows:
         return {"rows": torch.arange(start, self.written, dtype=torch.float32)[:, None].expand(-1, 50).contiguous()}
 
 
-def saving(steps: int, tell: int = -1) -> None:
+def saving(steps: int, tell: int = -1, again: bool = False) -> None:
+    """Save the next steps one by one; with ``again``, the last step once more in place of what is there."""
     rows, saved = Rows(), []  # type: ignore[var-annotated]
     found = checkpoint.steps(Path("run"))
     first = checkpoint.load(found[-1])["step"] + 1 if found else 1
     if found:
         saved = checkpoint.load(found[-1])["rows"]
-    for step in range(first, first + steps):
+    for step in range(first - again, first - again + steps):
         rows.written = 100 * step
         rows.size = min(rows.written, 1000)
         checkpoint.save(Path("run"), step, {"x": torch.full((20_000,), float(step))}, float(-step), rows, saved)
@@ -125,6 +126,7 @@ def whole(at_least: int) -> int:
     """The newest checkpoint's step: it is whole, with its rows, and not older than ``at_least``."""
     if at_least == 0 and not checkpoint.steps(Path("run")):
         return 0
+    checkpoint.clean(Path("run"))
     path = checkpoint.steps(Path("run"))[-1]
     content = checkpoint.load(path, with_rows=True)
     step = int(content["step"])
@@ -152,7 +154,8 @@ def test_kills_during_saves_corrupt_nothing(count: int) -> None:
     say(f"{count} SIGKILLs during saves | 0 corrupt, 0 finished saves lost")
 
 
-def test_a_kill_at_every_system_call_of_a_save_leaves_a_whole_checkpoint() -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_a_kill_at_every_system_call_of_a_save_leaves_a_whole_checkpoint(again: bool) -> None:
     calls = {"open", "write", "flush", "fsync", "close", "mkdir", "rename", "replace", "unlink", "rmdir", "scandir"}
 
     def save_until(limit: int) -> None:
@@ -166,20 +169,26 @@ def test_a_kill_at_every_system_call_of_a_save_leaves_a_whole_checkpoint() -> No
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.setprofile(before)
-        saving(1)
+        saving(1, again=again)
 
     saving(3)
+    if again:  # as when a run's only checkpoint is written once more
+        for path in checkpoint.steps(Path("run"))[:-1]:
+            shutil.rmtree(path)
     shutil.copytree("run", "as it was")
     killed, done = 0, False
     while not done:
         pid = forked(partial(save_until, killed + 1))
-        done = os.waitpid(pid, 0)[1] == 0
-        assert whole(3) in (3, 4)
+        status = os.waitpid(pid, 0)[1]
+        done = status == 0
+        assert done or os.WIFSIGNALED(status)
+        assert whole(3) in ((3,) if again else (3, 4))
         killed += not done
         shutil.rmtree("run")
         shutil.copytree("as it was", "run")
     assert killed > 15
-    say(f"a SIGKILL before each of the {killed} system calls of a save | 0 corrupt")
+    kind = "that replaces one" if again else "of a new step"
+    say(f"a SIGKILL before each of the {killed} system calls of a save {kind} | 0 corrupt")
 
 
 @sample(40, 400)
@@ -201,79 +210,6 @@ def test_every_truncation_and_bit_flip_is_detected(count: int) -> None:
         file.write_bytes(data)
     whole(4)
     say(f"{count // 2} truncations and {count // 2} bit flips | {count} detected")
-
-
-class Evil:
-    def __reduce__(self) -> Any:
-        return (os.system, ("touch executed",))
-
-
-def payloads(path: Path) -> dict[str, Callable[[], None]]:
-    """Ways to prepare the checkpoint at ``path`` so that a careless loader runs code or writes elsewhere."""
-    manifest = path / "manifest.json"
-    entry = json.loads(manifest.read_text())["rows"][0]
-
-    def rows_named(name: str) -> None:
-        content = json.loads(manifest.read_text())
-        content["rows"] = [{**entry, "name": name}]
-        manifest.write_bytes(checkpoint._sealed(content))
-
-    def linked(name: str, target: str) -> None:
-        (path / name).unlink()
-        (path / name).symlink_to(target)
-
-    def shaped() -> None:
-        header = json.dumps({"x": {"dtype": "F32", "shape": [1 << 40, 1 << 20], "data_offsets": [0, 4]}}).encode()
-        forge("tensors.safetensors", len(header).to_bytes(8, "little") + header + bytes(4))
-
-    def forge(name: str, data: bytes) -> None:
-        """Replace a file and fit the manifest to it, as an attacker would."""
-        import hashlib
-
-        (path / name).write_bytes(data)
-        content = json.loads(manifest.read_text())
-        content["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        manifest.write_bytes(checkpoint._sealed(content))
-
-    def torch_file() -> None:
-        torch.save({"x": Evil()}, "evil.pt")
-        forge("tensors.safetensors", Path("evil.pt").read_bytes())
-
-    def zipped() -> None:
-        with zipfile.ZipFile("evil.zip", "w") as archive:
-            archive.writestr("../executed", "x")
-        forge("tensors.safetensors", Path("evil.zip").read_bytes())
-
-    return {
-        "a pickle as tensors": lambda: forge("tensors.safetensors", pickle.dumps(Evil())),
-        "a pickle as state": lambda: forge("state.json", pickle.dumps(Evil())),
-        "a pickle as manifest": lambda: manifest.write_bytes(pickle.dumps(Evil())) and None,
-        "a torch file as tensors": torch_file,
-        "a zip with a name that climbs": zipped,
-        "rows named ../": lambda: rows_named("../../etc/passwd"),
-        "rows named /": lambda: rows_named("/etc/passwd"),
-        "a link as state": lambda: linked("state.json", "/etc/passwd"),
-        "an absurd shape": shaped,
-        "JSON 100,000 levels deep": lambda: forge("state.json", b"[" * 100_000 + b"]" * 100_000),
-    }
-
-
-@pytest.mark.parametrize("name", list(range(10)))
-def test_malicious_files_are_refused_and_nothing_is_executed(name: int) -> None:
-    saving(2)
-    path = checkpoint.steps(Path("run"))[-1]
-    (Path("run") / "checkpoints").mkdir()
-    os.rename(path, Path("run/checkpoints") / path.name)
-    for rows in Path("run").glob("rows-*"):
-        os.rename(rows, Path("run/checkpoints") / rows.name)
-    path = Path("run/checkpoints") / path.name
-    list(payloads(path).values())[name]()
-    before = set(Path().rglob("*"))
-    for attempt in (lambda: klrl.load(path), lambda: klrl.resume(Path("run"))):
-        with pytest.raises(UsageError) as refused:
-            attempt()
-        assert "\n" not in str(refused.value)
-    assert {path for path in Path().rglob("*") if path.name != "lock"} == before
 
 
 WORDS = {
