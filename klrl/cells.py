@@ -116,7 +116,7 @@ class Cell:
 def _saved_at(run: History) -> int:
     """The step of the run's last checkpoint; -1 where it has none."""
     saved = checkpoint.steps(run.folder / "checkpoints")
-    return int(saved[-1].name.removeprefix("step-")) if saved else -1
+    return checkpoint.step_of(saved[-1]) if saved else -1
 
 
 @contextlib.contextmanager

@@ -198,6 +198,11 @@ def steps(folder: Path) -> list[Path]:
     return [found[name] for name in sorted(found)]
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint that ``steps`` names."""
+    return int(path.name.rpartition("step-")[2].partition("-")[0])
+
+
 def find(path: Path, which: str = "last") -> Path:
     """The checkpoint that a run folder or checkpoint path means: itself, or the run's "last" or "best".
 

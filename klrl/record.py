@@ -80,8 +80,9 @@ class Overlay:
 
     def __init__(self, trained: Trained) -> None:
         self.agent = trained.agent
-        names = [path for path in checkpoint.steps(trained.folder.parent) if path.name < trained.folder.name]
-        self.before = open_policy(names[-1]) if names else None
+        kept = checkpoint.steps(trained.folder.parent)
+        earlier = [path for path in kept if checkpoint.step_of(path) < trained.step]
+        self.before = open_policy(earlier[-1]) if earlier else None
 
     def lines(self, obs: Observation) -> list[list[str]]:
         """For each of the states ``obs`` [B, *shape], the lines to show."""
