@@ -124,7 +124,27 @@ class Loop:
 
     def _learn(self) -> dict[str, float]:
         """Step the environments and update the agent until it reports; the report's figures."""
-        progress, start, learning = self.progress, time.perf_counter(), 0.0
+        progress, start = self.progress, time.perf_counter()
+        try:
+            report, learning = self._until_report()
+        finally:
+            seconds = time.perf_counter() - start
+            progress.training_time += seconds
+        self.per_state = report.kl.per_state
+        progress.updates += 1
+        figures = self.episodes.figures()
+        report.write(figures.__setitem__)
+        if progress.skipped or self.episodes.restarted:
+            figures["health/restarted_episodes"] = float(self.episodes.restarted)
+            figures["health/skipped_updates"] = figures.get("health/skipped_updates", 0.0) + progress.skipped
+        progress.skipped = 0
+        figures["time/fps"] = self.episodes.steps / progress.training_time
+        figures["time/collect_share"] = 1 - learning / seconds
+        return figures
+
+    def _until_report(self) -> tuple[Report, float]:
+        """Step and update until there is a report; it, and the seconds that the updates took."""
+        progress, learning = self.progress, 0.0
         report: Report | None = None
         while report is None:
             self.signals.check()
@@ -151,19 +171,7 @@ class Loop:
                 except SkippedUpdateError as problem:
                     self._skip(str(problem))
                 learning += time.perf_counter() - due
-        seconds = time.perf_counter() - start
-        self.per_state = report.kl.per_state
-        progress.training_time += seconds
-        progress.updates += 1
-        figures = self.episodes.figures()
-        report.write(figures.__setitem__)
-        if progress.skipped or self.episodes.restarted:
-            figures["health/restarted_episodes"] = float(self.episodes.restarted)
-            figures["health/skipped_updates"] = figures.get("health/skipped_updates", 0.0) + progress.skipped
-        progress.skipped = 0
-        figures["time/fps"] = self.episodes.steps / progress.training_time
-        figures["time/collect_share"] = 1 - learning / seconds
-        return figures
+        return report, learning
 
     def _skip(self, why: str) -> None:
         self.progress.skipped += 1

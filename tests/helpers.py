@@ -44,6 +44,17 @@ def train(config: OnPolicyConfig, env_id: Any, updates: int, seed: int = 0, **kw
     return agent, reports
 
 
+# A PPO run of about a second.
+QUICK: dict[str, Any] = {
+    "total_timesteps": 1500,
+    "n_envs": 4,
+    "n_steps": 64,
+    "batch_size": 64,
+    "n_epochs": 2,
+    "eval_every": 2,
+    "eval_episodes": 2,
+    "quiet": True,
+}
 SMALL_SAC = SACConfig(
     hidden_sizes=(32,),
     batch_size=64,

@@ -1,5 +1,6 @@
 """The loop: what it writes, what it reads back, what it survives."""
 
+import datetime
 import json
 import math
 import tomllib
@@ -11,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from helpers import QUICK
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -25,16 +27,6 @@ from klrl.folders import make_folder
 from klrl.logger import Console
 from klrl.training import Run, pick_device, resolve
 
-QUICK: dict[str, Any] = {
-    "total_timesteps": 1500,
-    "n_envs": 4,
-    "n_steps": 64,
-    "batch_size": 64,
-    "n_epochs": 2,
-    "eval_every": 2,
-    "eval_episodes": 2,
-    "quiet": True,
-}
 SB3_TAGS = {
     "rollout/ep_rew_mean",
     "rollout/ep_len_mean",
@@ -250,8 +242,9 @@ def test_one_step_episodes_of_a_same_step_environment_are_seen() -> None:
 
 def test_training_gives_back_what_it_borrowed() -> None:
     torch.set_num_threads(2)
-    with pytest.raises(UsageError, match="config file cannot"):
-        klrl.train("ppo", "CartPole-v1", env={"kwargs": {"render_mode": None}})
+    for unsaved in (None, datetime.date(2026, 1, 1)):
+        with pytest.raises(UsageError, match="config file or checkpoint cannot"):
+            klrl.train("ppo", "CartPole-v1", env={"kwargs": {"render_mode": unsaved}})
     with pytest.raises(UsageError, match="unknown env"):
         klrl.train("ppo", "nope-v0")
     precisions: set[str] = set()

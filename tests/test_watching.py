@@ -2,24 +2,13 @@
 
 import json
 import math
-from typing import Any
 
 import pytest
+from helpers import QUICK
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import klrl
 from klrl.logger import Pace
-
-QUICK: dict[str, Any] = {
-    "total_timesteps": 1500,
-    "n_envs": 4,
-    "n_steps": 64,
-    "batch_size": 64,
-    "n_epochs": 2,
-    "eval_every": 2,
-    "eval_episodes": 2,
-    "quiet": True,
-}
 
 
 def test_every_few_updates_a_histogram_shows_how_kl_is_spread_over_states() -> None:
