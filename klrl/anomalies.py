@@ -90,7 +90,7 @@ def _rejected(run: History) -> Anomaly | None:
 
 def _value(run: History) -> Anomaly | None:
     late = _second_half(run, "train/explained_variance")
-    if not len(late) or (below := float(np.mean(late < 0))) < 0.1:
+    if len(late) < 10 or (below := float(np.mean(late < 0))) < 0.1:
         return None
     return Anomaly(
         f"the critic explains less than nothing: explained variance below 0 in {below:.0%} of the later updates",

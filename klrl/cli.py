@@ -4,6 +4,7 @@ torch is imported only inside the commands.
 """
 
 import json
+import os
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _dispatch(arguments)
     except UsageError as problem:
         sys.exit(_complain(problem, 2))
+    except BrokenPipeError:  # whoever read has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (NonFiniteError, EnvironmentFault, OSError) as problem:
         sys.exit(_complain(problem, 1))
     except Interrupted as stop:
@@ -187,6 +191,9 @@ def _eval(arguments: list[str]) -> None:
 
 
 def _list(arguments: list[str]) -> None:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print("usage: klrl list\n\nAgents, presets and their measured scores.")
+        return
     if arguments:
         raise UsageError(f"list takes no arguments, got {arguments[0]!r}")
     from rich.console import Console

@@ -65,7 +65,6 @@ def time_spent(run: History) -> Figure | None:
         axes.barh(0, seconds, left=start, color=colour, label=f"{name} {seconds:,.0f} s")
         start += seconds
     axes.set(yticks=[], xlabel="seconds")
-    axes.xaxis.set_major_formatter(EngFormatter())
     axes.spines[:].set_visible(False)
     _legend(axes)
     return figure

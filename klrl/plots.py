@@ -190,10 +190,14 @@ def distribution(words: tuple[str, ...], option: str) -> td.Distribution:
         if not all(map(math.isfinite, numbers)):
             raise ValueError("infinite or nan")
         if words[0] == "categorical":
+            if abs(sum(numbers) - 1) > 1e-4:
+                raise ValueError("torch would scale them")
             return td.Categorical(probs=torch.tensor(numbers, dtype=torch.float64), validate_args=True)
         return kinds[words[0]](*(torch.tensor(x, dtype=torch.float64) for x in numbers), validate_args=True)
     except (ValueError, TypeError):
-        usage = {"normal": "MEAN STD", "beta": "A B", "bernoulli": "P", "categorical": "P1 P2 ..."}[words[0]]
+        usage = {"normal": "MEAN STD", "beta": "A B", "bernoulli": "P", "categorical": "P1 P2 ... summing to 1"}[
+            words[0]
+        ]
         raise UsageError(f"{option} {' '.join(words)}: needs {words[0]} {usage}, within their range") from None
 
 

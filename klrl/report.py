@@ -115,7 +115,9 @@ def _score_rows(data: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         figures = ["-"] * 4
         if score is not None:
             figures = [f"{score[key]:.1f}" for key in ("mean", "std", "iqm")]
-            figures.append(f"{score['low']:.1f} to {score['high']:.1f}" if len(group["runs"]) > 1 else "-")
+            figures.append(f"{score['low']:.1f} to {score['high']:.1f}")
+            if len(group["runs"]) == 1:  # nothing to spread
+                figures[1] = figures[3] = "-"
         ended = sum(run["state"] == "finished" for run in group["runs"])
         count = f"{ended} of {len(group['runs'])}" if 0 < ended < len(group["runs"]) else str(len(group["runs"]))
         yield group["letter"], group["name"], count, *figures

@@ -48,14 +48,14 @@ class Group:
     def curve(self, tag: str, points: int = 200) -> tuple[Column, Column, Column, Column] | None:
         """Steps, mean over runs, and the middle 95 % of bootstrapped means, each [points]; None where nobody logs it.
 
-        Beyond the end of a shorter run, the others go on alone.
+        Where a shorter run has ended the others go on alone, as long as they are more than half of all.
         """
         logged = [(run["step"][known], run[tag][known]) for run in self.runs if (known := np.isfinite(run[tag])).any()]
         if not logged:
             return None
         grid = np.linspace(min(step[0] for step, _ in logged), max(step[-1] for step, _ in logged), points)
         table = np.array([np.interp(grid, step, value, left=math.nan, right=math.nan) for step, value in logged])
-        kept = np.isfinite(table).any(0)
+        kept = np.isfinite(table).sum(0) > len(table) / 2
         grid, table = grid[kept], table[:, kept]
         means = _nanmean(_resampled(table), axis=1)
         low, high = np.nanquantile(means, (0.025, 0.975), axis=0)

@@ -201,10 +201,10 @@ def _conclude(cells: Sequence[Cell], folder: Path) -> None:
         score = Group("", setting, runs).score()
         text = "-" if score is None else f"{score.mean:.1f} +- {score.std:.1f}"
         scores.add_row(escape(here[0].setting.label), f"{len(runs)} of {len(here)}", text)
-        finished += [str(run.folder) for run in runs]
+        finished += runs
     Console(width=None if sys.stdout.isatty() else 140).print(scores)
     if finished:
-        print(f"report      {_report(finished, folder)}", flush=True)
+        print(f"report      {_report(folder)}", flush=True)
     failed = [cell for cell in cells if cell.state == "failed"]
     for cell in failed:
         print(f"klrl: {cell.setting.label} seed {cell.seed} failed: {cell.problem}", file=sys.stderr, flush=True)
@@ -212,8 +212,9 @@ def _conclude(cells: Sequence[Cell], folder: Path) -> None:
         raise ChildProcessError(f"{len(failed)} of {len(cells)} cells failed; the same command tries them again")
 
 
-def _report(paths: list[str], folder: Path) -> str:
+def _report(folder: Path) -> str:
+    """On every run in the sweep's folder, those of an earlier grid included."""
     try:
-        return report(paths, ReportConfig(str(folder / "report.html")))
+        return report([str(folder)], ReportConfig(str(folder / "report.html")))
     except UsageError:  # without the extra "plot"
-        return report(paths, ReportConfig(str(folder / "report.md"), "md"))
+        return report([str(folder)], ReportConfig(str(folder / "report.md"), "md"))

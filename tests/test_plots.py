@@ -77,6 +77,7 @@ def test_an_infinite_divergence_is_labelled_so() -> None:
         (["plot", "families", "--old", "normal", "0"], "needs normal MEAN STD"),
         (["plot", "families", "--old", "normal", "0", "-1"], "needs normal MEAN STD"),
         (["plot", "families", "--old", "normal", "inf", "1"], "needs normal MEAN STD"),
+        (["plot", "families", "--old", "categorical", "0.7", "0.7"], "needs categorical P1 P2 ... summing to 1"),
         (["plot", "families", "--new", "normal", "0", "1"], "two of one family"),
         (["plot", "families", "--new", "categorical", "0.5", "0.5"], "2: give as many probabilities"),
     ],
