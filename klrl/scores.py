@@ -46,7 +46,7 @@ class Group:
         return Score(float(finals.mean()), float(finals.std()), float(iqm(finals)), low, high)
 
     def curve(self, tag: str, points: int = 200) -> tuple[Column, Column, Column, Column] | None:
-        """Steps, mean over runs, and the middle 95 % of bootstrapped means, each [points]; None where nobody logs it.
+        """Steps, mean over runs, and the middle 95 % of bootstrapped means, each [points] or fewer; None without any.
 
         Where a shorter run has ended the others go on alone, as long as they are more than half of all.
         """
@@ -56,6 +56,8 @@ class Group:
         grid = np.linspace(min(step[0] for step, _ in logged), max(step[-1] for step, _ in logged), points)
         table = np.array([np.interp(grid, step, value, left=math.nan, right=math.nan) for step, value in logged])
         kept = np.isfinite(table).sum(0) > len(table) / 2
+        if not kept.any():  # their steps do not overlap
+            return None
         grid, table = grid[kept], table[:, kept]
         means = _nanmean(_resampled(table), axis=1)
         low, high = np.nanquantile(means, (0.025, 0.975), axis=0)

@@ -1,16 +1,19 @@
 """The command as users type it, in a process of its own: output, exit codes, and one line for every mistake."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from klrl.agents.trpo import TRPOConfig
+from klrl.cli import main
 from klrl.training import resolve
 
 QUICK = [
@@ -42,12 +45,19 @@ def klrl(*words: str, code: str = MAIN, env: dict[str, str] | None = None) -> su
 
 def refused(*words: str, code: str = MAIN) -> str:
     """The one line that a bad command line gets: exit code 2, no traceback, no run folder."""
-    done = klrl(*words, code=code)
-    lines = [line for line in done.stderr.splitlines() if "settotalmass" not in line and line]
-    assert done.returncode == 2, done.stderr
-    assert len(lines) == 1, done.stderr
+    if code == MAIN:  # in this process, where torch is imported already
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
+            main(words)
+        status, shown, complaint = stop.value.code, out.getvalue(), err.getvalue()
+    else:
+        done = klrl(*words, code=code)
+        status, shown, complaint = done.returncode, done.stdout, done.stderr
+    lines = [line for line in complaint.splitlines() if "settotalmass" not in line and line]
+    assert status == 2, complaint
+    assert len(lines) == 1, complaint
     assert lines[0].startswith("klrl: ")
-    assert done.stdout == ""
+    assert shown == ""
     assert not Path("runs").exists()
     return lines[0]
 

@@ -115,7 +115,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(monkeypatch: pytest.Mo
 
 
 SIGNALLED: dict[str, dict[str, Any]] = {
-    "ppo": {"total_timesteps": 40_000, "n_envs": 2, "env": {"vectorization": "async"}},
+    "ppo": {"total_timesteps": 12_000, "n_envs": 2, "env": {"vectorization": "async"}},
     "sac": {"total_timesteps": 1500, "learning_starts": 200, "kl": {"every": 100}, "hidden_sizes": [64, 64]},
 }
 
@@ -246,11 +246,11 @@ def test_what_links_lead_to_is_left_alone() -> None:
     assert Path("moved/rows-precious.txt").exists()
 
 
-@pytest.mark.parametrize("line", ["5", "null", '["step"]', '{"step": "x"}', '{"step": 1}', "[" * 10_000, "\udcff"])
-def test_a_line_that_is_no_row_does_not_stop_a_resume_or_a_report(line: str) -> None:
+def test_lines_that_are_no_rows_do_not_stop_a_resume_or_a_report() -> None:
     run = klrl.train("ppo", "CartPole-v1", total_timesteps=256, **SMALL)
     with (run.folder / "metrics.jsonl").open("ab") as lines:
-        lines.write(line.encode("utf-8", "surrogateescape") + b"\n")
+        for line in (b"5", b"null", b'["step"]', b'{"step": "x"}', b'{"step": 1}', b"[" * 10_000, b"\xff"):
+            lines.write(line + b"\n")
     klrl.resume(run.folder, total_timesteps=512)
     assert report([str(run.folder)], ReportConfig(format="md"))
 

@@ -104,6 +104,9 @@ def test_a_curve_is_the_mean_over_runs_while_more_than_half_go_on() -> None:
     assert low.tolist() == [0, 2, 4]
     assert high.tolist() == [3, 5, 4]
     assert group.curve("nobody logs it") is None
+    late = [{**row, "step": row["step"] + 5000} for row in short]
+    (apart,) = group_runs([read_history(written(f"apart {i}", rows, i)) for i, rows in enumerate((short, late))])
+    assert apart.curve("rollout/ep_rew_mean") is None
 
 
 STEADY = {"kl/of_limit": 0.8, "train/explained_variance": 0.5, "kl/coef": 1.0}

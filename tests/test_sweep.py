@@ -151,6 +151,7 @@ def test_a_table_without_room_for_all_shows_who_is_at_work() -> None:
     assert "1 running, 1 failed, 17 waiting, 1 finished" in " ".join(text.split())
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_or_killed_goes_on_where_it_was(capsys: pytest.CaptureFixture[str]) -> None:
     """Stopped by SIGINT, then killed while its processes go on, then whole: each cell is trained once, to its end."""
     choices = (

@@ -92,14 +92,14 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = {"learning_starts": 32, "batch_size": 16, "hidden_sizes": (8,), "kl": {"every": 16}, "n_envs": 2}
     folder = tmp_path_factory.mktemp("sound")
     run = klrl.train("sac", "CartPole-v1", total_timesteps=100, run_dir=str(folder), quiet=True, eval_every=0, **small)
+    shutil.copytree(run.folder, folder / "copy")
+    klrl.load(folder / "copy")
+    klrl.resume(folder / "copy", total_timesteps=150)
     return run.folder
 
 
 @pytest.mark.parametrize("name", list(range(10)))
 def test_malicious_files_are_refused_and_nothing_is_executed(name: int, sound: Path) -> None:
-    shutil.copytree(sound, "sound")
-    klrl.load("sound")
-    klrl.resume("sound", total_timesteps=150)  # without the payload, all is well
     shutil.copytree(sound, "run")
     path = checkpoint.find(Path("run"))
     list(payloads(path).values())[name]()
