@@ -49,6 +49,9 @@ class Logger:
         self._start = time.time()
         if go_on_at is not None:
             self._start -= _cut(folder / "metrics.jsonl", go_on_at)
+            # TensorBoard reads files in the order of their names, which begin with the second.
+            while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+                time.sleep(0.05)
         self._events = EventFileWriter(str(folder))
         self._lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         if go_on_at is not None:
