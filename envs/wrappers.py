@@ -3,6 +3,7 @@
 import atexit
 import multiprocessing
 import signal
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -117,7 +118,7 @@ class WatchedWorkers(VectorWrapper):
         """``timeout``: seconds that a step or reset may take; the first reset also replays ``replayed`` steps."""
         super().__init__(env)
         self.workers, self.timeout, self.replayed = env, timeout, replayed
-        atexit.register(self._kill)  # the workers ignore the signal with which multiprocessing would end them
+        _open.add(self)
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         timeout, self.replayed = self.timeout * (1 + self.replayed), 0
@@ -170,18 +171,30 @@ class WatchedWorkers(VectorWrapper):
                 continue
         for process in processes:
             process.join(1.0 / len(processes))
-        self._kill()
-        atexit.unregister(self._kill)
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        _open.discard(self)
         for pipe in pipes:
             pipe.close()
         self.workers.parent_pipes = [None] * len(processes)  # type: ignore[list-item]
         self.workers.closed = True
 
-    def _kill(self) -> None:
-        for process in self.workers.processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
+    def __del__(self) -> None:  # before AsyncVectorEnv's, whose signal the workers ignore
+        if "workers" in vars(self) and not self.workers.closed:
+            self.close()
+
+
+# Those that nobody closed are closed when the interpreter exits, before multiprocessing waits for workers that ignore
+# the signal with which it ends them: what is registered last runs first, and gymnasium.vector imported multiprocessing.
+_open: weakref.WeakSet[WatchedWorkers] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for envs in list(_open):
+        envs.close()
 
 
 def seeded(factory: Callable[[], gym.Env[Any, Any]], index: int, on_error: str, place: Place | None) -> SeededEpisodes:

@@ -24,7 +24,7 @@ from klrl import checkpoint
 from klrl.errors import UsageError
 from klrl.folders import in_use
 from klrl.grid import Setting, file_name
-from klrl.history import History, read_history
+from klrl.history import History, read_history, setting_of
 
 State = Literal["running", "elsewhere", "failed", "waiting", "finished"]
 
@@ -44,12 +44,12 @@ class Cell:
 
     def read(self) -> bool:
         """Read what its run has logged, if anything; whether it is whole. A run with other options is not its own."""
-        wanted = History(self.folder, self.setting.options, "stopped", {}).setting()
+        wanted = setting_of(self.setting.options)
         found = []
         for path in self._runs():
             with contextlib.suppress(UsageError):  # it has not begun to log
                 found.append(read_history(path))
-        mine = [history for history in found if history.setting() == wanted]
+        mine = [history for history in found if setting_of(history.options) == wanted]
         self.history = last = max(mine, key=lambda history: history.steps, default=None)
         whole = last is not None and last.state == "finished" and _saved_at(last) >= last.steps
         if whole and self.process is None:

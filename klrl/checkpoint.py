@@ -191,7 +191,7 @@ def steps(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         return []
-    found = {path.name: path for path in folder.glob("step-*") if path.is_dir()}
+    found = {path.name: path for path in folder.glob("step-" + 12 * "[0-9]") if path.is_dir()}
     for path in folder.glob(f"{_TEMPORARY}old-*"):
         if (match := _UNFINISHED.fullmatch(path.name)) is not None:
             found.setdefault(match[1], path)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from klrl import __version__
 from klrl.config import build, suggest, to_dict
-from klrl.errors import EnvironmentFault, Interrupted, NonFiniteError, UsageError
+from klrl.errors import EnvironmentFault, Interrupted, NonFiniteError, UsageError, needs
 from klrl.options import parse, read, split, values
 
 _USAGE = """usage: klrl COMMAND ...
@@ -150,7 +150,6 @@ def _report(arguments: list[str]) -> None:
     names, words = split(arguments, 1, "report needs run folders: klrl report runs/ppo-CartPole-v1-0-...")
     from klrl.report import ReportConfig, report
 
-    words = ["--output" if word == "-o" else word for word in words]
     given = read(ReportConfig, words, "klrl report RUN...")
     print(report(names, given))
 
@@ -214,12 +213,8 @@ def _list(arguments: list[str]) -> None:
 
 
 def _plot(arguments: list[str]) -> None:
-    try:
+    with needs("plot", "matplotlib"):
         from klrl import plots
-    except ModuleNotFoundError as problem:
-        if not (problem.name or "").startswith("matplotlib"):
-            raise
-        raise UsageError('klrl plot needs matplotlib: pip install "klrl[plot]"') from None
     help_wanted = any(word in ("-h", "--help") for word in arguments)
     name, words = ("FIGURE", arguments) if help_wanted else ("".join(arguments[:1]), arguments[1:])
     given = parse(plots.PlotConfig, words, f"klrl plot {name}")

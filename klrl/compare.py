@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,9 +18,10 @@ from torch import Tensor
 
 from klrl.config import PositiveInt, Seed
 from klrl.distributions import Categoricals
-from klrl.errors import NonFiniteError, UsageError
+from klrl.errors import NonFiniteError, UsageError, needs
 from klrl.evaluation import FRESH_SEED, Evaluation, run_episodes
 from klrl.kl import concatenate, js, kl, reverse_kl, select
+from klrl.kl.estimators import own_noise
 from klrl.loop import Envs
 from klrl.networks import choices
 from klrl.observations import Observation
@@ -96,8 +96,9 @@ def compare(a: str, b: str, config: CompareConfig) -> str:
     path = Path(config.figure)
     if config.figure and (path.suffix not in (".png", ".svg") or not path.parent.is_dir()):
         raise UsageError(f"--figure {path}: must end in .png or .svg and lie in a folder that exists")
-    if config.figure and not find_spec("matplotlib"):
-        raise UsageError('--figure needs matplotlib: pip install "klrl[plot]"')
+    if config.figure:
+        with needs("plot", "matplotlib"):  # before the work
+            import matplotlib.figure  # noqa: F401
     found = compare_policies(open_policy(a, config.checkpoint), open_policy(b, config.checkpoint), config)
     if config.figure:
         draw(found).savefig(path, dpi=150)
@@ -188,8 +189,7 @@ def _joined(dist: Any, sizes: Sequence[int]) -> Categoricals:
 def divergences(old: Any, new: Any, seed: int = 0) -> tuple[Tensor, float]:
     """``Visited.joint`` and ``js_stderr`` of two policies at the same S states. Raises ValueError as ``klrl.kl.kl``."""
     forward, reverse = kl(old, new), reverse_kl(old, new)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with own_noise(seed):
         chunks = [slice(i, i + _ROWS) for i in range(0, len(forward), _ROWS)]
         parts = [_jensen_shannon(select(old, rows), select(new, rows)) for rows in chunks]
     value, variance = (torch.cat(column) for column in zip(*parts, strict=True))

@@ -1,5 +1,8 @@
 """The failures that klrl names itself."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UsageError(ValueError):
     """Bad input. The message is one line that names the option and what would do; the command exits with 2."""
@@ -23,3 +26,14 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signum: int) -> None:
         super().__init__(f"signal {signum}")
         self.signum = signum
+
+
+@contextlib.contextmanager
+def needs(extra: str, module: str) -> Iterator[None]:
+    """Imports that take ``module``, which comes with ``extra``: where it is missing, UsageError says how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as problem:
+        if (problem.name or "").partition(".")[0] != module:
+            raise
+        raise UsageError(f'this needs {module}: pip install "klrl[{extra}]"') from None

@@ -67,9 +67,10 @@ class History:
         """The final evaluation's mean; of an unfinished run, the last 100 training episodes'."""
         return self.last("eval/mean_reward" if self.state == "finished" else "rollout/ep_rew_mean")
 
-    def setting(self) -> dict[str, Any]:
-        """The options that make it what it is: runs that agree in these differ by their seeds alone."""
-        return {key: value for key, value in flatten(self.options).items() if key not in _OF_ONE_RUN}
+
+def setting_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of a run's options that make it what it is: runs that agree in them differ by their seeds alone."""
+    return {key: value for key, value in flatten(options).items() if key not in _OF_ONE_RUN}
 
 
 def read_history(path: str | Path) -> History:

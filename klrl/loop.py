@@ -136,7 +136,7 @@ class Loop:
         report.write(figures.__setitem__)
         if progress.skipped or self.episodes.restarted:
             figures["health/restarted_episodes"] = float(self.episodes.restarted)
-            figures["health/skipped_updates"] = figures.get("health/skipped_updates", 0.0) + progress.skipped
+            figures["health/skipped_updates"] = float(progress.skipped)
         progress.skipped = 0
         figures["time/fps"] = self.episodes.steps / progress.training_time
         figures["time/collect_share"] = 1 - learning / seconds
@@ -224,6 +224,7 @@ class Loop:
     def _close_evaluator(self) -> None:
         if self._evaluator is not None:
             self._evaluator.close()
+            self._evaluator = None
 
     def _save(self, score: Evaluation | None) -> None:
         """Save everything, as it is between two updates or in the middle of collecting."""

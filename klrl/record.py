@@ -23,6 +23,7 @@ from klrl.distributions import Categoricals
 from klrl.errors import UsageError
 from klrl.evaluation import FRESH_SEED, run_episodes
 from klrl.kl import kl, mc_entropy
+from klrl.kl.estimators import own_noise
 from klrl.loop import Envs
 from klrl.observations import Observation
 from klrl.protocol import Agent
@@ -100,8 +101,7 @@ class Overlay:
     def _entropy(self, policy: Any) -> list[float]:
         if not isinstance(self.agent.actor, SquashedActor):
             return policy.entropy().tolist()
-        with torch.random.fork_rng(devices=[]):  # the same noise for each frame, so that the estimate does not flicker
-            torch.manual_seed(0)
+        with own_noise():  # the same for each frame, so that the estimate does not flicker
             return mc_entropy(td.TransformedDistribution(policy, [td.TanhTransform()])).value.tolist()
 
 

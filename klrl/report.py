@@ -6,24 +6,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import tyro
 
 from klrl.anomalies import find_anomalies
 from klrl.config import flatten
-from klrl.errors import UsageError
+from klrl.errors import UsageError, needs
 from klrl.folders import replace_file
 from klrl.history import History, read_history
-from klrl.scores import Group, group_runs
+from klrl.scores import Group, group_runs, score_of
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    output: str = ""
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = ""
     """File to write; by default report.html in the run's folder, for several runs here; md and json are printed."""
     format: Literal["html", "md", "json"] = "html"
-    """A page with figures (needs the extra "plot"), Markdown tables, or JSON."""
+    """A page with figures (takes the extra "plot"), Markdown tables, or JSON."""
 
 
 def report(paths: Sequence[str], config: ReportConfig) -> str:
@@ -69,7 +70,7 @@ def summary(groups: Sequence[Group]) -> dict[str, Any]:
             {
                 "letter": group.letter,
                 "name": group.name,
-                "score": None if (score := group.score()) is None else score._asdict(),
+                "score": None if (score := score_of(group.runs)) is None else score._asdict(),
                 "runs": [_run_summary(run) for run in group.runs],
             }
             for group in groups
@@ -166,12 +167,8 @@ table { border-collapse: collapse; font-size: .9rem } td, th { padding: .2rem .8
 
 def as_html(groups: Sequence[Group]) -> str:
     """A page that needs nothing else: tables, anomalies, figures, configs. Raises UsageError without matplotlib."""
-    try:
+    with needs("plot", "matplotlib"):
         from klrl.figures import OF_ONE_RUN, PANELS, as_data
-    except ModuleNotFoundError as problem:
-        if not (problem.name or "").startswith("matplotlib"):
-            raise
-        raise UsageError('klrl report needs matplotlib: pip install "klrl[plot]", or --format md') from None
 
     def draw(figures: Mapping[str, Callable[[Any], Any]], subject: Any) -> list[str]:
         drawn = [(escape(name), figure) for name, draw in figures.items() if (figure := draw(subject)) is not None]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from klrl.history import Column, History
+from klrl.history import Column, History, setting_of
 
 _RESAMPLES = 2000
 
@@ -34,17 +34,6 @@ class Group:
     """Agent and environment, and those options that tell this setting from the other groups of both."""
     runs: list[History]
 
-    def score(self) -> Score | None:
-        """Of the finished runs' final returns, or of all where none is finished; None where there are none yet."""
-        runs = [run for run in self.runs if run.state == "finished"] or self.runs
-        finals = np.array([run.final_return for run in runs])
-        finals = finals[~np.isnan(finals)]
-        if not len(finals):
-            return None
-        iqms = iqm(_resampled(finals))
-        low, high = np.quantile(iqms, (0.025, 0.975)).tolist()
-        return Score(float(finals.mean()), float(finals.std()), float(iqm(finals)), low, high)
-
     def curve(self, tag: str, points: int = 200) -> tuple[Column, Column, Column, Column] | None:
         """Steps, mean over runs, and the middle 95 % of bootstrapped means, each [points] or fewer; None without any.
 
@@ -64,11 +53,21 @@ class Group:
         return grid, _nanmean(table, axis=0), low, high
 
 
+def score_of(runs: Sequence[History]) -> Score | None:
+    """Of the finished runs' final returns, or of all where none is finished; None where there are none yet."""
+    finals = np.array([run.final_return for run in [run for run in runs if run.state == "finished"] or runs])
+    finals = finals[~np.isnan(finals)]
+    if not len(finals):
+        return None
+    low, high = np.quantile(iqm(_resampled(finals)), (0.025, 0.975)).tolist()
+    return Score(float(finals.mean()), float(finals.std()), float(iqm(finals)), low, high)
+
+
 def group_runs(runs: Sequence[History]) -> list[Group]:
     """``runs`` by their setting, in the order of their first run; named by what differs between settings."""
     settings: dict[str, list[History]] = {}
     for run in runs:
-        settings.setdefault(json.dumps(run.setting(), sort_keys=True, default=str), []).append(run)
+        settings.setdefault(json.dumps(setting_of(run.options), sort_keys=True, default=str), []).append(run)
     firsts = [members[0] for members in settings.values()]
     return [
         Group(_letter(i), _name(members[0], firsts), sorted(members, key=lambda run: run.seed))
@@ -82,8 +81,8 @@ def _letter(i: int) -> str:
 
 
 def _name(run: History, others: list[History]) -> str:
-    mine = run.setting()
-    rivals = [other.setting() for other in others if (other.agent, other.env) == (run.agent, run.env)]
+    mine = setting_of(run.options)
+    rivals = [setting_of(other.options) for other in others if (other.agent, other.env) == (run.agent, run.env)]
     telling = [key for key in mine if any(rival.get(key) != mine[key] for rival in rivals)]
     return " ".join([run.agent.upper(), run.env, *(f"{key}={_short(mine[key])}" for key in telling)])
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Self, get_args
 
@@ -22,7 +23,7 @@ from klrl.envs.make import EnvConfig, check, import_module, make_vector
 from klrl.errors import Interrupted, UsageError
 from klrl.grid import expand, file_name, parse_choices
 from klrl.report import ReportConfig, report
-from klrl.scores import Group
+from klrl.scores import score_of
 from klrl.signals import Signals
 
 _POLL, _REDRAW = 0.1, 1.0  # seconds
@@ -194,16 +195,14 @@ def _conclude(cells: Sequence[Cell], folder: Path) -> None:
     scores = Table(box=None, pad_edge=False)
     for name in ("setting", "seeds", "mean return"):
         scores.add_column(name, justify="left" if name == "setting" else "right")
-    finished = []
     for setting in dict.fromkeys(cell.setting.name for cell in cells):
         here = [cell for cell in cells if cell.setting.name == setting]
         runs = [cell.history for cell in here if cell.state == "finished" and cell.history is not None]
-        score = Group("", setting, runs).score()
+        score = score_of(runs)
         text = "-" if score is None else f"{score.mean:.1f} +- {score.std:.1f}"
         scores.add_row(escape(here[0].setting.label), f"{len(runs)} of {len(here)}", text)
-        finished += runs
     Console(width=None if sys.stdout.isatty() else 140).print(scores)
-    if finished:
+    if any(cell.state == "finished" for cell in cells):
         print(f"report      {_report(folder)}", flush=True)
     failed = [cell for cell in cells if cell.state == "failed"]
     for cell in failed:
@@ -214,7 +213,6 @@ def _conclude(cells: Sequence[Cell], folder: Path) -> None:
 
 def _report(folder: Path) -> str:
     """On every run in the sweep's folder, those of an earlier grid included."""
-    try:
+    if find_spec("matplotlib"):
         return report([str(folder)], ReportConfig(str(folder / "report.html")))
-    except UsageError:  # without the extra "plot"
-        return report([str(folder)], ReportConfig(str(folder / "report.md"), "md"))
+    return report([str(folder)], ReportConfig(str(folder / "report.md"), "md"))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from klrl.errors import UsageError
+from klrl.errors import UsageError, needs
 
 Frame = npt.NDArray[np.uint8]
 _LEAST_WIDTH = 320  # of a frame that is written on, in pixels
@@ -18,12 +18,10 @@ _LEAST_WIDTH = 320  # of a frame that is written on, in pixels
 
 def find_encoder() -> None:
     """Raise UsageError where there is no ffmpeg."""
-    try:
+    with needs("video", "imageio_ffmpeg"):
         from imageio_ffmpeg import get_ffmpeg_exe
-
+    try:
         get_ffmpeg_exe()
-    except ModuleNotFoundError:
-        raise UsageError('klrl record needs imageio-ffmpeg: pip install "klrl[video]"') from None
     except RuntimeError as problem:
         raise UsageError(f"klrl record finds no ffmpeg: {problem}") from None
 

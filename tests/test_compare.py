@@ -340,7 +340,7 @@ def test_what_cannot_be_compared_is_one_line_and_exit_code_2(
 def test_without_matplotlib_only_a_figure_is_refused(
     runs: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib" or name == "klrl.plots"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "agree at every state" in command(capsys, runs["discrete"], runs["discrete"])

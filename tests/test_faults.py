@@ -269,6 +269,26 @@ def test_a_signal_to_the_whole_group_is_one_to_the_trainer() -> None:
     assert rows(folder) == rows(klrl.train("ppo", "CartPole-v1", run_dir="whole", **options).folder)
 
 
+@pytest.mark.parametrize("end", ["del envs; gc.collect(); time.sleep(0.5); left()", ""])
+def test_workers_that_nobody_closed_end(end: str) -> None:
+    code = f"""
+import gc, os, time
+from klrl.envs.make import EnvConfig, make_vector
+if __name__ == "__main__":
+    envs = make_vector("CartPole-v1", 2, EnvConfig(vectorization="async"))
+    envs.reset(seed=0)
+    pids = [process.pid for process in envs.workers.processes]
+    print(*pids, flush=True)
+    def left():
+        assert not any(process.is_alive() for process in __import__("multiprocessing").active_children())
+    {end or "pass"}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert not alive([int(pid) for pid in done.stdout.split()])
+
+
 def test_a_replay_may_take_longer_than_a_step() -> None:
     class Slow(gym.Wrapper[Any, Any, Any, Any]):
         def step(self, action: Any) -> Any:

@@ -184,7 +184,7 @@ def test_what_cannot_be_recorded_is_named_in_one_line(
         "klrl: the environment cannot be rendered here: RuntimeError: no pencil"
     )
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
-    assert refused(capsys, run) == 'klrl: klrl record needs imageio-ffmpeg: pip install "klrl[video]"'
+    assert refused(capsys, run) == 'klrl: this needs imageio_ffmpeg: pip install "klrl[video]"'
     assert not Path("x").exists()
 
 

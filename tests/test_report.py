@@ -18,7 +18,7 @@ from klrl.errors import UsageError
 from klrl.folders import locked
 from klrl.history import read_history
 from klrl.report import ReportConfig, report
-from klrl.scores import group_runs, iqm
+from klrl.scores import group_runs, iqm, score_of
 
 OPTIONS = """agent = "ppo"
 env_id = "CartPole-v1"
@@ -86,7 +86,7 @@ def test_scores_by_hand() -> None:
     assert iqm(np.array([0.0, 10, 20])) == 10
     finals = [0.0, 10.0, 20.0, 100.0]
     (group,) = group_runs([read_history(written(str(i), curve([1.0], final=f), i)) for i, f in enumerate(finals)])
-    score = group.score()
+    score = score_of(group.runs)
     assert score is not None
     assert (score.mean, score.iqm) == (32.5, 15)
     assert score.std == pytest.approx(np.std(finals))

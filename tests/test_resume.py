@@ -123,6 +123,17 @@ def test_an_environment_that_rounds_and_meddles_is_replayed_and_its_evaluation_l
     assert "cannot be replayed" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("agent", ["ppo", "trpo", "sac"])
+def test_the_seed_alone_decides_what_is_logged(agent: str) -> None:
+    logged = []
+    for state in (0, 1):
+        seed_globals(state)  # a new process has torch's generator in a state of its own
+        run = klrl.train(agent, "Pendulum-v1", total_timesteps=400, run_dir=str(state), quiet=True, **SMALL[agent])
+        logged.append(rows(run.folder))
+    assert len(logged[0]) >= 2
+    assert logged[0] == logged[1]
+
+
 class Noisy(gym.RewardWrapper[Any, Any]):
     """Draws from every global generator, as users' environments do."""
 

@@ -11,7 +11,7 @@ from torch import distributions as td
 
 from klrl.kl.control import Bound
 from klrl.kl.divergence import NoClosedFormError, freeze, kl, parameters_of, reverse_kl, select
-from klrl.kl.estimators import Estimate, kl_estimate, mc_entropy, mc_kl
+from klrl.kl.estimators import Estimate, kl_estimate, mc_entropy, mc_kl, own_noise
 
 Direction = Literal["forward", "reverse"]
 
@@ -100,8 +100,8 @@ def measure(
 
     Raises ValueError where the result is not one value per state (use ``joint``) or no state is valid.
     """
-    cuda = [parameter.device for parameter in parameters_of(old)[:1] if parameter.device.type == "cuda"]
-    with torch.no_grad(), torch.random.fork_rng(cuda):  # what an estimate samples is nobody else's loss
+    device = next((parameter.device for parameter in parameters_of(old)), None)
+    with torch.no_grad(), own_noise(device=device):  # a report follows from the policies, and disturbs nobody
         estimated = False
         try:
             forward, backward = kl(old, new), reverse_kl(old, new)
