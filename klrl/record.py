@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 import tyro
 from gymnasium.vector import SyncVectorEnv, VectorWrapper
 from torch import distributions as td
