@@ -8,14 +8,14 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from klrl.buffers import RolloutBuffer
+from klrl.agents.base import Report, State
+from klrl.agents.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_gradient
+from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import NonNegative, Positive, PositiveInt
-from klrl.distributions import PolicyDistribution
 from klrl.errors import NonFiniteError, SkippedUpdateError, UsageError
 from klrl.kl import Banded, KLReport, Penalty
-from klrl.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_gradient
-from klrl.protocol import Report, State
-from klrl.trust_region import project
+from klrl.kl.trust_region import project
+from klrl.policies.distributions import PolicyDistribution
 
 
 @dataclass(frozen=True)

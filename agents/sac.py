@@ -13,19 +13,19 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from klrl.blocks import Block
+from klrl.agents.base import Actions, Agent, KLConfig, Report, State, bounded_kl
+from klrl.agents.kl_window import Block
+from klrl.buffers.replay import ReplayBuffer, Transitions
 from klrl.config import Positive, PositiveInt, Range, Share
-from klrl.distributions import DiagonalNormal, squash, squash_gradient
 from klrl.errors import SkippedUpdateError, UsageError
 from klrl.kl import Dual, KLReport, Penalty, at_least
-from klrl.networks import Activation, Actor, choices
-from klrl.observations import Inputs
-from klrl.parameters import FlatParameters
-from klrl.protocol import Actions, Agent, KLConfig, Report, State, bounded_kl
-from klrl.replay import ReplayBuffer, Transitions
-from klrl.soft_networks import CorrelatedNoise, SquashedActor, TwinCritic
-from klrl.spaces import check_bounded, check_joint
-from klrl.trust_region import project
+from klrl.kl.trust_region import project
+from klrl.policies.distributions import DiagonalNormal, squash, squash_gradient
+from klrl.policies.encoder import Inputs
+from klrl.policies.networks import Activation, Actor, choices
+from klrl.policies.parameters import FlatParameters
+from klrl.policies.spaces import check_bounded, check_joint
+from klrl.policies.squashed import CorrelatedNoise, SquashedActor, TwinCritic
 
 _STATES = 1024  # of the replay buffer, on which a block's KL is measured
 

@@ -9,13 +9,13 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from klrl.buffers import RolloutBuffer
+from klrl.agents.base import KLConfig, Report, bounded_kl
+from klrl.agents.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_gradient
+from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import NonNegative, Positive, PositiveInt, Range
 from klrl.errors import SkippedUpdateError, UsageError
 from klrl.kl import fisher_vector_product
-from klrl.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_gradient
-from klrl.protocol import KLConfig, Report, bounded_kl
-from klrl.trust_region import NaturalStep, Searched, line_search, natural_step
+from klrl.kl.trust_region import NaturalStep, Searched, line_search, natural_step
 
 Piece = tuple[Any, Batch]  # rows of a batch, and the policy at them with its Jacobian, as Actor.linearize gives them
 # The line search leaves nothing to penalise, to stop or to take back: these settings of the group have one value.

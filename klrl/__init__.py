@@ -9,42 +9,42 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from klrl.agents.base import KLConfig as KLConfig
     from klrl.agents.ppo import PPO as PPO
     from klrl.agents.ppo import PPOConfig as PPOConfig
     from klrl.agents.sac import SAC as SAC
     from klrl.agents.sac import SACConfig as SACConfig
     from klrl.agents.trpo import TRPO as TRPO
     from klrl.agents.trpo import TRPOConfig as TRPOConfig
-    from klrl.buffers import RolloutBuffer as RolloutBuffer
+    from klrl.buffers.replay import ReplayBuffer as ReplayBuffer
+    from klrl.buffers.rollout import RolloutBuffer as RolloutBuffer
     from klrl.errors import EnvironmentFault as EnvironmentFault
     from klrl.errors import Interrupted as Interrupted
     from klrl.errors import NonFiniteError as NonFiniteError
     from klrl.errors import UsageError as UsageError
-    from klrl.protocol import KLConfig as KLConfig
-    from klrl.replay import ReplayBuffer as ReplayBuffer
-    from klrl.trained import load as load
-    from klrl.training import Run as Run
-    from klrl.training import resume as resume
-    from klrl.training import train as train
+    from klrl.training.load import load as load
+    from klrl.training.run import Run as Run
+    from klrl.training.run import resume as resume
+    from klrl.training.run import train as train
 
 _HOME = {
     "EnvironmentFault": "klrl.errors",
     "Interrupted": "klrl.errors",
-    "KLConfig": "klrl.protocol",
+    "KLConfig": "klrl.agents.base",
     "NonFiniteError": "klrl.errors",
     "PPO": "klrl.agents.ppo",
     "PPOConfig": "klrl.agents.ppo",
-    "ReplayBuffer": "klrl.replay",
-    "RolloutBuffer": "klrl.buffers",
-    "Run": "klrl.training",
+    "ReplayBuffer": "klrl.buffers.replay",
+    "RolloutBuffer": "klrl.buffers.rollout",
+    "Run": "klrl.training.run",
     "SAC": "klrl.agents.sac",
     "SACConfig": "klrl.agents.sac",
     "TRPO": "klrl.agents.trpo",
     "TRPOConfig": "klrl.agents.trpo",
     "UsageError": "klrl.errors",
-    "load": "klrl.trained",
-    "resume": "klrl.training",
-    "train": "klrl.training",
+    "load": "klrl.training.load",
+    "resume": "klrl.training.run",
+    "train": "klrl.training.run",
 }
 
 __all__ = [*_HOME, "__version__"]

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from klrl.agents.base import KLConfig, Report
+from klrl.agents.on_policy import OnPolicyAgent, OnPolicyConfig
 from klrl.agents.ppo import PPO, PPOConfig
 from klrl.agents.sac import SAC, SACConfig
 from klrl.agents.trpo import TRPO
-from klrl.buffers import RolloutBuffer
+from klrl.buffers.rollout import RolloutBuffer
 from klrl.envs.make import EnvConfig, make_vector
-from klrl.on_policy import OnPolicyAgent, OnPolicyConfig
-from klrl.protocol import KLConfig, Report
 
 
 def collect(agent: OnPolicyAgent, env: Any, buffer: RolloutBuffer, obs: Any) -> Any:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from helpers import collect, train
 
+from klrl.agents.base import KLConfig
+from klrl.agents.on_policy import OnPolicyConfig
 from klrl.agents.ppo import PPOConfig
 from klrl.agents.trpo import TRPOConfig
 from klrl.envs.make import EnvConfig, make_vector
-from klrl.on_policy import OnPolicyConfig
-from klrl.protocol import KLConfig
 
 _COMMON: dict[str, Any] = {
     "n_steps": 32,

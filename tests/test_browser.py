@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import klrl
-from klrl.report import ReportConfig, report
+from klrl.analysis.report import ReportConfig, report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from klrl.agents.trpo import TRPOConfig
-from klrl.cli import main
-from klrl.training import resolve
+from klrl.cli.main import main
+from klrl.training.run import resolve
 
 QUICK = [
     "--total-timesteps",
@@ -30,7 +30,7 @@ QUICK = [
     "--eval-every",
     "0",
 ]
-MAIN = "from klrl.cli import main; main()"
+MAIN = "from klrl.cli.main import main; main()"
 
 
 def klrl(*words: str, code: str = MAIN, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -14,8 +14,7 @@ import torch
 import klrl
 from klrl.agents.ppo import PPO, PPOConfig
 from klrl.agents.sac import SAC, SACConfig
-from klrl.cli import main
-from klrl.compare import (
+from klrl.analysis.compare import (
     CompareConfig,
     Comparison,
     compare_policies,
@@ -26,12 +25,13 @@ from klrl.compare import (
     to_text,
     visit,
 )
-from klrl.distributions import Categoricals, DiagonalNormal
+from klrl.cli.main import main
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.errors import NonFiniteError
 from klrl.kl import js
-from klrl.trained import Trained, open_policy
-from klrl.training import RunConfig
+from klrl.policies.distributions import Categoricals, DiagonalNormal
+from klrl.training.load import Trained, open_policy
+from klrl.training.run import RunConfig
 
 QUICK = CompareConfig(steps=40, episodes=2)
 BOTH, LONG = "klrl/RewardByBoth-v0", "klrl/Truncation-v0"
@@ -340,7 +340,7 @@ def test_what_cannot_be_compared_is_one_line_and_exit_code_2(
 def test_without_matplotlib_only_a_figure_is_refused(
     runs: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib" or name == "klrl.plots"]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib" or name == "klrl.analysis.plots"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "agree at every state" in command(capsys, runs["discrete"], runs["discrete"])

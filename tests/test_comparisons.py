@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import distributions as td
 
-from klrl.distributions import Categoricals, DiagonalNormal
 from klrl.kl import (
     NoClosedFormError,
     cross_entropy,
@@ -22,6 +21,7 @@ from klrl.kl import (
     renyi,
     total_variation,
 )
+from klrl.policies.distributions import Categoricals, DiagonalNormal
 
 
 def random_categoricals(spread: float = 1.0) -> tuple[td.Categorical, td.Categorical]:

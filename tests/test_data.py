@@ -6,11 +6,11 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from klrl import spaces as klrl_spaces
-from klrl.buffers import RolloutBuffer
+from klrl.buffers.returns import RewardScale, gae
+from klrl.buffers.rollout import RolloutBuffer
 from klrl.errors import NonFiniteError, UsageError
-from klrl.observations import ObservationEncoder
-from klrl.returns import RewardScale, gae
+from klrl.policies import spaces as klrl_spaces
+from klrl.policies.encoder import ObservationEncoder
 
 CPU = torch.device("cpu")
 

@@ -16,11 +16,11 @@ import pytest
 from helpers import rows
 
 import klrl
-from klrl import checkpoint
+from klrl.analysis.report import ReportConfig, report
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.envs.wrappers import Place
 from klrl.errors import EnvironmentFault, NonFiniteError, UsageError
-from klrl.report import ReportConfig, report
+from klrl.rundir import checkpoint
 
 SMALL: dict[str, Any] = {"n_envs": 2, "n_steps": 64, "batch_size": 64, "n_epochs": 2, "quiet": True, "eval_every": 0}
 
@@ -189,7 +189,7 @@ def _parent(stat: Path) -> int:
 
 
 def test_twenty_runs_started_at_once_have_twenty_folders() -> None:
-    code = "from klrl.folders import make_folder; print(make_folder('runs', 'x'))"
+    code = "from klrl.rundir.folder import make_folder; print(make_folder('runs', 'x'))"
     with ThreadPoolExecutor(20) as pool:
         done = list(pool.map(lambda _: subprocess.check_output([sys.executable, "-c", code], text=True), range(20)))
     assert len(set(done)) == 20
@@ -201,7 +201,7 @@ def test_a_run_that_is_alive_or_done_is_not_resumed() -> None:
         klrl.resume(run.folder, total_timesteps=200)
     with pytest.raises(UsageError, match=r"has its 256 steps; --total-timesteps N trains it further"):
         klrl.resume(run.folder)
-    code = "from pathlib import Path; from klrl.folders import locked\n"
+    code = "from pathlib import Path; from klrl.rundir.folder import locked\n"
     code += f"with locked(Path({str(run.folder)!r})):\n  print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None

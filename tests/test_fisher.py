@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import distributions as td
 
-from klrl.distributions import Categoricals, DiagonalNormal
 from klrl.kl import fisher_vector_product, joint, kl
 from klrl.kl.divergence import _map_parameters, parameters_of
+from klrl.policies.distributions import Categoricals, DiagonalNormal
 
 
 def randn(*shape: int) -> torch.Tensor:

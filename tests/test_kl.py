@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import distributions as td
 
-from klrl.distributions import Categoricals, DiagonalNormal
 from klrl.kl import (
     NoClosedFormError,
     at_most,
@@ -23,6 +22,7 @@ from klrl.kl import (
     select,
     track,
 )
+from klrl.policies.distributions import Categoricals, DiagonalNormal
 
 INF = float("inf")
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from klrl.distributions import Categoricals, DiagonalNormal
 from klrl.kl import categorical_kl, joint, kl
+from klrl.policies.distributions import Categoricals, DiagonalNormal
 
 mp.mp.dps = 50
 INF = float("inf")

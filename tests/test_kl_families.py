@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import distributions as td
 
-from klrl.distributions import Categoricals
 from klrl.kl import (
     NoClosedFormError,
     at_most,
@@ -25,6 +24,7 @@ from klrl.kl import (
     total_variation,
     track,
 )
+from klrl.policies.distributions import Categoricals
 
 mp.mp.dps = 50
 ONE = torch.ones(1)

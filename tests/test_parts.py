@@ -8,12 +8,12 @@ import torch
 from gymnasium import spaces
 from torch import distributions as td
 
-from klrl.distributions import Categoricals, DiagonalNormal
 from klrl.kl import kl
-from klrl.networks import MLP, Actor, Network
-from klrl.observations import ObservationEncoder
-from klrl.parameters import FlatParameters
-from klrl.trust_region import project
+from klrl.kl.trust_region import project
+from klrl.policies.distributions import Categoricals, DiagonalNormal
+from klrl.policies.encoder import ObservationEncoder
+from klrl.policies.networks import MLP, Actor, Network
+from klrl.policies.parameters import FlatParameters
 
 CPU = torch.device("cpu")
 

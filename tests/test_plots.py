@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import distributions as td
 
-from klrl import cli
+from klrl.analysis.plots import BIMODAL, FIGURES, PlotConfig, distribution, families, fit_normal
+from klrl.cli.main import main as cli
 from klrl.errors import UsageError
-from klrl.plots import BIMODAL, FIGURES, PlotConfig, distribution, families, fit_normal
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -103,8 +103,8 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real(name, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.delitem(sys.modules, "klrl.plots")
-    monkeypatch.delattr("klrl.plots")
+    monkeypatch.delitem(sys.modules, "klrl.analysis.plots")
+    monkeypatch.delattr("klrl.analysis.plots")
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(UsageError, match="klrl\\[plot\\]"):
         cli._dispatch(["plot", "fit"])

@@ -10,14 +10,14 @@ import torch
 from gymnasium import spaces
 from helpers import collect, train
 
+from klrl.agents.base import KLConfig
+from klrl.agents.on_policy import Batch, value_gradient
 from klrl.agents.ppo import PPO, PPOConfig, policy_gradient
-from klrl.buffers import RolloutBuffer
-from klrl.distributions import Categoricals
+from klrl.buffers.rollout import RolloutBuffer
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.errors import NonFiniteError, UsageError
 from klrl.kl import Fixed, Penalty, at_most, freeze, kl
-from klrl.on_policy import Batch, value_gradient
-from klrl.protocol import KLConfig
+from klrl.policies.distributions import Categoricals
 
 PROBE = PPOConfig(
     n_steps=32,

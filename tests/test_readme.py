@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from klrl.cli import main
+from klrl.cli.main import main
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

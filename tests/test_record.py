@@ -16,16 +16,16 @@ import torch
 from gymnasium import spaces
 
 import klrl
-from klrl import checkpoint
 from klrl.agents.sac import SAC
-from klrl.cli import main
+from klrl.analysis.record import Overlay, RecordConfig, record
+from klrl.analysis.video import write_on
+from klrl.cli.main import main
 from klrl.envs.probes import OneStep
-from klrl.evaluation import FRESH_SEED, run_episodes
 from klrl.kl import kl
-from klrl.record import Overlay, RecordConfig, record
-from klrl.trained import Trained, open_policy
-from klrl.training import RunConfig
-from klrl.video import write_on
+from klrl.rundir import checkpoint
+from klrl.training.evaluation import FRESH_SEED, run_episodes
+from klrl.training.load import Trained, open_policy
+from klrl.training.run import RunConfig
 
 SMALL: dict[str, Any] = {"n_envs": 2, "n_steps": 64, "batch_size": 64, "n_epochs": 1, "quiet": True, "eval_every": 0}
 
@@ -203,7 +203,7 @@ def test_what_draws_without_a_display_is_chosen_where_nothing_is_set(monkeypatch
     monkeypatch.setenv("SDL_VIDEODRIVER", "mine")
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: "lib" if name == "OSMesa" else None)
     seen: dict[str, str] = {}
-    monkeypatch.setattr("klrl.record.open_policy", lambda path, which: seen.update(os.environ))
+    monkeypatch.setattr("klrl.analysis.record.open_policy", lambda path, which: seen.update(os.environ))
     with pytest.raises(AttributeError):
         record("nowhere", RecordConfig())
     assert (seen["MUJOCO_GL"], seen["SDL_VIDEODRIVER"]) == ("osmesa", "mine")
@@ -216,7 +216,7 @@ def test_what_draws_without_a_display_is_chosen_where_nothing_is_set(monkeypatch
 def test_mujoco_is_recorded_without_a_display() -> None:
     folder = train(Path("runs"), "HalfCheetah-v5", 128)
     words = ["record", folder, "--episodes", "2", "--max-steps", "10", "--overlay", "--output", "."]
-    code = "import os, sys; os.environ.pop('DISPLAY', 0); from klrl.cli import main; main(sys.argv[1:])"
+    code = "import os, sys; os.environ.pop('DISPLAY', 0); from klrl.cli.main import main; main(sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     videos = [watch(Path(name)) for name in done.stdout.split()]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from gymnasium import spaces
 
+from klrl.buffers.replay import ReplayBuffer
 from klrl.errors import NonFiniteError
-from klrl.replay import ReplayBuffer
 
 CPU = torch.device("cpu")
 NUMBER = spaces.Box(-np.inf, np.inf, (1,))

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 import klrl
-from klrl.anomalies import find_anomalies
-from klrl.cli import main
+from klrl.analysis.anomalies import find_anomalies
+from klrl.analysis.report import ReportConfig, report
+from klrl.analysis.scores import group_runs, iqm, score_of
+from klrl.cli.main import main
 from klrl.errors import UsageError
-from klrl.folders import locked
-from klrl.history import read_history
-from klrl.report import ReportConfig, report
-from klrl.scores import group_runs, iqm, score_of
+from klrl.rundir.folder import locked
+from klrl.rundir.history import read_history
 
 OPTIONS = """agent = "ppo"
 env_id = "CartPole-v1"
@@ -60,7 +60,7 @@ def test_a_history_is_read_while_it_is_written_and_after_a_kill() -> None:
     assert np.isnan(run["never logged"]).all()
     assert run.state == "stopped"
     with locked(folder):
-        code = f"from klrl.history import read_history; print(read_history({str(folder)!r}).state)"
+        code = f"from klrl.rundir.history import read_history; print(read_history({str(folder)!r}).state)"
         assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "running"
     assert read_history(written("b", curve([1.0], final=5.0))).state == "finished"
 

@@ -12,7 +12,7 @@ from helpers import rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import klrl
-from klrl import checkpoint
+from klrl.rundir import checkpoint
 
 SMALL = {
     "ppo": {"n_envs": 4, "n_steps": 64, "batch_size": 64, "n_epochs": 2},

@@ -13,13 +13,13 @@ from helpers import SMALL_SAC, train_sac
 from torch import distributions as td
 
 from klrl.agents.sac import SAC, SACConfig
-from klrl.distributions import DiagonalNormal, squash, squash_gradient
+from klrl.buffers.replay import Transitions
 from klrl.errors import UsageError
 from klrl.kl import kl
-from klrl.observations import ObservationEncoder
-from klrl.parameters import FlatParameters
-from klrl.replay import Transitions
-from klrl.soft_networks import CorrelatedNoise, SquashedActor, TwinCritic
+from klrl.policies.distributions import DiagonalNormal, squash, squash_gradient
+from klrl.policies.encoder import ObservationEncoder
+from klrl.policies.parameters import FlatParameters
+from klrl.policies.squashed import CorrelatedNoise, SquashedActor, TwinCritic
 
 CPU = torch.device("cpu")
 

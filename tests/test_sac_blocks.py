@@ -12,9 +12,9 @@ import torch
 from helpers import SMALL_SAC, train_sac
 
 import klrl
+from klrl.agents.base import KLConfig
 from klrl.agents.sac import SAC
 from klrl.errors import NonFiniteError
-from klrl.protocol import KLConfig
 
 CPU = torch.device("cpu")
 

@@ -17,14 +17,14 @@ import pytest
 import tomli_w
 from rich.console import Console
 
-from klrl import checkpoint
-from klrl.cells import Cell, last_words
-from klrl.cli import main
+from klrl.cli.main import main
 from klrl.errors import Interrupted, UsageError
-from klrl.grid import Setting, expand, file_name, parse_choices, parse_values
-from klrl.history import read_history
-from klrl.sweep import SweepConfig, sweep, table
-from klrl.training import resolve
+from klrl.rundir import checkpoint
+from klrl.rundir.history import read_history
+from klrl.sweep.grid import Setting, expand, file_name, parse_choices, parse_values
+from klrl.sweep.sweep import SweepConfig, sweep, table
+from klrl.sweep.trial import Cell, last_words
+from klrl.training.run import resolve
 
 TINY = ("total_timesteps=512", "n_envs=2", "n_steps=64", "batch_size=64", "n_epochs=1", "eval_every=0")
 FOLDER = Path("runs/sweep-ppo-CartPole-v1")

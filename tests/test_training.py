@@ -18,14 +18,14 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 import klrl
-from klrl import checkpoint
 from klrl.envs.make import EnvConfig, make_vector, preset, presets
 from klrl.envs.wrappers import next_step
-from klrl.episodes import Episodes
 from klrl.errors import NonFiniteError, UsageError
-from klrl.folders import make_folder
-from klrl.logger import Console
-from klrl.training import Run, pick_device, resolve
+from klrl.rundir import checkpoint
+from klrl.rundir.folder import make_folder
+from klrl.rundir.logger import Console
+from klrl.training.episodes import Episodes
+from klrl.training.run import Run, pick_device, resolve
 
 SB3_TAGS = {
     "rollout/ep_rew_mean",
@@ -225,7 +225,7 @@ def test_a_same_step_environment_is_seen_as_next_step() -> None:
 
 
 def test_an_episode_that_never_ends_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("klrl.evaluation._MOST_EVAL_STEPS", 50)
+    monkeypatch.setattr("klrl.training.evaluation._MOST_EVAL_STEPS", 50)
     run = klrl.train("ppo", lambda: gym.make("Pendulum-v1", max_episode_steps=10**9), **QUICK)
     assert run.score.lengths == [50] * 20
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.func import functional_call
 
 from klrl.agents import trpo
+from klrl.agents.on_policy import Batch
 from klrl.agents.trpo import TRPO, TRPOConfig
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.errors import NonFiniteError, SkippedUpdateError, UsageError
 from klrl.kl import freeze, kl
-from klrl.on_policy import Batch
 
 TENSORS = ("vector", "first_moment", "second_moment")
 SMALL = TRPOConfig(n_steps=32, batch_size=64, hidden_sizes=(8,))
@@ -36,7 +36,7 @@ SEEN = spaces.Dict({"number": spaces.Box(-1.0, 1.0, (2,)), "which": spaces.Discr
 
 def in_double(agent: TRPO) -> None:
     """The agent's networks in float64."""
-    from klrl.parameters import FlatParameters
+    from klrl.policies.parameters import FlatParameters
 
     agent.actor.double()
     agent.critic.double()
@@ -248,7 +248,7 @@ def test_an_update_that_is_not_finite_is_undone_and_a_nan_reward_is_named(
         if spoiled == "reward":
             buffer.reward[3, 2] = 1e30
         else:
-            patch.setattr("klrl.on_policy.gae", lambda reward, *rest: (np.full_like(reward, math.nan), reward))
+            patch.setattr("klrl.agents.on_policy.gae", lambda reward, *rest: (np.full_like(reward, math.nan), reward))
         with pytest.raises(SkippedUpdateError, match=said):
             agent.update(buffer)
     after = agent.snapshot()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from klrl.trust_region import conjugate_gradient, line_search, natural_step
+from klrl.kl.trust_region import conjugate_gradient, line_search, natural_step
 
 
 def double(*values: float) -> Tensor:

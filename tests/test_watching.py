@@ -8,7 +8,7 @@ from helpers import QUICK
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import klrl
-from klrl.logger import Pace
+from klrl.rundir.logger import Pace
 
 
 def test_every_few_updates_a_histogram_shows_how_kl_is_spread_over_states() -> None:

@@ -253,7 +253,7 @@ def logits_of(dist: td.Categorical | td.Bernoulli) -> Tensor:
 
 
 # torch's own formulas cancel in float32; these families are computed here, all others by torch's registry,
-# where klrl.distributions enters its own.
+# where klrl.policies.distributions enters its own.
 _STABLE: dict[type[td.Distribution], Callable[[Any, Any], Tensor]] = {
     td.Normal: _normal,
     td.Categorical: _discrete,

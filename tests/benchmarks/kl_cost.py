@@ -12,7 +12,7 @@ import gymnasium as gym
 import torch
 
 from klrl import PPO, PPOConfig
-from klrl.protocol import KLConfig
+from klrl.agents.base import KLConfig
 
 
 def shares(updates: int = 100) -> dict[str, float]:

@@ -21,10 +21,10 @@ import pytest
 import torch
 
 import klrl
-from klrl import checkpoint
-from klrl.cli import main
+from klrl.cli.main import main
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.errors import EnvironmentFault, UsageError
+from klrl.rundir import checkpoint
 
 SAVE_EVERY = 256
 

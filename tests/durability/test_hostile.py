@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import klrl
-from klrl import checkpoint
 from klrl.errors import UsageError
+from klrl.rundir import checkpoint
 
 
 class Evil:

@@ -16,18 +16,18 @@ import torch
 import tyro
 from torch import Tensor
 
+from klrl.agents.base import Agent
 from klrl.config import PositiveInt, Seed
-from klrl.distributions import Categoricals
 from klrl.errors import NonFiniteError, UsageError, needs
-from klrl.evaluation import FRESH_SEED, Evaluation, run_episodes
 from klrl.kl import concatenate, js, kl, reverse_kl, select
 from klrl.kl.estimators import own_noise
-from klrl.loop import Envs
-from klrl.networks import choices
-from klrl.observations import Observation
-from klrl.protocol import Agent
-from klrl.soft_networks import SquashedActor
-from klrl.trained import Trained, open_policy
+from klrl.policies.distributions import Categoricals
+from klrl.policies.encoder import Observation
+from klrl.policies.networks import choices
+from klrl.policies.squashed import SquashedActor
+from klrl.training.evaluation import FRESH_SEED, Evaluation, run_episodes
+from klrl.training.load import Trained, open_policy
+from klrl.training.loop import Envs
 
 _ENVS = 2  # few, so that long episodes are seen to their end
 _SAMPLES = 64  # of each policy at a state, for a JS without closed form
@@ -319,7 +319,7 @@ def draw(found: Comparison) -> Any:
     """A matplotlib Figure: the KL of each state, its mean by action dimension, and the returns."""
     from matplotlib.figure import Figure
 
-    from klrl.plots import NEW, OLD
+    from klrl.analysis.plots import NEW, OLD
 
     figure = Figure(figsize=(13, 4), layout="constrained")
     spread, bars, scores = figure.subplots(1, 3)

@@ -8,7 +8,7 @@ import torch
 from gymnasium import spaces
 
 from klrl.errors import NonFiniteError
-from klrl.observations import Observation
+from klrl.policies.encoder import Observation
 
 _FACTS = ("action", "reward", "terminated", "truncated", "valid")
 

@@ -7,7 +7,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from klrl.spaces import check_observation_space, is_image
+from klrl.policies.spaces import check_observation_space, is_image
 
 Observation = np.ndarray[Any, Any] | dict[str, np.ndarray[Any, Any]]
 Inputs = dict[str, Tensor]

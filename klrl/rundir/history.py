@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from klrl.config import flatten
 from klrl.errors import UsageError
-from klrl.folders import in_use
+from klrl.rundir.folder import in_use
 
 Column = npt.NDArray[np.float64]
 _WATCHING = ("eval_every", "eval_episodes", "save_every", "histogram_every", "quiet", "verbose")

@@ -17,14 +17,14 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from klrl.cells import Cell, State
+from klrl.analysis.report import ReportConfig, report
+from klrl.analysis.scores import score_of
 from klrl.config import Count, PositiveInt
 from klrl.envs.make import EnvConfig, check, import_module, make_vector
 from klrl.errors import Interrupted, UsageError
-from klrl.grid import expand, file_name, parse_choices
-from klrl.report import ReportConfig, report
-from klrl.scores import score_of
-from klrl.signals import Signals
+from klrl.sweep.grid import expand, file_name, parse_choices
+from klrl.sweep.trial import Cell, State
+from klrl.training.signals import Signals
 
 _POLL, _REDRAW = 0.1, 1.0  # seconds
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from klrl.history import History
+from klrl.rundir.history import History
 
 
 class Anomaly(NamedTuple):

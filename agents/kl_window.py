@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from klrl.distributions import DiagonalNormal, PolicyDistribution
+from klrl.agents.base import State
 from klrl.kl import Bound, Direction, KLReport, measure
-from klrl.observations import Inputs
-from klrl.protocol import State
+from klrl.policies.distributions import DiagonalNormal, PolicyDistribution
+from klrl.policies.encoder import Inputs
 
 
 @dataclass

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from klrl import __version__
+from klrl.cli.options import parse, read, split, values
 from klrl.config import build, suggest, to_dict
 from klrl.errors import EnvironmentFault, Interrupted, NonFiniteError, UsageError, needs
-from klrl.options import parse, read, split, values
 
 _USAGE = """usage: klrl COMMAND ...
 
@@ -87,19 +87,19 @@ def _dispatch(arguments: list[str]) -> None:
 
 def _train(arguments: list[str]) -> None:
     help_wanted = any(word in ("-h", "--help") for word in arguments)
-    from klrl import agents
+    from klrl.agents import registry
 
     if help_wanted and (not arguments or arguments[0].startswith("-")):
-        arguments = [next(iter(agents.AGENTS)), *arguments]
+        arguments = [next(iter(registry.AGENTS)), *arguments]
     names = [word for word in arguments[:2] if not word.startswith("-")]
     if not names or (len(names) < 2 and not help_wanted):
         raise UsageError("train needs an agent and an env: klrl train ppo CartPole-v1")
 
     from klrl.envs.make import check, import_module
-    from klrl.training import RunConfig, resolve, run_training
+    from klrl.training.run import RunConfig, resolve, run_training
 
     agent, env, options = names[0], (names[1] if len(names) == 2 else None), arguments[len(names) :]
-    _, config_class = agents.find(agent)
+    _, config_class = registry.find(agent)
     files = values(options, "--config")
     saved = _read_config(files[-1], agent) if files else {}
     run_config, agent_config = resolve(agent, env, saved)
@@ -131,7 +131,7 @@ def _train(arguments: list[str]) -> None:
 
 def _resume(arguments: list[str]) -> None:
     names, words = split(arguments, 1, "resume needs a run folder: klrl resume runs/ppo-CartPole-v1-0-...", 1)
-    from klrl.training import ResumeConfig, resume
+    from klrl.training.run import ResumeConfig, resume
 
     given = read(ResumeConfig, words, "klrl resume RUN")
     resume("".join(names), total_timesteps=given.total_timesteps)
@@ -139,7 +139,7 @@ def _resume(arguments: list[str]) -> None:
 
 def _sweep(arguments: list[str]) -> None:
     names, words = split(arguments, 2, "sweep needs an agent and an env: klrl sweep ppo CartPole-v1 --seeds 5", 2)
-    from klrl.sweep import SweepConfig, sweep
+    from klrl.sweep.sweep import SweepConfig, sweep
 
     given = read(SweepConfig, words, "klrl sweep AGENT ENV")
     agent, env = names
@@ -148,7 +148,7 @@ def _sweep(arguments: list[str]) -> None:
 
 def _report(arguments: list[str]) -> None:
     names, words = split(arguments, 1, "report needs run folders: klrl report runs/ppo-CartPole-v1-0-...")
-    from klrl.report import ReportConfig, report
+    from klrl.analysis.report import ReportConfig, report
 
     given = read(ReportConfig, words, "klrl report RUN...")
     print(report(names, given))
@@ -156,7 +156,7 @@ def _report(arguments: list[str]) -> None:
 
 def _compare(arguments: list[str]) -> None:
     names, words = split(arguments, 2, "compare needs two runs or checkpoints: klrl compare runs/a runs/b", 2)
-    from klrl.compare import CompareConfig, compare
+    from klrl.analysis.compare import CompareConfig, compare
 
     given = read(CompareConfig, words, "klrl compare A B")
     a, b = names
@@ -165,7 +165,7 @@ def _compare(arguments: list[str]) -> None:
 
 def _record(arguments: list[str]) -> None:
     names, words = split(arguments, 1, "record needs a run folder or checkpoint: klrl record runs/a", 1)
-    from klrl.record import RecordConfig, record
+    from klrl.analysis.record import RecordConfig, record
 
     given = read(RecordConfig, words, "klrl record RUN")
     for path in record("".join(names), given):
@@ -174,8 +174,8 @@ def _record(arguments: list[str]) -> None:
 
 def _eval(arguments: list[str]) -> None:
     names, words = split(arguments, 1, "eval needs a run folder or checkpoint: klrl eval runs/ppo-CartPole-v1-0-...", 1)
-    from klrl.evaluation import FRESH_SEED, EvalConfig, run_episodes
-    from klrl.trained import open_policy
+    from klrl.training.evaluation import FRESH_SEED, EvalConfig, run_episodes
+    from klrl.training.load import open_policy
 
     given = read(EvalConfig, words, "klrl eval RUN")
     trained = open_policy("".join(names), given.checkpoint)
@@ -214,7 +214,7 @@ def _list(arguments: list[str]) -> None:
 
 def _plot(arguments: list[str]) -> None:
     with needs("plot", "matplotlib"):
-        from klrl import plots
+        from klrl.analysis import plots
     help_wanted = any(word in ("-h", "--help") for word in arguments)
     name, words = ("FIGURE", arguments) if help_wanted else ("".join(arguments[:1]), arguments[1:])
     given = parse(plots.PlotConfig, words, f"klrl plot {name}")

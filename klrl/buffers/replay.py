@@ -13,7 +13,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from klrl.errors import NonFiniteError, UsageError
-from klrl.observations import Inputs, ObservationEncoder
+from klrl.policies.encoder import Inputs, ObservationEncoder
 
 Rows = npt.NDArray[np.float32]
 

@@ -8,8 +8,8 @@ import numpy as np
 import tyro
 from gymnasium.vector import VectorEnv
 
+from klrl.agents.base import Agent
 from klrl.config import PositiveInt
-from klrl.protocol import Agent
 
 # Evaluations are seeded this far from training: those along the way, the final one, and those asked for afterwards.
 EVAL_SEED, FINAL_SEED, FRESH_SEED = 1_000_000, 1_000_001, 2_000_000

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from klrl.history import Column, History, setting_of
+from klrl.rundir.history import Column, History, setting_of
 
 _RESAMPLES = 2000
 

@@ -11,16 +11,16 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from klrl.buffers import RolloutBuffer
+from klrl.agents.base import CHUNK, Agent, KLConfig, State, bounded_kl, chunks
+from klrl.buffers.returns import RewardScale, gae
+from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import PositiveInt, Range, Real, Share
-from klrl.distributions import PolicyDistribution
 from klrl.errors import UsageError
 from klrl.kl import KLReport, measure, select
-from klrl.networks import Activation, Actor, Critic
-from klrl.observations import Inputs
-from klrl.parameters import FlatParameters
-from klrl.protocol import CHUNK, Agent, KLConfig, State, bounded_kl, chunks
-from klrl.returns import RewardScale, gae
+from klrl.policies.distributions import PolicyDistribution
+from klrl.policies.encoder import Inputs
+from klrl.policies.networks import Activation, Actor, Critic
+from klrl.policies.parameters import FlatParameters
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from klrl.history import History
-from klrl.scores import Group
+from klrl.analysis.scores import Group
+from klrl.rundir.history import History
 
 # Told apart by colour-blind readers (Okabe and Ito), and by lightness in print.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5a5a5a")

@@ -16,19 +16,19 @@ import tyro
 from gymnasium.vector import SyncVectorEnv, VectorWrapper
 from torch import distributions as td
 
-from klrl import checkpoint
+from klrl.agents.base import Agent
+from klrl.analysis.video import Frame, Video, find_encoder, write_on
 from klrl.config import Count, PositiveInt, Range
-from klrl.distributions import Categoricals
 from klrl.errors import UsageError
-from klrl.evaluation import FRESH_SEED, run_episodes
 from klrl.kl import kl, mc_entropy
 from klrl.kl.estimators import own_noise
-from klrl.loop import Envs
-from klrl.observations import Observation
-from klrl.protocol import Agent
-from klrl.soft_networks import SquashedActor
-from klrl.trained import Trained, open_policy
-from klrl.video import Frame, Video, find_encoder, write_on
+from klrl.policies.distributions import Categoricals
+from klrl.policies.encoder import Observation
+from klrl.policies.squashed import SquashedActor
+from klrl.rundir import checkpoint
+from klrl.training.evaluation import FRESH_SEED, run_episodes
+from klrl.training.load import Trained, open_policy
+from klrl.training.loop import Envs
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,18 @@ import tomli_w
 import torch
 import tyro
 
-from klrl import agents, checkpoint, spaces
+from klrl.agents import registry
+from klrl.agents.base import Agent
 from klrl.config import Count, PositiveInt, Seed, build, flatten, hints, merge, suggest, to_dict
 from klrl.envs.make import EnvConfig, EnvFactory, env_name, import_module, make_vector, preset, registered
-from klrl.episodes import Episodes
 from klrl.errors import EnvironmentFault, Interrupted, UsageError
-from klrl.evaluation import FRESH_SEED, Evaluation, run_episodes
-from klrl.folders import locked, make_folder, replace_file
-from klrl.logger import Console, Logger
-from klrl.loop import Loop, go_on_at
-from klrl.protocol import Agent
+from klrl.policies import spaces
+from klrl.rundir import checkpoint
+from klrl.rundir.folder import locked, make_folder, replace_file
+from klrl.rundir.logger import Console, Logger
+from klrl.training.episodes import Episodes
+from klrl.training.evaluation import FRESH_SEED, Evaluation, run_episodes
+from klrl.training.loop import Loop, go_on_at
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def train(agent: str, env: str | EnvFactory, /, **config: Any) -> Run:
 
 def resolve(agent: str, env: str | EnvFactory | None, options: Mapping[str, Any]) -> tuple[RunConfig, Any]:
     """Defaults, then the preset, then ``options``: the run's config and the agent's."""
-    _, config_class = agents.find(agent)
+    _, config_class = registry.find(agent)
     flat = merge({} if env is None else preset(agent, env), options)
     mine, theirs = hints(RunConfig), hints(config_class)
     for key in flat:
@@ -144,7 +146,7 @@ def resume(path: str | Path, env: EnvFactory | None = None, total_timesteps: int
 
 def run_training(name: str, env: str | EnvFactory, config: RunConfig, agent_config: Any) -> Run:
     """Train as configured: ``train`` after its options were resolved."""
-    agents.find(name)
+    registry.find(name)
     if config.quiet and config.verbose:
         raise UsageError("--quiet and --verbose contradict each other: give one of them")
     for package in config.imports:
@@ -161,7 +163,7 @@ def _run(
     saved: tuple[Path, dict[str, Any]] | None = None,
 ) -> Run:
     """Train in a new folder, or go on in ``folder``, whose lock is held, from the checkpoint and content ``saved``."""
-    agent_class, _ = agents.find(name)
+    agent_class, _ = registry.find(name)
     device = pick_device(config.device, lambda: images_of(env, config.env))
     options = {"agent": name, "env_id": env_name(env), **to_dict(config), **to_dict(agent_config)}
     try:

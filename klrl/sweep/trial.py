@@ -20,11 +20,11 @@ from typing import Any, Literal
 
 import tomli_w
 
-from klrl import checkpoint
 from klrl.errors import UsageError
-from klrl.folders import in_use
-from klrl.grid import Setting, file_name
-from klrl.history import History, read_history, setting_of
+from klrl.rundir import checkpoint
+from klrl.rundir.folder import in_use
+from klrl.rundir.history import History, read_history, setting_of
+from klrl.sweep.grid import Setting, file_name
 
 State = Literal["running", "elsewhere", "failed", "waiting", "finished"]
 

@@ -9,8 +9,8 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from klrl.distributions import Categoricals, DiagonalNormal, PolicyDistribution
-from klrl.observations import Inputs, ObservationEncoder
+from klrl.policies.distributions import Categoricals, DiagonalNormal, PolicyDistribution
+from klrl.policies.encoder import Inputs, ObservationEncoder
 
 Activation = Literal["tanh", "relu"]
 Array = np.ndarray[Any, Any]

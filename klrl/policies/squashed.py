@@ -1,4 +1,4 @@
-"""What SAC needs beside ``klrl.networks``: two critics evaluated as one, an actor whose noise depends on the state."""
+"""What SAC needs beside the other networks: two critics evaluated as one, an actor whose noise depends on the state."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from klrl.distributions import DiagonalNormal
-from klrl.networks import Activation, Array, Network, Tangent, Torso
-from klrl.observations import Inputs, ObservationEncoder
+from klrl.policies.distributions import DiagonalNormal
+from klrl.policies.encoder import Inputs, ObservationEncoder
+from klrl.policies.networks import Activation, Array, Network, Tangent, Torso
 
 _LOG_STD = (-20.0, 2.0)  # where the logarithm of the standard deviation is cut off, as in SB3
 

@@ -18,8 +18,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from klrl.folders import replace_file
-from klrl.history import Column, read_rows
+from klrl.rundir.folder import replace_file
+from klrl.rundir.history import Column, read_rows
 
 # Custom Scalars: what belongs together in one chart, for every agent.
 _LAYOUT = {

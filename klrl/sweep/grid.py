@@ -11,7 +11,7 @@ from typing import Any
 
 from klrl.config import flatten, merge, to_dict
 from klrl.errors import UsageError
-from klrl.training import resolve
+from klrl.training.run import resolve
 
 _OWN = {
     "seed": "--seeds",

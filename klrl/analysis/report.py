@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from klrl.anomalies import find_anomalies
+from klrl.analysis.anomalies import find_anomalies
+from klrl.analysis.scores import Group, group_runs, score_of
 from klrl.config import flatten
 from klrl.errors import UsageError, needs
-from klrl.folders import replace_file
-from klrl.history import History, read_history
-from klrl.scores import Group, group_runs, score_of
+from klrl.rundir.folder import replace_file
+from klrl.rundir.history import History, read_history
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ table { border-collapse: collapse; font-size: .9rem } td, th { padding: .2rem .8
 def as_html(groups: Sequence[Group]) -> str:
     """A page that needs nothing else: tables, anomalies, figures, configs. Raises UsageError without matplotlib."""
     with needs("plot", "matplotlib"):
-        from klrl.figures import OF_ONE_RUN, PANELS, as_data
+        from klrl.analysis.figures import OF_ONE_RUN, PANELS, as_data
 
     def draw(figures: Mapping[str, Callable[[Any], Any]], subject: Any) -> list[str]:
         drawn = [(escape(name), figure) for name, draw in figures.items() if (figure := draw(subject)) is not None]

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 
-from klrl import checkpoint, spaces
-from klrl.episodes import Episodes
+from klrl.agents.base import Agent, Report, State
+from klrl.buffers.replay import ReplayBuffer
 from klrl.errors import EnvironmentFault, Interrupted, NonFiniteError, SkippedUpdateError
-from klrl.evaluation import EVAL_SEED, FINAL_SEED, Evaluation, run_episodes
-from klrl.logger import Console, Logger
-from klrl.protocol import Agent, Report, State
-from klrl.replay import ReplayBuffer
-from klrl.signals import Signals
+from klrl.policies import spaces
+from klrl.rundir import checkpoint
+from klrl.rundir.logger import Console, Logger
+from klrl.training.episodes import Episodes
+from klrl.training.evaluation import EVAL_SEED, FINAL_SEED, Evaluation, run_episodes
+from klrl.training.signals import Signals
 
 _FINAL_EPISODES = 20
 _MOST_SKIPPED = 10

@@ -13,7 +13,6 @@ from gymnasium import spaces
 from torch import Tensor
 
 from klrl.config import NonNegative, PositiveInt
-from klrl.distributions import PolicyDistribution
 from klrl.kl import (
     Banded,
     Bound,
@@ -28,9 +27,10 @@ from klrl.kl import (
     kl,
     reverse_kl,
 )
-from klrl.networks import Actor
-from klrl.observations import Inputs, Observation, ObservationEncoder
-from klrl.spaces import check_action_space
+from klrl.policies.distributions import PolicyDistribution
+from klrl.policies.encoder import Inputs, Observation, ObservationEncoder
+from klrl.policies.networks import Actor
+from klrl.policies.spaces import check_action_space
 
 Actions = npt.NDArray[Any]
 State = dict[str, Any]

@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from klrl import agents, checkpoint, spaces
+from klrl.agents import registry
+from klrl.agents.base import Agent
 from klrl.envs.make import import_module, make_vector, registered
 from klrl.errors import UsageError
-from klrl.loop import Envs
-from klrl.protocol import Agent
-from klrl.training import RunConfig, config_of, fitting
+from klrl.policies import spaces
+from klrl.rundir import checkpoint
+from klrl.training.loop import Envs
+from klrl.training.run import RunConfig, config_of, fitting
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def open_policy(path: str | Path, which: str = "last") -> Trained:
     with fitting(source):
         options, state = content["state"]["options"], content["state"]["agent"]
         config, agent_config = config_of(options)
-        agent_class, _ = agents.find(options["agent"])
+        agent_class, _ = registry.find(options["agent"])
         observation_space, action_space = (
             spaces.from_json(content["state"][key]) for key in ("observation_space", "action_space")
         )

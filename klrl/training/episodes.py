@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from klrl.agents.base import State
 from klrl.envs.wrappers import Place
-from klrl.protocol import State
 
 _SPENT = 4096  # steps that no running episode needs any more, before they are forgotten together
 

@@ -1,0 +1,1 @@
+"""Buffers: what environments said, and the returns that follow from it."""

@@ -1,0 +1,1 @@
+"""All that is written into a run's folder, and read back."""

@@ -1,0 +1,1 @@
+"""Training: a run, its loop, its episodes and evaluations."""
