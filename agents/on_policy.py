@@ -14,7 +14,7 @@ from torch import Tensor
 from klrl.agents.base import CHUNK, Agent, KLConfig, State, bounded_kl, chunks
 from klrl.buffers.returns import RewardScale, gae
 from klrl.buffers.rollout import RolloutBuffer
-from klrl.config import PositiveInt, Range, Real, Share
+from klrl.config import Fraction, PositiveInt, Range, Real
 from klrl.errors import UsageError
 from klrl.kl import KLReport, measure, select
 from klrl.policies.distributions import PolicyDistribution
@@ -29,9 +29,9 @@ class OnPolicyConfig:
     """Steps of each environment between two updates; of two rows, at most one only resets."""
     batch_size: PositiveInt = 256
     """Rows of a minibatch; must divide n_envs * n_steps."""
-    gamma: Share = 0.99
+    gamma: Fraction = 0.99
     """Discount factor."""
-    gae_lambda: Share = 0.95
+    gae_lambda: Fraction = 0.95
     """Trade-off between bias (0) and variance (1) of the advantage estimates."""
     normalize_advantage: bool = True
     """Scale a rollout's advantages to mean 0 and standard deviation 1."""

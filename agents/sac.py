@@ -16,7 +16,7 @@ from torch import Tensor
 from klrl.agents.base import Actions, Agent, KLConfig, Report, State, bounded_kl
 from klrl.agents.kl_window import Block
 from klrl.buffers.replay import ReplayBuffer, Transitions
-from klrl.config import Positive, PositiveInt, Range, Share
+from klrl.config import Fraction, Positive, PositiveInt, Range
 from klrl.errors import SkippedUpdateError, UsageError
 from klrl.kl import Dual, KLReport, Penalty, at_least
 from klrl.kl.trust_region import project
@@ -48,9 +48,9 @@ class SACConfig:
     """Rewards summed before a value is bootstrapped."""
     learning_rate: Positive = 3e-4
     """Adam's step size, for the policy and the critics."""
-    gamma: Share = 0.99
+    gamma: Fraction = 0.99
     """Discount factor."""
-    tau: Share = 0.005
+    tau: Fraction = 0.005
     """How far the target critics follow the critics at each gradient step."""
     ent_coef: Annotated[float, Range(1e-6, 1e6)] = 1.0
     """The temperature alpha at the start; it then holds the entropy at its target."""

@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv, VectorWrapper
 
-from klrl.errors import EnvironmentFault, UsageError
+from klrl.errors import EnvironmentFailedError, UsageError
 
 T = TypeVar("T")
 
@@ -98,9 +98,9 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
     def _cut(self, why: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         return self.obs, 0.0, False, True, {"restarted": why}
 
-    def _fault(self, problem: Exception, where: str) -> EnvironmentFault:
+    def _fault(self, problem: Exception, where: str) -> EnvironmentFailedError:
         text = " ".join(f"{type(problem).__name__}: {problem}".split())
-        return EnvironmentFault(f"env {self.index} failed at {where} of episode {self.episode}: {text}")
+        return EnvironmentFailedError(f"env {self.index} failed at {where} of episode {self.episode}: {text}")
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -143,12 +143,12 @@ class WatchedWorkers(VectorWrapper):
             return wait()
         except multiprocessing.TimeoutError:
             slow = [i for i, pipe in enumerate(self.workers.parent_pipes) if not pipe.poll(0)]
-            raise EnvironmentFault(
+            raise EnvironmentFailedError(
                 f"env {', '.join(map(str, slow))} gave no answer for {self.timeout:g} s (--env.timeout)"
             ) from None
         except (EOFError, OSError):
             dead = self.dead(wait=1.0)
-            raise EnvironmentFault(f"the worker of env {', '.join(dead) or '?'} died") from None
+            raise EnvironmentFailedError(f"the worker of env {', '.join(dead) or '?'} died") from None
         finally:
             gym.logger.min_level = level
 

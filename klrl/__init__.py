@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from klrl.agents.trpo import TRPOConfig as TRPOConfig
     from klrl.buffers.replay import ReplayBuffer as ReplayBuffer
     from klrl.buffers.rollout import RolloutBuffer as RolloutBuffer
-    from klrl.errors import EnvironmentFault as EnvironmentFault
+    from klrl.errors import EnvironmentFailedError as EnvironmentFailedError
     from klrl.errors import Interrupted as Interrupted
     from klrl.errors import NonFiniteError as NonFiniteError
     from klrl.errors import UsageError as UsageError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from klrl.training.run import train as train
 
 _HOME = {
-    "EnvironmentFault": "klrl.errors",
+    "EnvironmentFailedError": "klrl.errors",
     "Interrupted": "klrl.errors",
     "KLConfig": "klrl.agents.base",
     "NonFiniteError": "klrl.errors",

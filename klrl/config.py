@@ -41,7 +41,7 @@ Count = Annotated[int, Range(0)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Positive = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
-Share = Annotated[float, Range(0, 1)]
+Fraction = Annotated[float, Range(0, 1)]
 Real = Annotated[float, Range()]
 
 
@@ -56,7 +56,7 @@ def option(path: str) -> str:
     return "--" + path.replace("_", "-")
 
 
-def hints(cls: type) -> dict[str, Any]:
+def field_types(cls: type) -> dict[str, Any]:
     """The dataclass's fields with their full annotations, in order."""
     annotations = get_type_hints(cls, include_extras=True)
     return {f.name: annotations[f.name] for f in dataclasses.fields(cls)}
@@ -67,7 +67,7 @@ def build(cls: type[C], data: Mapping[str, Any], path: str = "") -> C:
 
     Raises UsageError that names the option for an unknown key, a wrong type or a value out of range.
     """
-    fields = hints(cls)
+    fields = field_types(cls)
     # Within a group, what is not given is as this class has it, which need not be the group's own default.
     groups = {f.name: f.default_factory() for f in dataclasses.fields(cls) if callable(f.default_factory)}  # type: ignore[arg-type]
     data = {

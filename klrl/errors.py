@@ -16,7 +16,7 @@ class SkippedUpdateError(NonFiniteError):
     """An update that met a nan or infinity: the agent is what it was before it, and may go on with other data."""
 
 
-class EnvironmentFault(RuntimeError):
+class EnvironmentFailedError(RuntimeError):
     """An environment, or the process it runs in, failed. The message names which and when."""
 
 

@@ -19,7 +19,7 @@ import klrl
 from klrl.analysis.report import ReportConfig, report
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.envs.wrappers import Place
-from klrl.errors import EnvironmentFault, NonFiniteError, UsageError
+from klrl.errors import EnvironmentFailedError, NonFiniteError, UsageError
 from klrl.rundir import checkpoint
 
 SMALL: dict[str, Any] = {"n_envs": 2, "n_steps": 64, "batch_size": 64, "n_epochs": 2, "quiet": True, "eval_every": 0}
@@ -55,7 +55,7 @@ def alive(pids: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_an_environment_that_raises_is_named(kind: str) -> None:
-    with pytest.raises(EnvironmentFault, match=r"env [01] failed at step 9 of episode 0: RuntimeError: the sim"):
+    with pytest.raises(EnvironmentFailedError, match=r"env [01] failed at step 9 of episode 0: RuntimeError: the sim"):
         klrl.train("ppo", lambda: Failing("raise", 9), total_timesteps=500, env={"vectorization": kind}, **SMALL)
 
 
@@ -79,7 +79,7 @@ def test_a_worker_that_dies_or_hangs_is_named_and_leaves_nobody(how: str, said: 
     start = time.perf_counter()
     for _ in range(2):
         envs.step(np.zeros(2, np.int64))
-    with pytest.raises(EnvironmentFault, match=said):
+    with pytest.raises(EnvironmentFailedError, match=said):
         envs.step(np.zeros(2, np.int64))
     envs.close()
     assert time.perf_counter() - start < 5

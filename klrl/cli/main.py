@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from klrl import __version__
 from klrl.cli.options import parse, read, split, values
 from klrl.config import build, suggest, to_dict
-from klrl.errors import EnvironmentFault, Interrupted, NonFiniteError, UsageError, needs
+from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, UsageError, needs
 
 _USAGE = """usage: klrl COMMAND ...
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (NonFiniteError, EnvironmentFault, OSError) as problem:
+    except (NonFiniteError, EnvironmentFailedError, OSError) as problem:
         sys.exit(_complain(problem, 1))
     except Interrupted as stop:
         sys.exit(128 + stop.signum)

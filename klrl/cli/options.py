@@ -96,10 +96,10 @@ def _option_names(cls: Any, prefix: str = "--") -> list[str]:
     from dataclasses import is_dataclass
     from typing import get_args, get_origin
 
-    from klrl.config import hints
+    from klrl.config import field_types
 
     names: list[str] = []
-    for name, annotation in hints(cls).items():
+    for name, annotation in field_types(cls).items():
         kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
         if is_dataclass(kind):
             merged = name in ("run", "agent")

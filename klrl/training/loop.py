@@ -14,7 +14,7 @@ from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 
 from klrl.agents.base import Agent, Report, State
 from klrl.buffers.replay import ReplayBuffer
-from klrl.errors import EnvironmentFault, Interrupted, NonFiniteError, SkippedUpdateError
+from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, SkippedUpdateError
 from klrl.policies import spaces
 from klrl.rundir import checkpoint
 from klrl.rundir.logger import Console, Logger
@@ -104,7 +104,7 @@ class Loop:
                     except Interrupted:
                         self._save(None)
                         raise
-                    except EnvironmentFault:
+                    except EnvironmentFailedError:
                         if self.signals.signum:  # the signal reached the workers, too
                             self._save(None)
                             self.signals.check()

@@ -16,9 +16,9 @@ import tyro
 
 from klrl.agents import registry
 from klrl.agents.base import Agent
-from klrl.config import Count, PositiveInt, Seed, build, flatten, hints, merge, suggest, to_dict
+from klrl.config import Count, PositiveInt, Seed, build, field_types, flatten, merge, suggest, to_dict
 from klrl.envs.make import EnvConfig, EnvFactory, env_name, import_module, make_vector, preset, registered
-from klrl.errors import EnvironmentFault, Interrupted, UsageError
+from klrl.errors import EnvironmentFailedError, Interrupted, UsageError
 from klrl.policies import spaces
 from klrl.rundir import checkpoint
 from klrl.rundir.folder import locked, make_folder, replace_file
@@ -105,7 +105,7 @@ def resolve(agent: str, env: str | EnvFactory | None, options: Mapping[str, Any]
     """Defaults, then the preset, then ``options``: the run's config and the agent's."""
     _, config_class = registry.find(agent)
     flat = merge({} if env is None else preset(agent, env), options)
-    mine, theirs = hints(RunConfig), hints(config_class)
+    mine, theirs = field_types(RunConfig), field_types(config_class)
     for key in flat:
         if key not in mine and key not in theirs:
             raise UsageError(f"unknown option {key!r}{suggest(key, [*mine, *theirs])}")
@@ -269,7 +269,7 @@ def fitting(source: Path) -> Iterator[None]:
     """What a checkpoint's content is refused with where it is not what this version writes."""
     try:
         yield
-    except (UsageError, EnvironmentFault):
+    except (UsageError, EnvironmentFailedError):
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as problem:
         raise UsageError(f"checkpoint {source} does not fit this version of klrl: {problem}") from None

@@ -23,7 +23,7 @@ import torch
 import klrl
 from klrl.cli.main import main
 from klrl.envs.make import EnvConfig, make_vector
-from klrl.errors import EnvironmentFault, UsageError
+from klrl.errors import EnvironmentFailedError, UsageError
 from klrl.rundir import checkpoint
 
 SAVE_EVERY = 256
@@ -278,7 +278,7 @@ def test_killed_workers_are_named_within_five_seconds(count: int) -> None:
         victim = chance.randrange(3)
         os.kill(envs.workers.processes[victim].pid, signal.SIGKILL)  # type: ignore[attr-defined]
         start = time.perf_counter()
-        with pytest.raises(EnvironmentFault, match=f"the worker of env .*{victim} "):
+        with pytest.raises(EnvironmentFailedError, match=f"the worker of env .*{victim} "):
             envs.step(np.zeros(3, np.int64))
         envs.close()
         slowest = max(slowest, time.perf_counter() - start)
