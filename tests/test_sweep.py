@@ -1,4 +1,4 @@
-"""Sweeps: what a grid is made of, real processes that train its cells, and sweeps that are stopped and go on."""
+"""Sweeps: what a grid is made of, real processes that train its trials, and sweeps that are stopped and go on."""
 
 import io
 import json
@@ -23,7 +23,7 @@ from klrl.rundir import checkpoint
 from klrl.rundir.history import read_history
 from klrl.sweep.grid import Setting, expand, file_name, parse_choices, parse_values
 from klrl.sweep.sweep import SweepConfig, sweep, table
-from klrl.sweep.trial import Cell, last_words
+from klrl.sweep.trial import Trial, failure_reason
 from klrl.training.run import resolve
 
 TINY = ("total_timesteps=512", "n_envs=2", "n_steps=64", "batch_size=64", "n_epochs=1", "eval_every=0")
@@ -129,18 +129,18 @@ def test_an_unknown_agent_or_env_is_refused() -> None:
 
 
 def test_why_a_process_ended_is_its_own_line_or_its_signal() -> None:
-    assert last_words("WARNING: x\nklrl: no such thing\n\nnoise", 2) == "no such thing"
-    assert last_words("Traceback\nValueError: bad\n", 1) == "ValueError: bad"
-    assert last_words("WARNING: x", -signal.SIGKILL) == "ended by SIGKILL"
-    assert last_words("", 3) == "exit code 3"
+    assert failure_reason("WARNING: x\nklrl: no such thing\n\nnoise", 2) == "no such thing"
+    assert failure_reason("Traceback\nValueError: bad\n", 1) == "ValueError: bad"
+    assert failure_reason("WARNING: x", -signal.SIGKILL) == "ended by SIGKILL"
+    assert failure_reason("", 3) == "exit code 3"
 
 
 def test_a_table_without_room_for_all_shows_who_is_at_work() -> None:
     setting = Setting("a=1", "a=1", {"agent": "ppo", "env_id": "X-v0", "total_timesteps": 10})
-    cells = [Cell(setting, seed, Path("none")) for seed in range(20)]
-    cells[3].state, cells[4].state, cells[19].state = "finished", "failed", "running"
+    trials = [Trial(setting, seed, Path("none")) for seed in range(20)]
+    trials[3].status, trials[4].status, trials[19].status = "finished", "failed", "running"
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(table(cells, 4))
+    console.print(table(trials, 4))
     text = console.export_text()
     assert re.findall(r"seed (\d+)\s+(\w+)", text) == [
         ("0", "waiting"),
@@ -153,7 +153,7 @@ def test_a_table_without_room_for_all_shows_who_is_at_work() -> None:
 
 @pytest.mark.slow
 def test_a_sweep_that_is_stopped_or_killed_goes_on_where_it_was(capsys: pytest.CaptureFixture[str]) -> None:
-    """Stopped by SIGINT, then killed while its processes go on, then whole: each cell is trained once, to its end."""
+    """Stopped by SIGINT, then killed while its processes go on, then whole: each trial is trained once, to its end."""
     choices = (
         "kl.target=0.01,0.02",
         "total_timesteps=30000",
@@ -181,7 +181,7 @@ def test_a_sweep_that_is_stopped_or_killed_goes_on_where_it_was(capsys: pytest.C
         sweep("ppo", "CartPole-v1", SweepConfig(seeds=2, jobs=2, set=(choices,)))
     thread.join()
     assert stop.value.signum == signal.SIGINT
-    assert capsys.readouterr().err == "stopped with 0 of 4 cells finished; the same command goes on\n"
+    assert capsys.readouterr().err == "stopped with 0 of 4 trials finished; the same command goes on\n"
     assert len(workers) >= 2
     assert not [pid for pid in workers if pid in children(os.getpid())]
     begun = runs()
@@ -212,7 +212,7 @@ def test_a_sweep_that_is_stopped_or_killed_goes_on_where_it_was(capsys: pytest.C
     assert modified() == before
 
 
-def test_a_failing_cell_does_not_stop_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_trial_does_not_stop_the_others(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--set", *TINY[:3], "n_epochs=1", "eval_every=0", "--set", "batch_size=300,64"]
     with pytest.raises(SystemExit) as stop:
         main(["sweep", "ppo", "CartPole-v1", "--seeds", "1", "--jobs", "2", *words])
@@ -225,42 +225,42 @@ def test_a_failing_cell_does_not_stop_the_others(capsys: pytest.CaptureFixture[s
     assert out.splitlines()[-1] == f"report      {FOLDER}/report.html"
     failed, summary = err.splitlines()
     assert failed.startswith(f"klrl: batch_size=300 seed 0 failed: {reason}")
-    assert summary == "klrl: 1 of 2 cells failed; the same command tries them again"
+    assert summary == "klrl: 1 of 2 trials failed; the same command tries them again"
     (run,) = runs()
     assert 512 <= read_history(run).steps < 640
 
 
-def test_a_run_with_other_options_is_not_the_cells_own() -> None:
+def test_a_run_with_other_options_is_not_the_trials_own() -> None:
     (setting,) = expand("ppo", "CartPole-v1", parse_choices(TINY))
-    cell = Cell(setting, 0, FOLDER / setting.name)
+    trial = Trial(setting, 0, FOLDER / setting.name)
     for name, options in (("1", setting.options | {"gamma": 0.5}), ("2", setting.options | {"threads": 2})):
-        run = cell.folder / f"ppo-CartPole-v1-0-{name}"
+        run = trial.folder / f"ppo-CartPole-v1-0-{name}"
         run.mkdir(parents=True)
         (run / "config.toml").write_text(tomli_w.dumps(options))
         (run / "metrics.jsonl").write_text(json.dumps({"step": 600, "eval/mean_reward": 9.0, "wall": 1.0}) + "\n")
-        assert not cell.read()  # the one that is its own has no checkpoint
-        assert (cell.history is None) == (name == "1")
+        assert not trial.read()  # the one that is its own has no checkpoint
+        assert (trial.history is None) == (name == "1")
     (run / "checkpoints" / "step-000000000600").mkdir(parents=True)
-    assert cell.read()
-    assert cell.state == "finished"
-    assert not Cell(setting, 1, cell.folder).read()
+    assert trial.read()
+    assert trial.status == "finished"
+    assert not Trial(setting, 1, trial.folder).read()
 
 
 def test_what_was_stopped_before_its_first_checkpoint_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     (setting,) = expand("ppo", "CartPole-v1", parse_choices(TINY))
-    cell = Cell(setting, 0, FOLDER / setting.name)
+    trial = Trial(setting, 0, FOLDER / setting.name)
     for name in ("1", "2"):
-        (cell.folder / f"ppo-CartPole-v1-0-{name}").mkdir(parents=True)
+        (trial.folder / f"ppo-CartPole-v1-0-{name}").mkdir(parents=True)
     for name, text in (("config.toml", tomli_w.dumps(setting.options)), ("metrics.jsonl", '{"step": 128}\n')):
         (runs()[0] / name).write_text(text)
-    other = cell.folder / "ppo-CartPole-v1-1-1"
+    other = trial.folder / "ppo-CartPole-v1-1-1"
     other.mkdir()
     monkeypatch.setattr(sys, "executable", shutil.which("true"))
-    assert cell.begin()
+    assert trial.begin()
     assert runs() == [other]
-    while cell.state == "running":
-        cell.poll()
-    assert (cell.state, cell.problem) == ("failed", "exit code 0")
+    while trial.status == "running":
+        trial.poll()
+    assert (trial.status, trial.problem) == ("failed", "exit code 0")
 
 
 @pytest.mark.slow

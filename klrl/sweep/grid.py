@@ -33,7 +33,7 @@ class Setting:
 
 
 def parse_choices(words: Iterable[str]) -> dict[str, list[Any]]:
-    """``kl.target=0.01,0.02`` and the like: each option's values. Raises UsageError for what is not of that form."""
+    """Each option's values, from words like ``kl.target=0.01,0.02``. Raises UsageError for words of another form."""
     choices: dict[str, list[Any]] = {}
     for word in words:
         name, equals, text = word.partition("=")
@@ -50,7 +50,7 @@ def parse_choices(words: Iterable[str]) -> dict[str, list[Any]]:
 
 
 def parse_values(text: str) -> list[Any]:
-    """Values between commas: TOML's, and where they are not, texts."""
+    """The values between commas, each read as TOML, or as text where it is not TOML."""
     try:
         values: list[Any] = tomllib.loads(f"values = [{text}]")["values"]
         return values
@@ -85,5 +85,6 @@ def _text(value: Any) -> str:
 
 
 def file_name(text: str) -> str:
+    """``text`` as the name of a file or folder: safe and at most 200 bytes long."""
     safe = re.sub(r"[/\\:]", "_", text)
     return safe if len(safe.encode()) <= 200 else f"{safe[:120]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

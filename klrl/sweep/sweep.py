@@ -1,4 +1,4 @@
-"""Training a grid of settings and seeds on this machine's cores, a process for each cell, with a report at the end."""
+"""Training a grid of settings and seeds on this machine's cores, a process for each trial, with a report at the end."""
 
 import math
 import os
@@ -23,7 +23,7 @@ from klrl.config import Count, PositiveInt
 from klrl.envs.make import EnvConfig, check, import_module, make_vector
 from klrl.errors import Interrupted, UsageError
 from klrl.sweep.grid import expand, file_name, parse_choices
-from klrl.sweep.trial import Cell, State
+from klrl.sweep.trial import Status, Trial
 from klrl.training.signals import Signals
 
 _POLL, _REDRAW = 0.1, 1.0  # seconds
@@ -53,10 +53,10 @@ class SweepConfig:
 def sweep(agent: str, env: str, config: SweepConfig) -> None:
     """Train every setting with every seed, in processes of their own, and write a report on them.
 
-    Everything is validated before anything is written. The same command again goes on: cells that are finished are
-    left alone, others resumed, those that another process is at work on waited for. A failing cell does not stop the
-    others. Raises UsageError for bad input, ChildProcessError at the end where a cell failed, and Interrupted after
-    SIGINT or SIGTERM, once every process has saved; a second SIGINT ends them at once.
+    Everything is validated before anything is written. Running the same command again continues the sweep: finished
+    trials are left alone, stopped ones resumed, and those that another process works on waited for. A failing trial
+    does not stop the others. Raises UsageError for bad input, ChildProcessError at the end where a trial failed, and
+    Interrupted after SIGINT or SIGTERM, once every process has saved; a second SIGINT ends them at once.
     """
     for package in config.imports:
         import_module(package, f"--import {package}")
@@ -70,44 +70,44 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise UsageError(f"--run-dir {config.run_dir}: {problem.strerror or problem}") from None
-    cells = [Cell(setting, seed, folder / setting.name) for setting in settings for seed in range(config.seeds)]
-    for cell in cells:
-        cell.read()
+    trials = [Trial(setting, seed, folder / setting.name) for setting in settings for seed in range(config.seeds)]
+    for trial in trials:
+        trial.read()
     with Signals() as signals:
         try:
-            with Display(cells, config.quiet) as display:
-                _work(cells, config.jobs or _cores(), signals, display)
+            with Display(trials, config.quiet) as display:
+                _work(trials, config.jobs or _cores(), signals, display)
         except BaseException as problem:
-            _stop(cells, problem.signum if isinstance(problem, Interrupted) else signal.SIGTERM)
+            _stop(trials, problem.signum if isinstance(problem, Interrupted) else signal.SIGTERM)
             raise
-    _conclude(cells, folder)
+    _conclude(trials, folder)
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _work(cells: list[Cell], jobs: int, signals: Signals, display: "Display") -> None:
-    """Let at most ``jobs`` processes work until every cell is finished or failed."""
+def _work(trials: list[Trial], jobs: int, signals: Signals, display: "Display") -> None:
+    """Let at most ``jobs`` processes work until every trial is finished or failed."""
     while True:
-        for cell in cells:
-            cell.poll()
-        free = jobs - sum(cell.state in ("running", "elsewhere") for cell in cells)
-        for cell in cells:
-            if cell.state == "elsewhere":
-                cell.begin()  # it may have ended, there
-            elif cell.state == "waiting" and free > 0:
-                free -= cell.begin()
+        for trial in trials:
+            trial.poll()
+        free = jobs - sum(trial.status in ("running", "elsewhere") for trial in trials)
+        for trial in trials:
+            if trial.status == "elsewhere":
+                trial.begin()  # it may have ended, there
+            elif trial.status == "waiting" and free > 0:
+                free -= trial.begin()
         display.show()
         signals.check()
-        if all(cell.state in ("finished", "failed") for cell in cells):
+        if all(trial.status in ("finished", "failed") for trial in trials):
             return
         time.sleep(_POLL)
 
 
-def _stop(cells: list[Cell], signum: int) -> None:
-    """Let every process save and end."""
-    processes = [cell.process for cell in cells if cell.process is not None]
+def _stop(trials: list[Trial], signum: int) -> None:
+    """Send the signal to every process and wait until it has saved; a second signal meanwhile kills them."""
+    processes = [trial.process for trial in trials if trial.process is not None]
     try:
         for process in processes:
             process.send_signal(signum)
@@ -118,17 +118,19 @@ def _stop(cells: list[Cell], signum: int) -> None:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    for cell in cells:
-        cell.poll()
-    done = sum(cell.state == "finished" for cell in cells)
-    print(f"stopped with {done} of {len(cells)} cells finished; the same command goes on", file=sys.stderr, flush=True)
+    for trial in trials:
+        trial.poll()
+    done = sum(trial.status == "finished" for trial in trials)
+    print(
+        f"stopped with {done} of {len(trials)} trials finished; the same command goes on", file=sys.stderr, flush=True
+    )
 
 
 class Display:
-    """The cells' progress: a live table on a terminal; elsewhere a line when a cell begins and when it ends."""
+    """The trials' progress: a live table on a terminal; elsewhere a line when a trial begins and when it ends."""
 
-    def __init__(self, cells: list[Cell], quiet: bool) -> None:
-        self._cells, self._quiet = cells, quiet
+    def __init__(self, trials: list[Trial], quiet: bool) -> None:
+        self._trials, self._quiet = trials, quiet
         self._shown: dict[int, str] = {}
         self._next = 0.0
         self._live: Live | None = None
@@ -143,76 +145,76 @@ class Display:
     def __exit__(self, kind: object, *_: object) -> None:
         if self._live is not None:
             if kind is None:
-                self._live.update(table(self._cells, len(self._cells)), refresh=True)
+                self._live.update(table(self._trials, len(self._trials)), refresh=True)
             self._live.stop()
 
     def show(self) -> None:
         """Show what has changed."""
         if self._live is not None and time.monotonic() >= self._next:
             start = time.monotonic()
-            for cell in self._cells:
-                if cell.state in ("running", "elsewhere"):
-                    cell.read()
-            self._live.update(table(self._cells, self._live.console.height - 4), refresh=True)
+            for trial in self._trials:
+                if trial.status in ("running", "elsewhere"):
+                    trial.read()
+            self._live.update(table(self._trials, self._live.console.height - 4), refresh=True)
             self._next = time.monotonic() + max(_REDRAW, 20 * (time.monotonic() - start))  # reading takes time, too
         elif self._live is None and not self._quiet:
-            for i, cell in enumerate(self._cells):
-                if cell.state not in ("waiting", self._shown.get(i)):
-                    self._shown[i] = cell.state
-                    print("  ".join(text for text in [*row(cell), cell.problem] if text), flush=True)
+            for i, trial in enumerate(self._trials):
+                if trial.status not in ("waiting", self._shown.get(i)):
+                    self._shown[i] = trial.status
+                    print("  ".join(text for text in [*row(trial), trial.problem] if text), flush=True)
 
 
-def row(cell: Cell) -> list[str]:
-    """What is known of a cell: setting, seed, state, progress, speed, return, KL; "" for what is not yet."""
-    history, total = cell.history, cell.setting.options["total_timesteps"]
-    words = [cell.setting.label, f"seed {cell.seed}", cell.state]
+def row(trial: Trial) -> list[str]:
+    """A trial's setting, seed, status, progress, speed, return and KL, as words; "" for what is not known yet."""
+    history, total = trial.history, trial.setting.options["total_timesteps"]
+    words = [trial.setting.label, f"seed {trial.seed}", trial.status]
     if history is None or not history.steps:
         return [*words, "", "", "", ""]
-    figures = {tag: history.last(tag) for tag in ("time/fps", "kl/mean", "kl/limit")}
-    limit = f" of {figures['kl/limit']:g}" if history.has("kl/limit") else ""
-    words += [f"{100 * min(history.steps / total, 1):.0f}%", f"{figures['time/fps']:,.0f}/s"]
+    metrics = {tag: history.last(tag) for tag in ("time/fps", "kl/mean", "kl/limit")}
+    limit = f" of {metrics['kl/limit']:g}" if history.has("kl/limit") else ""
+    words += [f"{100 * min(history.steps / total, 1):.0f}%", f"{metrics['time/fps']:,.0f}/s"]
     score = "" if math.isnan(history.final_return) else f"return {history.final_return:.1f}"
-    return [*words, score, f"KL {figures['kl/mean']:.4f}{limit}"]
+    return [*words, score, f"KL {metrics['kl/mean']:.4f}{limit}"]
 
 
-def table(cells: Sequence[Cell], room: int) -> Table:
-    """A row for each cell; where there is no room for all, for those at work, failed, waiting and finished, in turn."""
-    ranks = get_args(State)
-    shown = sorted(cells, key=lambda cell: ranks.index(cell.state))[: max(room, 1)]
-    counts = {state: sum(cell.state == state for cell in cells) for state in ranks}
-    caption = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+def table(trials: Sequence[Trial], room: int) -> Table:
+    """A table with a row for each trial; where not all fit, running ones go first, then failed, waiting, finished."""
+    ranks = get_args(Status)
+    shown = sorted(trials, key=lambda trial: ranks.index(trial.status))[: max(room, 1)]
+    counts = {status: sum(trial.status == status for trial in trials) for status in ranks}
+    caption = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     drawn = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
     for i in range(7):
         drawn.add_column(justify="right" if i > 2 else "left", no_wrap=True)
-    for cell in cells:
-        if cell in shown:
-            drawn.add_row(*map(escape, row(cell)))
+    for trial in trials:
+        if trial in shown:
+            drawn.add_row(*map(escape, row(trial)))
     return drawn
 
 
-def _conclude(cells: Sequence[Cell], folder: Path) -> None:
+def _conclude(trials: Sequence[Trial], folder: Path) -> None:
     """Print the scores, write the report, and name what failed."""
     scores = Table(box=None, pad_edge=False)
     for name in ("setting", "seeds", "mean return"):
         scores.add_column(name, justify="left" if name == "setting" else "right")
-    for setting in dict.fromkeys(cell.setting.name for cell in cells):
-        here = [cell for cell in cells if cell.setting.name == setting]
-        runs = [cell.history for cell in here if cell.state == "finished" and cell.history is not None]
+    for setting in dict.fromkeys(trial.setting.name for trial in trials):
+        here = [trial for trial in trials if trial.setting.name == setting]
+        runs = [trial.history for trial in here if trial.status == "finished" and trial.history is not None]
         score = score_of(runs)
         text = "-" if score is None else f"{score.mean:.1f} +- {score.std:.1f}"
         scores.add_row(escape(here[0].setting.label), f"{len(runs)} of {len(here)}", text)
     Console(width=None if sys.stdout.isatty() else 140).print(scores)
-    if any(cell.state == "finished" for cell in cells):
+    if any(trial.status == "finished" for trial in trials):
         print(f"report      {_report(folder)}", flush=True)
-    failed = [cell for cell in cells if cell.state == "failed"]
-    for cell in failed:
-        print(f"klrl: {cell.setting.label} seed {cell.seed} failed: {cell.problem}", file=sys.stderr, flush=True)
+    failed = [trial for trial in trials if trial.status == "failed"]
+    for trial in failed:
+        print(f"klrl: {trial.setting.label} seed {trial.seed} failed: {trial.problem}", file=sys.stderr, flush=True)
     if failed:
-        raise ChildProcessError(f"{len(failed)} of {len(cells)} cells failed; the same command tries them again")
+        raise ChildProcessError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again")
 
 
 def _report(folder: Path) -> str:
-    """On every run in the sweep's folder, those of an earlier grid included."""
+    """Report on every run in the sweep's folder, those of an earlier grid included; where the report lies."""
     if find_spec("matplotlib"):
         return report([str(folder)], ReportConfig(str(folder / "report.html")))
     return report([str(folder)], ReportConfig(str(folder / "report.md"), "md"))

@@ -1,7 +1,7 @@
-"""The cells of a sweep, one setting with one seed each: what is done is read from the runs' folders.
+"""The trials of a sweep, one setting with one seed each: what is done is read from the runs' folders.
 
-While a process works on a cell, it holds the lock of a file that the sweep opened for it; the system frees it when the
-process ends, however it ends. So no cell is worked on twice at once: not by two sweeps, and not after one was killed
+While a process works on a trial, it holds the lock of a file that the sweep opened for it; the system frees it when the
+process ends, however it ends. So no trial is worked on twice at once: not by two sweeps, and not after one was killed
 while its processes went on.
 """
 
@@ -26,24 +26,27 @@ from klrl.rundir.folder import in_use
 from klrl.rundir.history import History, read_history, setting_of
 from klrl.sweep.grid import Setting, file_name
 
-State = Literal["running", "elsewhere", "failed", "waiting", "finished"]
+Status = Literal["running", "elsewhere", "failed", "waiting", "finished"]
 
 
-class Cell:
+class Trial:
     """One setting with one seed, and the process at work on it."""
 
     def __init__(self, setting: Setting, seed: int, folder: Path) -> None:
         """``folder``: the setting's, in which the run's own lies or will lie."""
         self.setting, self.seed, self.folder = setting, seed, folder
         self.stem = file_name(f"{setting.options['agent']}-{setting.options['env_id']}-{seed}")
-        self.state: State = "waiting"
+        self.status: Status = "waiting"
         self.history: History | None = None
         self.problem = ""
         self.process: subprocess.Popen[bytes] | None = None
         self._errors: Any = None
 
     def read(self) -> bool:
-        """Read what its run has logged, if anything; whether it is whole. A run with other options is not its own."""
+        """Read what the trial's run has logged, if anything, and return whether the run is finished and saved.
+
+        A run with other options does not belong to the trial.
+        """
         wanted = setting_of(self.setting.options)
         found = []
         for path in self._runs():
@@ -53,19 +56,19 @@ class Cell:
         self.history = last = max(mine, key=lambda history: history.steps, default=None)
         whole = last is not None and last.state == "finished" and _saved_at(last) >= last.steps
         if whole and self.process is None:
-            self.state = "finished"
+            self.status = "finished"
         return whole
 
     def begin(self) -> bool:
-        """Start its process: it resumes the run, or begins it anew where it was stopped before its first checkpoint.
+        """Start the trial's process. It resumes the run, or begins it anew where there is no checkpoint yet.
 
-        Where another process is at work on the cell, nothing is started, and its state is "elsewhere". False where the
-        run is finished, and nobody is at work on it.
+        Where another process works on the trial, nothing is started, and its status is "elsewhere". False where the
+        run is finished, and nobody works on it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with _held(self.folder / f".{self.stem}.lock") as lock:
             if lock is None or any(map(in_use, self._runs())):
-                self.state, self.problem = "elsewhere", "another process is at work on it"
+                self.status, self.problem = "elsewhere", "another process is at work on it"
                 return True
             self.problem = ""
             if self.read():
@@ -79,25 +82,25 @@ class Cell:
                 pass_fds=[lock],
                 start_new_session=True,  # so that a signal reaches it once, from the sweep
             )
-            self.state = "running"
+            self.status = "running"
         return True
 
     def poll(self) -> None:
-        """Take note if its process has ended."""
+        """Update the status if the trial's process has ended."""
         if self.process is None or (code := self.process.poll()) is None:
             return
         with self._errors as file:
             file.seek(0)
             text = file.read().decode(errors="replace")
-        self.process, self.state = None, "failed"
+        self.process, self.status = None, "failed"
         if not self.read():
-            self.problem = last_words(text, code)
+            self.problem = failure_reason(text, code)
 
     def _runs(self) -> list[Path]:
         return sorted(self.folder.glob(f"{glob.escape(self.stem)}-[0-9]*"))
 
     def _command(self) -> list[str]:
-        """What goes on with its run, or begins it; what was stopped before it could be resumed is removed."""
+        """The arguments of klrl that resume the trial's run, or begin it; a run that cannot be resumed is removed."""
         stopped = self.history
         if stopped is not None and _saved_at(stopped) >= 0:
             return ["resume", str(stopped.folder)]
@@ -121,7 +124,7 @@ def _saved_at(run: History) -> int:
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[int | None]:
-    """The file's lock as a handle, which keeps it for whoever inherits it; None where another process has it."""
+    """The handle that holds the file's lock, also for a process that inherits it; None where another one has it."""
     handle: int | None = None
     file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
     try:
@@ -133,7 +136,7 @@ def _held(path: Path) -> Iterator[int | None]:
         os.close(file)
 
 
-def last_words(text: str, code: int) -> str:
+def failure_reason(text: str, code: int) -> str:
     """Why a process ended with the exit code ``code``, from what it wrote to stderr."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     named = [line.removeprefix("klrl: ") for line in lines if line.startswith("klrl: ")]
