@@ -1,4 +1,4 @@
-"""From an environment's name or factory to a vector environment, and the presets that go with names."""
+"""Vector environments from an environment's id or factory, and the presets of ids."""
 
 import importlib
 import tomllib
@@ -14,7 +14,7 @@ from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 
 import klrl.envs  # registers the probes
 from klrl.config import Positive, suggest
-from klrl.envs.wrappers import Place, WatchedWorkers, next_step, seeded
+from klrl.envs.wrappers import EpisodePosition, WatchedWorkers, next_step, seeded
 from klrl.errors import UsageError
 
 EnvFactory = Callable[[], gym.Env[Any, Any]]
@@ -33,12 +33,12 @@ class EnvConfig:
 
 
 def make_vector(
-    env: str | EnvFactory, n_envs: int, config: EnvConfig, places: Sequence[Place] = ()
+    env: str | EnvFactory, n_envs: int, config: EnvConfig, positions: Sequence[EpisodePosition] = ()
 ) -> VectorEnv[Any, Any, Any]:
     """``n_envs`` copies of ``env`` as one vector environment in NEXT_STEP autoreset mode.
 
-    env: a Gymnasium id (also "module:Env-v0"), or a function that returns a new environment. places: where its first
-    ``reset`` leads, one for each copy; an id that offers only a vector environment of its own begins anew instead.
+    env: a Gymnasium id (also "module:Env-v0"), or a function that returns a new environment. positions: where the
+    first ``reset`` leads, one for each copy; an id that offers only a vector environment of its own starts over.
     Raises UsageError for an unknown id, a missing extra or arguments that the environment refuses.
     """
     if isinstance(env, str):
@@ -57,16 +57,17 @@ def make_vector(
             raise UsageError("--env.kwargs goes with an env id; give a factory its arguments yourself")
         factory = env
     makers = [
-        partial(seeded, factory, index, config.on_error, places[index] if places else None) for index in range(n_envs)
+        partial(seeded, factory, index, config.on_error, position)
+        for index, position in enumerate(positions or [None] * n_envs)
     ]
     if config.vectorization == "sync":
         return next_step(SyncVectorEnv(makers), env_name(env))
-    longest = max((len(place.actions) for place in places), default=0)
+    longest = max((len(position.actions) for position in positions), default=0)
     return WatchedWorkers(AsyncVectorEnv(makers), config.timeout, longest)
 
 
 def env_name(env: str | EnvFactory) -> str:
-    """How the environment is called in folder names and checkpoints."""
+    """The environment's name in folder names and checkpoints."""
     return env if isinstance(env, str) else getattr(env, "__name__", type(env).__name__).strip("<>")
 
 

@@ -67,7 +67,7 @@ class Probe(gym.Env[Any, Any]):
         }[self.shown]
 
     def match(self, action: Any, bit: int) -> float:
-        """1 for the right action, less for others: the share of right parts, or 1 - mean squared error for a Box."""
+        """1 for the right action, less for others: the fraction of right parts, or 1 - mean squared error for a Box."""
         target = _TARGETS[self.kind][bit]
         if self.kind == "box":
             return 1.0 - float(np.mean((action - target) ** 2))

@@ -1,4 +1,4 @@
-"""Episodes that can be had again, workers that are watched, and adapters to the one autoreset mode that klrl knows."""
+"""Environment wrappers: episodes that can be replayed, supervised workers, and NEXT_STEP autoreset for all."""
 
 import atexit
 import multiprocessing
@@ -18,8 +18,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an environment stands: in which episode, after which actions, and what it showed last."""
+class EpisodePosition:
+    """An environment's episode by number, the actions taken in it so far, and the last observation."""
 
     episode: int
     actions: Any
@@ -30,34 +30,36 @@ class Place:
 
 
 class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
-    """Seeds every episode from the seed that ``reset`` was given, this environment's index and the episode's number.
+    """A wrapper that seeds each episode from ``reset``'s seed, this environment's index and the episode's number.
 
-    So an environment needs no state of its own to be saved: its ``Place`` brings it back. The first ``reset`` replays
-    ``place``. Where what it shows then is not what it showed, and where a step fails under ``on_error`` "restart", the
-    episode is truncated at what was seen last, and "restarted" in the info says why.
+    An environment therefore has no state to save: its ``EpisodePosition`` brings it back. The first ``reset`` replays
+    ``position``. Where the replay ends at another observation, and where a step fails under ``on_error`` "restart",
+    the episode is truncated at the last observation, and "restarted" in the info says why.
     """
 
-    def __init__(self, env: gym.Env[Any, Any], index: int, on_error: str = "raise", place: Place | None = None) -> None:
+    def __init__(
+        self, env: gym.Env[Any, Any], index: int, on_error: str = "raise", position: EpisodePosition | None = None
+    ) -> None:
         super().__init__(env)
-        self.index, self.on_error, self.place = index, on_error, place
+        self.index, self.on_error, self.position = index, on_error, position
         self.seed, self.episode, self.steps = 0, 0, 0
         self.obs: Any = None
         self.next: Callable[[], tuple[Any, float, bool, bool, dict[str, Any]]] | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin the next episode; with a seed the first one, or the place to go on from."""
-        place, self.place, self.next, self.steps = self.place, None, None, 0
+        """Begin the next episode; with a seed, the first one, or the one at ``position``."""
+        position, self.position, self.next, self.steps = self.position, None, None, 0
         if seed is None:
             self.episode += 1
         else:
-            self.seed, self.episode = seed, place.episode if place else 0
+            self.seed, self.episode = seed, position.episode if position else 0
         words = np.random.SeedSequence([self.seed, self.index, self.episode]).generate_state(1)
         try:
             self.obs, info = self.env.reset(seed=int(words[0]), options=options)
         except Exception as problem:
-            raise self._fault(problem, "reset") from None
-        if place is not None:
-            self._replay(place)
+            raise self._failure(problem, "reset") from None
+        if position is not None:
+            self._replay(position)
         return self.obs, info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -67,38 +69,38 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
         except Exception as problem:
-            fault = self._fault(problem, f"step {self.steps + 1}")
+            failure = self._failure(problem, f"step {self.steps + 1}")
             if self.on_error == "raise":
-                raise fault from None
-            return self._cut(str(fault))
+                raise failure from None
+            return self._truncate(str(failure))
         self.obs = obs
         self.steps += 1
         return obs, reward, terminated, truncated, info  # type: ignore[return-value]
 
-    def _replay(self, place: Place) -> None:
+    def _replay(self, position: EpisodePosition) -> None:
         ended = False
         try:
-            for action in place.actions:
+            for action in position.actions:
                 self.obs, _, terminated, truncated, _ = self.env.step(action)
                 ended = terminated or truncated
                 self.steps += 1
-            same = ended == place.ended and _same(self.obs, place.obs)
+            same = ended == position.ended and _same(self.obs, position.obs)
         except Exception:
             same = False
-        self.obs = place.obs
-        if place.ended:
+        self.obs = position.obs
+        if position.ended:
             self.next = self._reset_row
         elif not same:
-            self.next = lambda: self._cut(f"env {self.index}: episode {self.episode} cannot be replayed")
+            self.next = lambda: self._truncate(f"env {self.index}: episode {self.episode} cannot be replayed")
 
     def _reset_row(self) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         obs, info = self.reset()
         return obs, 0.0, False, False, info
 
-    def _cut(self, why: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+    def _truncate(self, why: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         return self.obs, 0.0, False, True, {"restarted": why}
 
-    def _fault(self, problem: Exception, where: str) -> EnvironmentFailedError:
+    def _failure(self, problem: Exception, where: str) -> EnvironmentFailedError:
         text = " ".join(f"{type(problem).__name__}: {problem}".split())
         return EnvironmentFailedError(f"env {self.index} failed at {where} of episode {self.episode}: {text}")
 
@@ -112,7 +114,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 class WatchedWorkers(VectorWrapper):
-    """An AsyncVectorEnv whose workers may die or hang: that is a fault by name, and ``close`` ends nevertheless."""
+    """An AsyncVectorEnv that raises EnvironmentFailedError where a worker dies or hangs, and can then be closed."""
 
     def __init__(self, env: AsyncVectorEnv, timeout: float, replayed: int = 0) -> None:
         """``timeout``: seconds that a step or reset may take; the first reset also replays ``replayed`` steps."""
@@ -161,7 +163,7 @@ class WatchedWorkers(VectorWrapper):
         return [f"{i} (exit code {p.exitcode})" for i, p in enumerate(self.workers.processes) if not p.is_alive()]
 
     def close(self, **kwargs: Any) -> None:
-        """Ask the workers to end, and end those that don't."""
+        """Ask the workers to end, and kill those that don't."""
         processes = self.workers.processes
         pipes = [pipe for pipe in self.workers.parent_pipes if pipe is not None and not pipe.closed]
         for pipe in pipes:
@@ -197,12 +199,14 @@ def _close_all() -> None:
         envs.close()
 
 
-def seeded(factory: Callable[[], gym.Env[Any, Any]], index: int, on_error: str, place: Place | None) -> SeededEpisodes:
-    """What a vector environment calls to make its ``index``-th environment, in a worker process or in this one."""
+def seeded(
+    factory: Callable[[], gym.Env[Any, Any]], index: int, on_error: str, position: EpisodePosition | None
+) -> SeededEpisodes:
+    """Make a vector environment's ``index``-th environment, in a worker process or in this one."""
     if multiprocessing.parent_process() is not None:
         for signum in (signal.SIGINT, signal.SIGTERM):  # a group's signal reaches all; the trainer decides when to end
             signal.signal(signum, signal.SIG_IGN)
-    return SeededEpisodes(factory(), index, on_error, place)
+    return SeededEpisodes(factory(), index, on_error, position)
 
 
 class SameStepAsNextStep(VectorWrapper):

@@ -63,7 +63,7 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def build(cls: type[C], data: Mapping[str, Any], path: str = "") -> C:
-    """An instance of the dataclass ``cls`` from plain values, each checked for type and range.
+    """Build the dataclass ``cls`` from plain values, each checked for type and range.
 
     Raises UsageError that names the option for an unknown key, a wrong type or a value out of range.
     """
@@ -146,7 +146,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Groups spread out: ``kl.target`` and the like."""
+    """The options without groups, under keys like ``kl.target``."""
     flat: dict[str, Any] = {}
     for key, value in options.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}

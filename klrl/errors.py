@@ -30,7 +30,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def needs(extra: str, module: str) -> Iterator[None]:
-    """Imports that take ``module``, which comes with ``extra``: where it is missing, UsageError says how to get it."""
+    """Raise UsageError, which says how to get ``extra``, where an import inside finds no ``module``."""
     try:
         yield
     except ModuleNotFoundError as problem:

@@ -18,7 +18,7 @@ from helpers import rows
 import klrl
 from klrl.analysis.report import ReportConfig, report
 from klrl.envs.make import EnvConfig, make_vector
-from klrl.envs.wrappers import Place
+from klrl.envs.wrappers import EpisodePosition
 from klrl.errors import EnvironmentFailedError, NonFiniteError, UsageError
 from klrl.rundir import checkpoint
 
@@ -214,7 +214,7 @@ def test_a_run_that_is_alive_or_done_is_not_resumed() -> None:
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     run = klrl.train("ppo", "CartPole-v1", total_timesteps=1024, save_every=256, **SMALL)
-    last = checkpoint.find(run.folder)
+    last = checkpoint.resolve(run.folder)
     (last / "tensors.safetensors").write_bytes(b"")
     assert klrl.load(run.folder) is not None
     assert "is used instead" in capsys.readouterr().err
@@ -295,9 +295,9 @@ def test_a_replay_may_take_longer_than_a_step() -> None:
             time.sleep(0.02)
             return super().step(action)
 
-    place = Place(0, [np.array([0.0], np.float32)] * 60, np.zeros(3, np.float32), False)
+    position = EpisodePosition(0, [np.array([0.0], np.float32)] * 60, np.zeros(3, np.float32), False)
     config = EnvConfig(vectorization="async", timeout=0.8)
-    envs = make_vector(lambda: Slow(gym.make("Pendulum-v1")), 1, config, [place])
+    envs = make_vector(lambda: Slow(gym.make("Pendulum-v1")), 1, config, [position])
     envs.reset(seed=0)
     envs.close()
 

@@ -88,7 +88,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def test_a_video_has_a_frame_for_each_state_as_the_environment_draws_it(run: str) -> None:
     paths = record(run, RecordConfig(episodes=2))
-    last = checkpoint.find(Path(run)).name
+    last = checkpoint.resolve(Path(run)).name
     assert paths == [Path(run, "videos", f"{last}-episode-{i}.mp4") for i in range(2)]
     assert sorted(Path(run, "videos").iterdir()) == paths
     trained = open_policy(run)

@@ -30,7 +30,7 @@ SMALL = {
 
 def content(folder: Path) -> dict[str, Any]:
     """All that the last checkpoint holds, but for times and where the total is named."""
-    path = checkpoint.find(folder)
+    path = checkpoint.resolve(folder)
     whole = checkpoint.load(path, with_rows=True)
     whole["state"]["loop"]["progress"].pop("training_time")
     for key in [k for k in whole["state"]["loop"]["progress"]["figures"] or {} if k.startswith("time/")]:

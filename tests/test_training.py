@@ -90,7 +90,7 @@ def test_the_written_config_reruns_the_same_run(run: Run) -> None:
 
 def test_load_gives_the_agent_back_with_its_normaliser() -> None:
     run = klrl.train("ppo", "Pendulum-v1", **QUICK)
-    for path in (run.folder, checkpoint.find(run.folder)):
+    for path in (run.folder, checkpoint.resolve(run.folder)):
         agent = klrl.load(path)
         assert torch.equal(agent.encoder.mean, run.agent.encoder.mean)
         assert float(agent.encoder.count) > 1000
@@ -105,14 +105,14 @@ def test_checkpoints_keep_the_last_and_the_best(run: Run) -> None:
     assert 1 <= len(found) <= 2
     scores = [checkpoint.load(path)["score"] for path in found]
     assert scores[-1] == run.score.mean
-    assert checkpoint.find(run.folder, "best") == found[scores.index(max(scores))]
+    assert checkpoint.resolve(run.folder, "best") == found[scores.index(max(scores))]
     assert not list(run.folder.rglob("*.pkl"))
     names = {path.name for path in found[-1].iterdir()}
     assert names == {"manifest.json", "state.json", "tensors.safetensors"}
 
 
 def test_every_truncation_and_bit_flip_is_detected(run: Run) -> None:
-    path = checkpoint.find(run.folder)
+    path = checkpoint.resolve(run.folder)
     rng = np.random.default_rng(0)
     for name in ("tensors.safetensors", "state.json", "manifest.json"):
         whole = (path / name).read_bytes()

@@ -24,7 +24,7 @@ from torch import Tensor
 from klrl.errors import UsageError
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-_MOST_JSON = 64 * 1024 * 1024
+_MAX_JSON_BYTES = 64 * 1024 * 1024
 _TEMPORARY = ".writing-"
 # What reading altered files raises.
 _DAMAGE = (
@@ -42,7 +42,7 @@ _UNFINISHED = re.compile(rf"{re.escape(_TEMPORARY)}(?:(?:old-)?(step-[0-9]+)-[0-
 
 
 class Rows(Protocol):
-    """What a replay buffer is to a checkpoint: rows counted from the first ever written, of which the last are kept."""
+    """A replay buffer as a checkpoint sees it: rows numbered from the first ever written, the last ones kept."""
 
     size: int
     written: int
@@ -120,7 +120,7 @@ def load(path: Path, with_rows: bool = False) -> dict[str, Any]:
     is missing, truncated or altered.
     """
     try:
-        raw = _read(path / _MANIFEST, _MOST_JSON)
+        raw = _read(path / _MANIFEST, _MAX_JSON_BYTES)
         manifest = json.loads(raw)
         if manifest["format"] != 1 or _sealed(manifest) != raw:
             raise UsageError(f"checkpoint {path} is damaged: {_MANIFEST} is not as it was written")
@@ -151,8 +151,8 @@ def load_rows(path: Path, entries: list[dict[str, Any]]) -> Iterator[tuple[int, 
 
 
 def newest(path: Path, which: str = "last", with_rows: bool = False) -> tuple[Path, dict[str, Any]]:
-    """What ``find`` names, loaded; where a run's checkpoint is damaged, the one before it, and a line that says so."""
-    first = find(path, which)
+    """Load what ``resolve`` names; where a run's checkpoint is damaged, the one before it, and say so on stderr."""
+    first = resolve(path, which)
     if first == path:
         return path, load(path, with_rows)
     complaint: UsageError | None = None
@@ -170,7 +170,7 @@ def newest(path: Path, which: str = "last", with_rows: bool = False) -> tuple[Pa
 
 
 def clean(folder: Path) -> None:
-    """Remove what a process that was killed while it saved left behind, and put back what it had put aside.
+    """Remove what a process that was killed while it saved had not finished, and restore what it had set aside.
 
     Raises UsageError where ``folder`` is a link: what lies elsewhere is not this run's.
     """
@@ -187,7 +187,7 @@ def clean(folder: Path) -> None:
 def steps(folder: Path) -> list[Path]:
     """The checkpoints below ``folder``, oldest first; unfinished ones are not among them.
 
-    One that was put aside for a newer one of the same step is, where a kill kept that from taking its place.
+    One that was set aside for a newer one of the same step counts, where a kill kept the newer from its place.
     """
     if not folder.is_dir():
         return []
@@ -203,7 +203,7 @@ def step_of(path: Path) -> int:
     return int(path.name.rpartition("step-")[2].partition("-")[0])
 
 
-def find(path: Path, which: str = "last") -> Path:
+def resolve(path: Path, which: str = "last") -> Path:
     """The checkpoint that a run folder or checkpoint path means: itself, or the run's "last" or "best".
 
     The best has the highest evaluation; without any evaluation it is the last. Raises UsageError where there is none.
@@ -241,7 +241,7 @@ def prune(folder: Path) -> None:
 
 def _rows_of(path: Path) -> list[dict[str, Any]]:
     try:
-        entries: list[dict[str, Any]] = json.loads(_read(path / _MANIFEST, _MOST_JSON))["rows"]
+        entries: list[dict[str, Any]] = json.loads(_read(path / _MANIFEST, _MAX_JSON_BYTES))["rows"]
         return entries
     except _DAMAGE:
         return []  # damaged: load says so if it is wanted
@@ -249,22 +249,22 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
 
 def _rank(path: Path) -> tuple[float, str]:
     try:
-        score = float(json.loads(_read(path / _STATE, _MOST_JSON))["score"])
+        score = float(json.loads(_read(path / _STATE, _MAX_JSON_BYTES))["score"])
     except _DAMAGE:
         score = float("-inf")  # none, or damaged: load says so if it is the one that is wanted
     return score, path.name
 
 
 def _verified(path: Path, entry: dict[str, Any]) -> bytes:
-    """A file's bytes, which are those that the manifest's entry is of."""
+    """A file's bytes, verified against the size and SHA-256 sum of its ``entry`` in the manifest."""
     data = _read(path, entry["bytes"])
     if len(data) != entry["bytes"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise UsageError(f"checkpoint {path.parent} is damaged: {path.name} does not match its manifest")
     return data
 
 
-def _read(path: Path, most: int) -> bytes:
-    """A regular file's bytes, refused where it is a link or larger than its manifest says."""
+def _read(path: Path, maximum: int) -> bytes:
+    """A regular file's bytes. Raises UsageError for a link, and for a file of more than ``maximum`` bytes."""
     if path.is_symlink():
         raise UsageError(f"{path} is a link: a checkpoint holds its own files")
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
@@ -272,8 +272,8 @@ def _read(path: Path, most: int) -> bytes:
         about = os.fstat(handle)
         if not stat.S_ISREG(about.st_mode):
             raise UsageError(f"checkpoint {path.parent} is damaged: {path.name} is not a file")
-        data = file.read(int(min(most, about.st_size)) + 1)
-    if len(data) > most:
+        data = file.read(int(min(maximum, about.st_size)) + 1)
+    if len(data) > maximum:
         raise UsageError(f"checkpoint {path.parent} is damaged: {path.name} is longer than its manifest says")
     return data
 
@@ -286,7 +286,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _sealed(manifest: dict[str, Any]) -> bytes:
-    """The manifest's bytes, its own sum at the end."""
+    """The manifest as bytes, its own SHA-256 sum at the end."""
     content = {key: part for key, part in manifest.items() if key != "seal"}
     seal = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return json.dumps({**content, "seal": seal}, indent=1).encode()

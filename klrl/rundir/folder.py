@@ -1,4 +1,4 @@
-"""Run folders: one for each run, and one process for each."""
+"""Run folders: a new one for each run, a lock that keeps it to one process, and files that are written whole."""
 
 import contextlib
 import os
@@ -54,7 +54,7 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as problem:
         raise UsageError(f"{folder}: {problem.strerror or problem}; the run's folder must be writable") from None
     try:
-        if not _taken(handle):
+        if not _acquire(handle):
             owner = os.read(handle, 32).decode(errors="replace").strip()
             raise UsageError(f"{folder} is still running, in process {owner or 'unknown'}")
         os.truncate(handle, 0)
@@ -64,7 +64,8 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _taken(handle: int) -> bool:
+def _acquire(handle: int) -> bool:
+    """Try to lock the open file, and return whether that succeeded."""
     for _ in range(10):  # ``in_use`` in another process holds it for an instant
         try:
             if fcntl is not None:

@@ -1,4 +1,4 @@
-"""What a run wrote, read back while it runs, after its end, or after it was killed."""
+"""A run's options and metrics, read from its folder while it runs, after its end, or after it was killed."""
 
 import json
 import math
@@ -17,12 +17,12 @@ from klrl.rundir.folder import in_use
 
 Column = npt.NDArray[np.float64]
 _WATCHING = ("eval_every", "eval_episodes", "save_every", "histogram_every", "quiet", "verbose")
-_OF_ONE_RUN = ("seed", "run_dir", "device", "threads", *_WATCHING)
+_NOT_A_SETTING = ("seed", "run_dir", "device", "threads", *_WATCHING)
 
 
 @dataclass(frozen=True)
 class History:
-    """The figures of one run's updates, a column for each tag, in the order of steps."""
+    """The metrics of one run's updates, a column for each tag, in the order of steps."""
 
     folder: Path
     options: dict[str, Any]
@@ -69,8 +69,8 @@ class History:
 
 
 def setting_of(options: dict[str, Any]) -> dict[str, Any]:
-    """Those of a run's options that make it what it is: runs that agree in them differ by their seeds alone."""
-    return {key: value for key, value in flatten(options).items() if key not in _OF_ONE_RUN}
+    """The options that define a run's setting: runs that agree in them differ by their seeds alone."""
+    return {key: value for key, value in flatten(options).items() if key not in _NOT_A_SETTING}
 
 
 def read_history(path: str | Path) -> History:
@@ -95,7 +95,7 @@ def _reason(problem: Exception) -> str:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    """The lines of a run's metrics.jsonl, and what they hold; without those that are cut off, or are no such lines."""
+    """The lines of a run's metrics.jsonl, each with its metrics by tag; incomplete and malformed ones are left out."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = {tag: float(value) for tag, value in json.loads(line).items()}

@@ -1,4 +1,4 @@
-"""Where a run's figures go: TensorBoard, metrics.jsonl and the terminal."""
+"""Writers of a run's metrics: to TensorBoard, metrics.jsonl and the terminal."""
 
 import json
 import sys
@@ -40,7 +40,7 @@ _LAYOUT = {
 
 
 class Logger:
-    """Writes each update's figures once: one TensorBoard event that holds them all, and one line of JSON.
+    """A writer of each update's metrics: one TensorBoard event that holds all of them, and one line of JSON.
 
     ``go_on_at``: the step from which a resumed run writes; what lies there from before is dropped, in both.
     """
@@ -62,11 +62,11 @@ class Logger:
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hparams.items()}
         self._add(hparams_pb(plain, trial_id=folder.name), 0)
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
-        """Record ``figures`` (tag to value) at ``step``."""
-        self._add(Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in figures.items()]), step)
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Record ``metrics`` (tag to value) at ``step``."""
+        self._add(Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in metrics.items()]), step)
         # Infinity and NaN are not JSON: they are written as text.
-        safe = {k: v if abs(v) < float("inf") else str(v) for k, v in figures.items()}
+        safe = {k: v if abs(v) < float("inf") else str(v) for k, v in metrics.items()}
         self._lines.write(json.dumps({"step": step, "wall": round(time.time() - self._start, 3), **safe}) + "\n")
         self._lines.flush()
 
@@ -93,7 +93,7 @@ class Logger:
 
 
 def _cut(path: Path, step: int) -> float:
-    """Drop the lines from ``step`` on, and a last one that is not whole; the seconds at which the kept ones end."""
+    """Drop the lines from ``step`` on and unreadable ones. Returns the wall-clock seconds of the last one kept."""
     kept, wall = [], 0.0
     for line, row in read_rows(path) if path.exists() else []:
         if row["step"] < step:
@@ -137,7 +137,7 @@ class Pace:
         self._seen: deque[tuple[float, int]] = deque()
 
     def seconds_left(self, step: int, total: int) -> float | None:
-        """From ``step``, reached now, to ``total``; None before there is a pace."""
+        """The seconds from ``step``, reached now, to ``total``; None before there is a pace."""
         now = self._clock()
         self._seen.append((now, step))
         while len(self._seen) > 2 and now - self._seen[1][0] >= 60:
@@ -165,23 +165,23 @@ class Console:
             self._task = self._progress.add_task("")
             self._progress.start()
 
-    def update(self, step: int, figures: dict[str, float]) -> None:
+    def update(self, step: int, metrics: dict[str, float]) -> None:
         """Show where the run stands."""
         if self._quiet:
             return
         if self._progress is not None:
             left = self._pace.seconds_left(step, self._total)
             done = f"{100 * min(step / self._total, 1):.0f}%" + ("" if left is None else f" {_clock_time(left)} left")
-            line = "  ".join([done, *_words(step, figures)]).replace(" of ", "/")  # 80 columns hold it
+            line = "  ".join([done, *_words(step, metrics)]).replace(" of ", "/")  # 80 columns hold it
             self._progress.update(self._task, description=line)
         elif self._verbose or step >= self._next_step or time.monotonic() >= self._next_time:
             self._next_step, self._next_time = (step * 10 // self._total + 1) * self._total / 10, time.monotonic() + 60
             widths = (">15", ">9", ">13", "", "")
-            words = [f"{word:{width}}" for word, width in zip(_words(step, figures), widths, strict=False)]
+            words = [f"{word:{width}}" for word, width in zip(_words(step, metrics), widths, strict=False)]
             print("  ".join([f"{100 * min(step / self._total, 1):3.0f}%", *words]).rstrip(), flush=True)
 
     def warn(self, text: str) -> None:
-        """A line on stderr that ``quiet`` does not silence."""
+        """Print a line on stderr, even where ``quiet``."""
         print(f"klrl: {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
@@ -196,12 +196,12 @@ def _clock_time(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
-def _words(step: int, figures: dict[str, float]) -> list[str]:
-    limit = f" of {figures['kl/limit']:g}" if "kl/limit" in figures else ""
+def _words(step: int, metrics: dict[str, float]) -> list[str]:
+    limit = f" of {metrics['kl/limit']:g}" if "kl/limit" in metrics else ""
     return [
         f"{step:,} steps",
-        f"{figures['time/fps']:,.0f}/s",
-        f"return {figures['rollout/ep_rew_mean']:.1f}" if "rollout/ep_rew_mean" in figures else "",
-        f"KL {figures['kl/mean']:.4f}{limit}",
-        f"coef {figures['kl/coef']:.2g}" if figures["kl/coef"] > 0 else "",
+        f"{metrics['time/fps']:,.0f}/s",
+        f"return {metrics['rollout/ep_rew_mean']:.1f}" if "rollout/ep_rew_mean" in metrics else "",
+        f"KL {metrics['kl/mean']:.4f}{limit}",
+        f"coef {metrics['kl/coef']:.2g}" if metrics["kl/coef"] > 0 else "",
     ]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from klrl.agents.base import State
-from klrl.envs.wrappers import Place
+from klrl.envs.wrappers import EpisodePosition
 
 _SPENT = 4096  # steps that no running episode needs any more, before they are forgotten together
 
@@ -79,7 +79,7 @@ class Episodes:
             "actions": torch.from_numpy(np.stack(self._actions[first:])) if self._actions[first:] else None,
         }
 
-    def load_state_dict(self, state: State, obs: Any) -> list[Place]:
+    def load_state_dict(self, state: State, obs: Any) -> list[EpisodePosition]:
         """Continue from ``state_dict``'s result. Returns where each environment stood. obs: what they showed last."""
         self.steps, self.restarted = state["steps"], state["restarted"]
         self.done.extend((float(total), int(length)) for total, length in state["done"])
@@ -87,8 +87,10 @@ class Episodes:
         self._number[:], self._begin[:] = state["number"], state["begin"]
         self._resetting = np.array(state["resetting"], np.int64)
         self._actions = [] if state["actions"] is None else list(state["actions"].numpy())
-        places = []
+        positions = []
         for i, (number, begin) in enumerate(zip(state["number"], state["begin"], strict=True)):
             shown = {key: part[i] for key, part in obs.items()} if isinstance(obs, dict) else obs[i]
-            places.append(Place(number, [row[i] for row in self._actions[begin:]], shown, i in state["resetting"]))
-        return places
+            positions.append(
+                EpisodePosition(number, [row[i] for row in self._actions[begin:]], shown, i in state["resetting"])
+            )
+        return positions

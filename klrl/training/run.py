@@ -121,7 +121,7 @@ def resume(path: str | Path, env: EnvFactory | None = None, total_timesteps: int
     still running, where no checkpoint is whole, and where its steps are done.
     """
     folder = Path(path)
-    checkpoint.find(folder)
+    checkpoint.resolve(folder)
     if (folder / "manifest.json").exists():
         raise UsageError(f"resume takes a run's folder, not one of its checkpoints: {folder.parent.parent}")
     with locked(folder):
@@ -171,14 +171,14 @@ def _run(
         json.dumps(options)  # a checkpoint's form, which holds less
     except TypeError as problem:
         raise UsageError(f"--env.kwargs holds a value that a config file or checkpoint cannot: {problem}") from None
-    episodes, places = Episodes(config.n_envs), []
+    episodes, positions = Episodes(config.n_envs), []
     with contextlib.ExitStack() as stack:
         if saved is not None:
             with fitting(saved[0]):
                 state = saved[1]["state"]["loop"]
                 shown = {key: part.numpy() for key, part in state["obs"].items()}
-                places = episodes.load_state_dict(state["episodes"], shown.get("", shown))
-        envs = stack.enter_context(contextlib.closing(make_vector(env, config.n_envs, config.env, places)))
+                positions = episodes.load_state_dict(state["episodes"], shown.get("", shown))
+        envs = stack.enter_context(contextlib.closing(make_vector(env, config.n_envs, config.env, positions)))
         stack.enter_context(_process_settings(config))
         spaces.check_observation_space(envs.single_observation_space)
         agent = agent_class(envs.single_observation_space, envs.single_action_space, agent_config, device, config.seed)

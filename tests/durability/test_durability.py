@@ -85,7 +85,7 @@ def test_kills_during_training_lose_at_most_one_save_interval(agent: str, count:
             continue  # killed before its first save
         folder = folders[-1]
         path, content = checkpoint.newest(folder, with_rows=True)
-        assert path == checkpoint.find(folder), "none is corrupt"
+        assert path == checkpoint.resolve(folder), "none is corrupt"
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         logged = [json.loads(line)["step"] for line in lines if line.endswith("}")]
         reached.append(content["step"])

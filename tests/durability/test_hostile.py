@@ -101,7 +101,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", list(range(10)))
 def test_malicious_files_are_refused_and_nothing_is_executed(name: int, sound: Path) -> None:
     shutil.copytree(sound, "run")
-    path = checkpoint.find(Path("run"))
+    path = checkpoint.resolve(Path("run"))
     list(payloads(path).values())[name]()
     before = set(Path().rglob("*"))
     attempts: list[Callable[[], Any]] = [lambda: klrl.resume("run", total_timesteps=150)]
