@@ -8,12 +8,12 @@ import os
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import make_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from klrl import __version__
-from klrl.cli.options import parse, read, split, values
+from klrl.cli.options import option_values, parse, parse_config, split_positional
 from klrl.config import build, suggest, to_dict
 from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, UsageError, needs
 
@@ -45,19 +45,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _dispatch(arguments)
     except UsageError as problem:
-        sys.exit(_complain(problem, 2))
+        sys.exit(_print_error(problem, 2))
     except BrokenPipeError:  # whoever read has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (NonFiniteError, EnvironmentFailedError, OSError) as problem:
-        sys.exit(_complain(problem, 1))
+        sys.exit(_print_error(problem, 1))
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _complain(problem: Exception, code: int) -> int:
+def _print_error(problem: Exception, code: int) -> int:
     print(f"klrl: {' '.join(str(problem).split())}", file=sys.stderr)
     return code
 
@@ -100,84 +100,84 @@ def _train(arguments: list[str]) -> None:
 
     agent, env, options = names[0], (names[1] if len(names) == 2 else None), arguments[len(names) :]
     _, config_class = registry.find(agent)
-    files = values(options, "--config")
+    files = option_values(options, "--config")
     saved = _read_config(files[-1], agent) if files else {}
     run_config, agent_config = resolve(agent, env, saved)
-    for package in [*run_config.imports, *values(options, "--import")]:
+    for package in [*run_config.imports, *option_values(options, "--import")]:
         import_module(package, f"--import {package}")
     if env is not None:
         check(env)
 
     import tyro
 
-    whole = tyro.conf.arg(name="")
-    command = make_dataclass(
-        "options",
-        [
-            (
-                "config",
-                Annotated[str, tyro.conf.arg(help="TOML file of options, such as a run's config.toml.")],
-                "",
-            ),
-            ("run", Annotated[RunConfig, whole], run_config),
-            ("agent", Annotated[config_class, whole], agent_config),
-        ],
-        frozen=True,
-    )
-    given: Any = parse(command, options, f"klrl train {agent} {env or 'ENV'}")
+    @dataclass(frozen=True)
+    class TrainOptions:  # made here, because the agent decides the options and the preset their defaults
+        config: Annotated[str, tyro.conf.arg(help="TOML file of options, such as a run's config.toml.")] = ""
+        run: Annotated[RunConfig, tyro.conf.arg(name="")] = run_config
+        agent: Annotated[config_class, tyro.conf.arg(name="")] = agent_config  # type: ignore[valid-type]
+
+    given = parse(TrainOptions, options, f"klrl train {agent} {env or 'ENV'}")
     run = build(RunConfig, to_dict(given.run))
     run_training(agent, env or "", run, build(config_class, to_dict(given.agent)))
 
 
 def _resume(arguments: list[str]) -> None:
-    names, words = split(arguments, 1, "resume needs a run folder: klrl resume runs/ppo-CartPole-v1-0-...", 1)
+    names, words = split_positional(
+        arguments, 1, "resume needs a run folder: klrl resume runs/ppo-CartPole-v1-0-...", 1
+    )
     from klrl.training.run import ResumeConfig, resume
 
-    given = read(ResumeConfig, words, "klrl resume RUN")
+    given = parse_config(ResumeConfig, words, "klrl resume RUN")
     resume("".join(names), total_timesteps=given.total_timesteps)
 
 
 def _sweep(arguments: list[str]) -> None:
-    names, words = split(arguments, 2, "sweep needs an agent and an env: klrl sweep ppo CartPole-v1 --seeds 5", 2)
+    names, words = split_positional(
+        arguments, 2, "sweep needs an agent and an env: klrl sweep ppo CartPole-v1 --seeds 5", 2
+    )
     from klrl.sweep.sweep import SweepConfig, sweep
 
-    given = read(SweepConfig, words, "klrl sweep AGENT ENV")
+    given = parse_config(SweepConfig, words, "klrl sweep AGENT ENV")
     agent, env = names
     sweep(agent, env, given)
 
 
 def _report(arguments: list[str]) -> None:
-    names, words = split(arguments, 1, "report needs run folders: klrl report runs/ppo-CartPole-v1-0-...")
+    names, words = split_positional(arguments, 1, "report needs run folders: klrl report runs/ppo-CartPole-v1-0-...")
     from klrl.analysis.report import ReportConfig, report
 
-    given = read(ReportConfig, words, "klrl report RUN...")
+    given = parse_config(ReportConfig, words, "klrl report RUN...")
     print(report(names, given))
 
 
 def _compare(arguments: list[str]) -> None:
-    names, words = split(arguments, 2, "compare needs two runs or checkpoints: klrl compare runs/a runs/b", 2)
+    names, words = split_positional(
+        arguments, 2, "compare needs two runs or checkpoints: klrl compare runs/a runs/b", 2
+    )
     from klrl.analysis.compare import CompareConfig, compare
 
-    given = read(CompareConfig, words, "klrl compare A B")
+    given = parse_config(CompareConfig, words, "klrl compare A B")
     a, b = names
     print(compare(a, b, given))
 
 
 def _record(arguments: list[str]) -> None:
-    names, words = split(arguments, 1, "record needs a run folder or checkpoint: klrl record runs/a", 1)
+    names, words = split_positional(arguments, 1, "record needs a run folder or checkpoint: klrl record runs/a", 1)
     from klrl.analysis.record import RecordConfig, record
 
-    given = read(RecordConfig, words, "klrl record RUN")
+    given = parse_config(RecordConfig, words, "klrl record RUN")
     for path in record("".join(names), given):
         print(path)
 
 
 def _eval(arguments: list[str]) -> None:
-    names, words = split(arguments, 1, "eval needs a run folder or checkpoint: klrl eval runs/ppo-CartPole-v1-0-...", 1)
+    names, words = split_positional(
+        arguments, 1, "eval needs a run folder or checkpoint: klrl eval runs/ppo-CartPole-v1-0-...", 1
+    )
     from klrl.training.evaluation import FRESH_SEED, EvalConfig, run_episodes
     from klrl.training.load import open_policy
 
-    given = read(EvalConfig, words, "klrl eval RUN")
+    given = parse_config(EvalConfig, words, "klrl eval RUN")
     trained = open_policy("".join(names), given.checkpoint)
     envs = trained.make_envs(given.episodes, given.env_id, given.imports)
     score = run_episodes(trained.agent, envs, trained.config.seed + FRESH_SEED, not given.stochastic)

@@ -1,4 +1,4 @@
-"""The command line's words: positional ones, options by tyro, and errors of one line."""
+"""Parsing of the command line: positional words, options by tyro, and errors of one line."""
 
 import contextlib
 import io
@@ -15,20 +15,22 @@ from klrl.errors import UsageError
 C = TypeVar("C")
 
 
-def split(arguments: Sequence[str], least: int, example: str, most: int | None = None) -> tuple[list[str], list[str]]:
-    """The positional words that lead, and the options after them; with --help in them, no word is needed.
+def split_positional(
+    arguments: Sequence[str], minimum: int, example: str, maximum: int | None = None
+) -> tuple[list[str], list[str]]:
+    """The positional words, which come first, and the options after them; with --help, no word is needed.
 
-    Raises UsageError with the ``example`` where fewer than ``least`` or more than ``most`` words lead.
+    Raises UsageError with the ``example`` where there are fewer than ``minimum`` or more than ``maximum`` words.
     """
     count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     names, words = list(arguments[:count]), list(arguments[count:])
-    if not any(word in ("-h", "--help") for word in words) and not least <= count <= (most or count):
+    if not any(word in ("-h", "--help") for word in words) and not minimum <= count <= (maximum or count):
         raise UsageError(example)
     return names, words
 
 
-def values(arguments: Sequence[str], name: str) -> list[str]:
-    """The words that follow option ``name``, up to the next option: what must be known before the rest is parsed."""
+def option_values(arguments: Sequence[str], name: str) -> list[str]:
+    """The values given to option ``name``, found without a parser because the parser's defaults depend on them."""
     found: list[str] = []
     taking = False
     for word in arguments:
@@ -40,13 +42,13 @@ def values(arguments: Sequence[str], name: str) -> list[str]:
     return found
 
 
-def read(cls: type[C], arguments: Sequence[str], prog: str) -> C:
-    """The dataclass ``cls`` from the options ``arguments``, each checked for type and range."""
+def parse_config(cls: type[C], arguments: Sequence[str], prog: str) -> C:
+    """Build the dataclass ``cls`` from the options ``arguments``, each checked for type and range."""
     return build(cls, to_dict(parse(cls, arguments, prog)))
 
 
 def parse(cls: Any, arguments: Sequence[str], prog: str) -> Any:
-    """tyro's parser, with numbers like 1e5 and 100_000, name=value tables, and errors of one line."""
+    """Parse with tyro, and with numbers like 1e5 and 100_000, name=value tables, and errors of one line."""
     import tyro
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -99,18 +101,19 @@ def _option_names(cls: Any, prefix: str = "--") -> list[str]:
     from klrl.config import field_types
 
     names: list[str] = []
-    for name, annotation in field_types(cls).items():
-        kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    for field, annotation in field_types(cls).items():
+        kind, *marks = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+        named = [mark.name for mark in marks if getattr(mark, "name", None) is not None]  # by tyro.conf.arg
+        name = named[0] if named else field.replace("_", "-")
         if is_dataclass(kind):
-            merged = name in ("run", "agent")
-            names += _option_names(kind, prefix if merged else f"{prefix}{name.replace('_', '-')}.")
+            names += _option_names(kind, f"{prefix}{name}." if name else prefix)
         else:
-            names.append(prefix + ("import" if name == "imports" else name.replace("_", "-")))
+            names.append(prefix + name)
     return names
 
 
 def _whole_number(word: str) -> int:
-    """100000, 100_000 and 1e5."""
+    """The number that ``word`` spells as 100000, 100_000 or 1e5."""
     try:
         return int(word)
     except ValueError:
@@ -131,7 +134,7 @@ def _pair(word: str) -> tuple[str, Any]:
 
 
 def _one_line(text: str) -> str:
-    """What tyro prints in a box, up to its rule, as one line."""
+    """The text in the box that tyro prints, up to its rule, as one line."""
     lines = [re.sub(r"[╭╮╰╯│]", " ", line).strip() for line in text.splitlines()]
     kept: list[str] = []
     for line in lines[1:]:
