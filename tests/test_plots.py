@@ -10,7 +10,7 @@ import torch
 from torch import distributions as td
 
 from klrl.analysis.plots import BIMODAL, FIGURES, PlotConfig, distribution, families, fit_normal
-from klrl.cli.main import main as cli
+from klrl.cli import main as cli
 from klrl.errors import UsageError
 
 
