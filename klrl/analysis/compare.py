@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -93,12 +92,10 @@ class Comparison:
 
 def compare(a: str, b: str, config: CompareConfig) -> str:
     """What ``klrl compare A B`` prints. Raises as ``compare_policies``, and UsageError for a figure that cannot be."""
-    path = Path(config.figure)
-    if config.figure and (path.suffix not in (".png", ".svg") or not path.parent.is_dir()):
-        raise UsageError(f"--figure {path}: must end in .png or .svg and lie in a folder that exists")
-    if config.figure:
-        with needs("plot", "matplotlib"):  # before the work
-            import matplotlib.figure  # noqa: F401
+    if config.figure:  # checked before the work
+        with needs("plot", "matplotlib"):
+            from klrl.analysis.plots import figure_path
+        path = figure_path(config.figure, "--figure")
     found = compare_policies(open_policy(a, config.checkpoint), open_policy(b, config.checkpoint), config)
     if config.figure:
         draw(found).savefig(path, dpi=150)
@@ -319,6 +316,7 @@ def draw(found: Comparison) -> Any:
     """A matplotlib Figure: the KL of each state, its mean by action dimension, and the returns."""
     from matplotlib.figure import Figure
 
+    from klrl.analysis.figures import tidy
     from klrl.analysis.plots import NEW, OLD
 
     figure = Figure(figsize=(13, 4), layout="constrained")
@@ -342,8 +340,7 @@ def draw(found: Comparison) -> Any:
     labels = [f"{side}\n{score.mean:.1f}\n+- {score.std:.1f}" for side, score in zip("AB", found.returns, strict=True)]
     scores.set(xlabel="return of an episode", yticks=[0, 1], yticklabels=labels, ylim=(1.6, -0.6), title="returns")
     for axes in (spread, bars, scores):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
+        tidy(axes)
     titles = [f"{side}: {p.path} at step {p.step:,}" for side, p in zip("AB", found.policies, strict=True)]
     figure.suptitle("\n".join(titles))
     return figure

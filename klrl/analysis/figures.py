@@ -1,9 +1,10 @@
-"""The report's figures. Needs the extra ``plot`` (matplotlib)."""
+"""The report's figures, and the style of all figures. Needs the extra ``plot`` (matplotlib)."""
 
 import base64
 import io
 from collections.abc import Callable
-from typing import Any
+from itertools import cycle
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import rc_context
@@ -15,21 +16,22 @@ from klrl.analysis.scores import Group
 from klrl.rundir.history import History
 
 # Told apart by colour-blind readers (Okabe and Ito), and by lightness in print.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5a5a5a")
-_MARK, _QUIET = "#b3261e", "#8a8a8a"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5a5a5a")
+GREY, _RED = "#8a8a8a", "#b3261e"
 
 
 def kl_trajectory(run: History) -> Figure | None:
-    """Each update's KL over states, mean and 95th percentile, against its limit; stopped and undone ones marked."""
+    """Each update's KL over states, mean and 95th percentile, against its limit; early stops and undoing are marked."""
     if not run.has("kl/mean"):
         return None
     figure, axes = _panel()
-    step, shown = run["step"], "kl/reverse" if _bounded(run) == "reverse" else "kl/mean"
-    axes.plot(step, run["kl/p95"], color=_COLOURS[5], linewidth=0.7, label="95th percentile of states")
-    axes.plot(step, run[shown], color=_COLOURS[0], linewidth=1.2, label=f"mean KL, {_bounded(run)}")
+    step, direction = run["step"], run.options["kl"]["direction"]
+    shown = "kl/reverse" if direction == "reverse" else "kl/mean"
+    axes.plot(step, run["kl/p95"], color=COLOURS[5], linewidth=0.7, label="95th percentile of states")
+    axes.plot(step, run[shown], color=COLOURS[0], linewidth=1.2, label=f"mean KL, {direction}")
     _marks(axes, run, run[shown])
     if run.has("kl/limit"):
-        axes.axhline(run.last("kl/limit"), color=_MARK, linestyle="--", linewidth=1.2, label="limit")
+        axes.axhline(run.last("kl/limit"), color=_RED, linestyle="--", linewidth=1.2, label="limit")
     positive = run[shown][(run[shown] > 0) & np.isfinite(run[shown])]
     if len(positive):
         heights = np.concatenate([positive, run["kl/p95"], run["kl/limit"]])
@@ -39,20 +41,16 @@ def kl_trajectory(run: History) -> Figure | None:
     return _finish(figure, axes)
 
 
-def _bounded(run: History) -> str:
-    return str(run.options["kl"]["direction"])
-
-
 def _marks(axes: Axes, run: History, height: Any) -> None:
     step, undone, stopped = run["step"], run["kl/rolled_back"] > 0, run["kl/stop_epoch"] > 0
     reached = np.where(np.isfinite(run["kl/attempted"]), run["kl/attempted"], height)
     for rows, marker, label in ((stopped & ~undone, "v", "stopped early"), (undone, "x", "undone or moved back, from")):
         if rows.any():
-            axes.scatter(step[rows], reached[rows], s=18, marker=marker, color=_MARK, zorder=3, label=label)
+            axes.scatter(step[rows], reached[rows], s=18, marker=marker, color=_RED, zorder=3, label=label)
 
 
 def time_spent(run: History) -> Figure | None:
-    """Seconds of collecting, learning, and the rest, which evaluates, logs and saves."""
+    """A bar of the seconds spent on collecting, on learning, and on the rest: evaluating, logging, saving."""
     if not len(run["step"]):
         return None
     training = np.diff(run["step"] / run["time/fps"], prepend=0.0)
@@ -61,7 +59,7 @@ def time_spent(run: History) -> Figure | None:
     parts["evaluation, saving"] = max(0.0, float(run["wall"][-1]) - sum(parts.values()))
     figure, axes = _panel(height=1.5)
     start = 0.0
-    for (name, seconds), colour in zip(parts.items(), (_COLOURS[0], _COLOURS[1], _QUIET), strict=True):
+    for (name, seconds), colour in zip(parts.items(), (COLOURS[0], COLOURS[1], GREY), strict=True):
         axes.barh(0, seconds, left=start, color=colour, label=f"{name} {seconds:,.0f} s")
         start += seconds
     axes.set(yticks=[], xlabel="seconds")
@@ -71,19 +69,20 @@ def time_spent(run: History) -> Figure | None:
 
 
 def curves(groups: list[Group], tags: dict[str, str], ylabel: str, log: bool = False) -> Figure | None:
-    """Means over each group's runs, with the middle 95 % of bootstrapped means where there are several.
+    """Curves of the means over each group's runs, with the middle 95 % of bootstrapped means where there are several.
 
     tags: what to draw, and what to call it; the first as a line, the others dashed and dotted.
     """
     figure, axes = _panel()
     drawn = False
-    for group, colour in zip(groups, _cycle(len(groups)), strict=True):
+    for group, colour in zip(groups, cycle(COLOURS), strict=False):
         for style, (tag, name) in zip(("-", "--", ":"), tags.items(), strict=False):
             curve = group.curve(tag)
             if curve is None or (log and not (curve[1] > 0).any()):
                 continue
             steps, mean, low, high = curve
-            label = " ".join([group.letter] * (len(groups) > 1) + [name] * (len(tags) > 1))
+            names = {group.letter: len(groups) > 1, name: len(tags) > 1}
+            label = " ".join(part for part, needed in names.items() if needed)
             axes.plot(steps, mean, style, color=colour, linewidth=1.4, label=label)
             if len(group.runs) > 1:
                 axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
@@ -95,7 +94,7 @@ def curves(groups: list[Group], tags: dict[str, str], ylabel: str, log: bool = F
 
 
 def returns(groups: list[Group]) -> Figure | None:
-    """Training returns as ``curves``; a single run also with its evaluations and their spread over episodes."""
+    """Training returns, drawn by ``curves``; of a single run also the evaluations and their spread over episodes."""
     if len(groups) > 1 or len(groups[0].runs) > 1:
         return curves(groups, {"rollout/ep_rew_mean": "training"}, "return")
     run = groups[0].runs[0]
@@ -103,10 +102,10 @@ def returns(groups: list[Group]) -> Figure | None:
         return None
     figure, axes = _panel()
     if run.has("rollout/ep_rew_mean"):
-        axes.plot(run["step"], run["rollout/ep_rew_mean"], color=_COLOURS[0], label="training, last 100 episodes")
+        axes.plot(run["step"], run["rollout/ep_rew_mean"], color=COLOURS[0], label="training, last 100 episodes")
     if run.has("eval/mean_reward"):
         mean, std = run["eval/mean_reward"], run["eval/std_reward"]
-        style: dict[str, Any] = {"fmt": "o", "markersize": 3.5, "elinewidth": 0.8, "color": _COLOURS[1]}
+        style: dict[str, Any] = {"fmt": "o", "markersize": 3.5, "elinewidth": 0.8, "color": COLOURS[1]}
         axes.errorbar(run["step"], mean, std, **style, label="evaluation, std over episodes")
     axes.set_ylabel("return")
     return _finish(figure, axes)
@@ -132,7 +131,7 @@ PANELS: dict[str, Callable[[list[Group]], Figure | None]] = {
     "Explained variance": lambda groups: curves(groups, {"train/explained_variance": "critic"}, "share"),
     "Critic": lambda groups: curves(groups, {"train/q_mean": "mean Q"}, "mean Q"),
 }
-OF_ONE_RUN: dict[str, Callable[[History], Figure | None]] = {
+RUN_FIGURES: dict[str, Callable[[History], Figure | None]] = {
     "KL of each update": kl_trajectory,
     "Where time went": time_spent,
 }
@@ -144,9 +143,7 @@ def _panel(height: float = 2.9) -> tuple[Figure, Axes]:
 
 
 def _finish(figure: Figure, axes: Axes) -> Figure:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", linewidth=0.4, color="#dddddd")
-    axes.set_axisbelow(True)
+    tidy(axes, grid="y")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("environment steps")
     if len(axes.get_legend_handles_labels()[0]) > 1:
@@ -154,18 +151,21 @@ def _finish(figure: Figure, axes: Axes) -> Figure:
     return figure
 
 
+def tidy(axes: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
+    """Give the axes a light grid behind the data, and no frame at the top and on the right."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, linewidth=0.4, color="#dddddd")
+    axes.set_axisbelow(True)
+
+
 def _legend(axes: Axes) -> None:
-    """Above the axes, in two columns where the labels would not fit into one line."""
+    """Put the legend above the axes, in two columns where the labels would not fit into one line."""
     figure: Any = axes.figure
     labels = axes.get_legend_handles_labels()[1]
     columns = len(labels) if sum(map(len, labels)) + 5 * len(labels) < 80 else 2
     figure.legend(
         frameon=False, fontsize=8, ncols=columns, loc="outside upper left", columnspacing=1.2, handlelength=1.6
     )
-
-
-def _cycle(count: int) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
 
 
 def as_svg(figure: Figure) -> str:

@@ -1,20 +1,21 @@
-"""What KL looks like: figures for ``klrl plot``. Needs the extra ``plot`` (matplotlib)."""
+"""Figures that explain KL, for ``klrl plot``. Needs the extra ``plot`` (matplotlib)."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch import distributions as td
 
+from klrl.analysis.figures import COLOURS, GREY, tidy
 from klrl.errors import UsageError
 from klrl.kl import jeffreys, js, kl, renyi, reverse_kl, total_variation
 
-OLD, NEW, OTHER = "#1f5fa8", "#d1495b", "#8a8a8a"  # told apart by colour-blind readers, and by lightness in print
+OLD, NEW, OTHER = COLOURS[0], COLOURS[1], GREY
 _GRID_CELLS = 20_000
 
 
@@ -47,7 +48,7 @@ def kl_gaussian() -> Figure:
     right.plot(ratio, reverse_kl(old, new), color=OTHER, linestyle="--", label="KL(new || old)")
     right.set(xscale="log", xlabel="std of new / std of old", ylabel="nats", ylim=(0, 8), title="another width")
     for axes in (left, right):
-        _tidy(axes)
+        tidy(axes)
         axes.legend(frameon=False)
     figure.suptitle("KL of old = N(0, 1): solid KL(old || new), dashed KL(new || old)")
     return figure
@@ -73,7 +74,7 @@ def kl_2d() -> Figure:
         forward, backward = float(kl(old, new)), float(reverse_kl(old, new))
         axes.set_title(f"{name}\nKL(old || new) = {forward:.2f}, KL(new || old) = {backward:.2f}", fontsize=10)
         axes.set_aspect("equal")
-        _tidy(axes)
+        tidy(axes)
     figure.suptitle("old (solid) and new (dashed) at 1 and 2 standard deviations; KL in nats")
     return figure
 
@@ -138,7 +139,7 @@ def fit() -> Figure:
         density = _log_prob(td.Normal(found.mean, found.std), x).exp()
         axes.plot(x, density, color=colour, linestyle=style, label=f"{name} = {found.divergence:.2f}")
     axes.set(xlabel="action", ylabel="density", ylim=(0, 0.95), title="one normal for two modes, found by optimisation")
-    _tidy(axes)
+    tidy(axes)
     axes.legend(frameon=False, loc="upper right", fontsize=9)
     return figure
 
@@ -168,7 +169,7 @@ def families(old: td.Distribution, new: td.Distribution) -> Figure:
     axes.invert_yaxis()
     axes.set(xlim=(0, 1.3 * longest), xlabel="nats (total variation: no unit)")
     axes.set_title(f"old {_describe(old)}, new {_describe(new)}", fontsize=11)
-    _tidy(axes)
+    tidy(axes)
     return figure
 
 
@@ -180,8 +181,16 @@ FIGURES: dict[str, Callable[[PlotConfig], Figure]] = {
 }
 
 
+def figure_path(text: str, option: str) -> Path:
+    """The file to save a figure in. Raises UsageError, naming ``option``, for another format and a missing folder."""
+    path = Path(text)
+    if path.suffix not in (".png", ".svg") or not path.parent.is_dir():
+        raise UsageError(f"{option} {path}: must end in .png or .svg and lie in a folder that exists")
+    return path
+
+
 def distribution(words: tuple[str, ...], option: str) -> td.Distribution:
-    """From ``normal 0 1``, ``beta 2 5``, ``bernoulli 0.3`` or ``categorical 0.2 0.8``. Raises UsageError otherwise."""
+    """Parse ``normal 0 1``, ``beta 2 5``, ``bernoulli 0.3`` or ``categorical 0.2 0.8``. Raises UsageError otherwise."""
     kinds: dict[str, Any] = {"normal": td.Normal, "beta": td.Beta, "bernoulli": td.Bernoulli, "categorical": None}
     if not words or words[0] not in kinds:
         raise UsageError(f"{option} must begin with one of {', '.join(kinds)}, got {' '.join(words) or 'nothing'}")
@@ -239,9 +248,3 @@ def _normal_2d(mean: tuple[float, float], std: tuple[float, float], correlation:
     across = correlation * std[0] * std[1]
     covariance = torch.tensor([[std[0] ** 2, across], [across, std[1] ** 2]])
     return td.MultivariateNormal(torch.tensor(mean), covariance)
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)

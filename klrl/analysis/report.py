@@ -168,7 +168,7 @@ table { border-collapse: collapse; font-size: .9rem } td, th { padding: .2rem .8
 def as_html(groups: Sequence[Group]) -> str:
     """A page that needs nothing else: tables, anomalies, figures, configs. Raises UsageError without matplotlib."""
     with needs("plot", "matplotlib"):
-        from klrl.analysis.figures import OF_ONE_RUN, PANELS, as_data
+        from klrl.analysis.figures import PANELS, RUN_FIGURES, as_data
 
     def draw(figures: Mapping[str, Callable[[Any], Any]], subject: Any) -> list[str]:
         drawn = [(escape(name), figure) for name, draw in figures.items() if (figure := draw(subject)) is not None]
@@ -203,7 +203,7 @@ def as_html(groups: Sequence[Group]) -> str:
             f"{escape(anomaly['advice'])}.</span></div>"
             for anomaly in facts["anomalies"]
         )
-        shared, own = [] if several else draw(PANELS, groups), draw(OF_ONE_RUN, run)
+        shared, own = [] if several else draw(PANELS, groups), draw(RUN_FIGURES, run)
         figures = panels(shared[:1] + own[:1] + shared[1:] + own[1:])  # return and KL first, time last
         options = _html_table(("option", "value"), ((key, str(value)) for key, value in facts["config"].items()))
         count = len(facts["anomalies"])

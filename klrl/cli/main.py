@@ -222,9 +222,7 @@ def _plot(arguments: list[str]) -> None:
         raise UsageError(
             f"plot needs one of {', '.join(plots.FIGURES)}, got {name or 'nothing'}{suggest(name, plots.FIGURES)}"
         )
-    path = Path(given.output or f"{name}.png")
-    if path.suffix not in (".png", ".svg") or not path.parent.is_dir():
-        raise UsageError(f"--output {path}: must end in .png or .svg and lie in a folder that exists")
+    path = plots.figure_path(given.output or f"{name}.png", "--output")
     plots.FIGURES[name](given).savefig(path, dpi=150)
     print(path)
 
