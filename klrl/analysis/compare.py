@@ -5,7 +5,8 @@ A is old and B new: forward is KL(A||B). ``compare_policies`` measures; ``to_tex
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -14,8 +15,10 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from klrl.agents.base import Agent
+from klrl.analysis import tables
 from klrl.config import PositiveInt, Seed
 from klrl.errors import NonFiniteError, UsageError, needs
 from klrl.kl import concatenate, js, kl, reverse_kl, select
@@ -34,7 +37,7 @@ _ROWS = 128  # states at a time: a joint action space is written out, or sampled
 _SHOWN = 10  # states, and in the text action dimensions
 _NUMBERS = 6  # in the text, of a longer observation or action
 _KEYS, _NAMES = ("forward", "reverse", "js"), ("KL(A||B)", "KL(B||A)", "JS")
-_SHARES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
+_QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
-class Visited:
+class StateComparison:
     """S states that one policy visited, and how A and B differ there: float64, in nats."""
 
     obs: Observation
@@ -82,7 +85,7 @@ class Comparison:
     policies: Sequence[Trained]
     config: CompareConfig
     env: str
-    visited: Sequence[Visited]
+    visited: Sequence[StateComparison]
     returns: Sequence[Evaluation]
     states: list[dict[str, Any]]
     """The ten distinct states of the largest KL(A||B) + KL(B||A), where that is not 0: visited by whom, at which of its
@@ -103,7 +106,7 @@ def compare(a: str, b: str, config: CompareConfig) -> str:
 
 
 def compare_policies(old: Trained, new: Trained, config: CompareConfig) -> Comparison:
-    """Let both act in one environment and measure how they differ wherever either went, reproducibly from the seed.
+    """Run both policies in one environment and measure how they differ at the states of each, reproducibly by seed.
 
     Raises UsageError for different spaces, for a normal and a squashed normal, and as ``Trained.make_envs``;
     NonFiniteError where a policy is nan.
@@ -113,7 +116,7 @@ def compare_policies(old: Trained, new: Trained, config: CompareConfig) -> Compa
     visited, returns = [], []
     for agent in agents:
         with closing(old.make_envs(min(_ENVS, config.steps), config.env, imports)) as envs:
-            visited.append(differ(*agents, visit(agent, envs, config.steps, seed), config.seed))
+            visited.append(compare_at(*agents, collect_states(agent, envs, config.steps, seed), config.seed))
         with closing(old.make_envs(config.episodes, config.env, imports)) as envs:
             returns.append(run_episodes(agent, envs, seed))
     return Comparison((old, new), config, config.env or old.env, visited, returns, _disagreements(agents, visited))
@@ -130,7 +133,7 @@ def _check_alike(old: Trained, new: Trained) -> None:
         raise UsageError(f"no closed-form KL between a normal and a squashed normal policy: {old.path} and {new.path}")
 
 
-def visit(agent: Agent, envs: Envs, steps: int, seed: int) -> Observation:
+def collect_states(agent: Agent, envs: Envs, steps: int, seed: int) -> Observation:
     """The first ``steps`` observations [steps, *shape] that ``agent`` acts on, with sampled actions.
 
     Rows that only reset an environment are not among them. The agent's own random state is left alone.
@@ -140,26 +143,20 @@ def visit(agent: Agent, envs: Envs, steps: int, seed: int) -> Observation:
     agent.rng.bit_generator.state = np.random.default_rng(seed).bit_generator.state
     try:
         obs, _ = envs.reset(seed=seed)
-        acting, count, seen = np.ones(envs.num_envs, np.bool_), 0, list[Any]()
+        acting, count = np.ones(envs.num_envs, np.bool_), 0
+        states: list[Observation] = []
         while count < steps:
             count += acting.sum()
-            seen.append(_each(lambda part, rows=acting: part[rows], obs))
+            states.append(tree_map(lambda part, rows=acting: part[rows], obs))
             obs, _, terminated, truncated, _ = envs.step(agent.env_action(agent.act(obs)))
             acting = ~(terminated | truncated)
     finally:
         agent.rng, agent.noise = own
-    return _each(lambda *parts: np.concatenate(parts)[:steps], *seen)
+    return tree_map(lambda *parts: np.concatenate(parts)[:steps], *states)
 
 
-def _each(function: Callable[..., Any], *obs: Any) -> Any:
-    """``function`` of the observations, part by part where they are dicts."""
-    if isinstance(obs[0], dict):
-        return {key: function(*(part[key] for part in obs)) for key in obs[0]}
-    return function(*obs)
-
-
-def differ(old: Agent, new: Agent, obs: Observation, seed: int = 0) -> Visited:
-    """How two agents differ at the observations [S, *shape]. Raises NonFiniteError where a policy is nan."""
+def compare_at(old: Agent, new: Agent, obs: Observation, seed: int = 0) -> StateComparison:
+    """Measure how two agents differ at the observations [S, *shape]. Raises NonFiniteError where a policy is nan."""
     first, second = (agent.distribution(agent.encoder(obs)).map_parameters(Tensor.double) for agent in (old, new))
     if isinstance(first, Categoricals) and first.event_shape != second.event_shape:
         first, second = (_joined(dist, choices(old.action_space)) for dist in (first, second))
@@ -170,7 +167,7 @@ def differ(old: Agent, new: Agent, obs: Observation, seed: int = 0) -> Visited:
         parts = [divergences(a, b, seed)[0] for a, b in alone]
     except ValueError as problem:
         raise NonFiniteError(str(problem)) from None
-    return Visited(obs, (first, second), joint, js_stderr, torch.stack(parts))
+    return StateComparison(obs, (first, second), joint, js_stderr, torch.stack(parts))
 
 
 def _joined(dist: Any, sizes: Sequence[int]) -> Categoricals:
@@ -184,7 +181,7 @@ def _joined(dist: Any, sizes: Sequence[int]) -> Categoricals:
 
 
 def divergences(old: Any, new: Any, seed: int = 0) -> tuple[Tensor, float]:
-    """``Visited.joint`` and ``js_stderr`` of two policies at the same S states. Raises ValueError as ``klrl.kl.kl``."""
+    """The ``joint`` and ``js_stderr`` of a StateComparison, for two policies at S states. Raises as ``klrl.kl.kl``."""
     forward, reverse = kl(old, new), reverse_kl(old, new)
     with own_noise(seed):
         chunks = [slice(i, i + _ROWS) for i in range(0, len(forward), _ROWS)]
@@ -212,9 +209,10 @@ def _jensen_shannon(old: Any, new: Any) -> tuple[Tensor, Tensor]:
     return terms.mean((0, 1)), terms.var(1).sum(0) / (4 * _SAMPLES)
 
 
-def _disagreements(agents: Sequence[Agent], visited: Sequence[Visited]) -> list[dict[str, Any]]:
-    """``Comparison.states``; of an image only the shape."""
-    steps, obs = len(visited[0].joint[0]), _each(lambda *parts: np.concatenate(parts), *(part.obs for part in visited))
+def _disagreements(agents: Sequence[Agent], visited: Sequence[StateComparison]) -> list[dict[str, Any]]:
+    """The list that is ``Comparison.states``. Of an image it has only the shape."""
+    steps = len(visited[0].joint[0])
+    obs = tree_map(lambda *parts: np.concatenate(parts), *(part.obs for part in visited))
     forward, reverse, _ = torch.cat([part.joint for part in visited], dim=-1)
     parts = list(obs.values()) if isinstance(obs, dict) else [obs]
     keys = [hash(tuple(part[row].tobytes() for part in parts)) for row in range(2 * steps)]
@@ -223,19 +221,22 @@ def _disagreements(agents: Sequence[Agent], visited: Sequence[Visited]) -> list[
     for row in (forward + reverse).sort(descending=True, stable=True).indices.tolist():
         worst.setdefault(keys[row], row)
     rows = list(worst.values())[:_SHOWN]
-    chosen = _each(lambda part: part[rows], obs)
+    chosen = tree_map(lambda part: part[rows], obs)
     both = [concatenate(list(pair)) for pair in zip(*(part.policies for part in visited), strict=True)]
-    does = [_choices(agent, select(dist, torch.tensor(rows)), chosen) for agent, dist in zip(agents, both, strict=True)]
+    actions = [
+        _likely_actions(agent, select(dist, torch.tensor(rows)), chosen)
+        for agent, dist in zip(agents, both, strict=True)
+    ]
     found = []
-    for i, (row, a, b) in enumerate(zip(rows, *does, strict=True)):
-        by = [side for side, seen in visitors.items() if keys[row] in seen]
+    for i, (row, a, b) in enumerate(zip(rows, *actions, strict=True)):
+        by = [side for side, visited_keys in visitors.items() if keys[row] in visited_keys]
         kls = {"forward": float(forward[row]), "reverse": float(reverse[row])}
-        shown = _each(lambda part, i=i: part[i].tolist() if part.ndim < 4 else {"shape": part[i].shape}, chosen)
+        shown = tree_map(lambda part, i=i: part[i].tolist() if part.ndim < 4 else {"shape": part[i].shape}, chosen)
         found.append({"visited_by": by, "step": row % steps, **kls, "A": a, "B": b, "obs": shown})
     return [state for state in found if state["forward"] + state["reverse"] > 0]
 
 
-def _choices(agent: Agent, dist: Any, obs: Observation) -> list[dict[str, Any]]:
+def _likely_actions(agent: Agent, dist: Any, obs: Observation) -> list[dict[str, Any]]:
     columns: dict[str, Any] = {"action": agent.env_action(agent.act(obs, deterministic=True))}
     if isinstance(dist, Categoricals):
         columns["probability"] = dist.log_prob(dist.mode).exp()
@@ -247,12 +248,12 @@ def _choices(agent: Agent, dist: Any, obs: Observation) -> list[dict[str, Any]]:
 def summary(values: Tensor) -> dict[str, float]:
     """Mean and quantiles over the states [S]; those are values of states, so that an infinite one stays infinite."""
     ordered = values.sort().values
-    quantiles = {name: float(ordered[round(share * (len(ordered) - 1))]) for name, share in _SHARES.items()}
+    quantiles = {name: float(ordered[round(rank * (len(ordered) - 1))]) for name, rank in _QUANTILES.items()}
     return {"mean": float(values.mean()), **quantiles}
 
 
 def to_json(found: Comparison) -> str:
-    """The comparison as one line of JSON. Infinity is not JSON: it is written as text."""
+    """The comparison as one line of JSON."""
     content: dict[str, Any] = {"env": found.env, "seed": found.config.seed, "steps": found.config.steps}
     for side, trained, score, part in zip("AB", found.policies, found.returns, found.visited, strict=True):
         about = {"path": trained.path, "agent": type(trained.agent).__name__, "env": trained.env, "step": trained.step}
@@ -261,7 +262,8 @@ def to_json(found: Comparison) -> str:
         means = [dict(zip(_KEYS, row, strict=True)) for row in part.dimensions.mean(-1).tolist()]
         content[side] = {**about, "return": score._asdict(), "visited": {**measured, "mean_by_dimension": means}}
     content["disagreements"] = found.states
-    return json.dumps(json.loads(json.dumps(content), parse_constant=lambda name: str(float(name))))
+    # Infinity is not JSON: it is written as text.
+    return json.dumps(tree_map(lambda x: str(x) if isinstance(x, float) and not math.isfinite(x) else x, content))
 
 
 def to_text(found: Comparison) -> str:
@@ -271,35 +273,30 @@ def to_text(found: Comparison) -> str:
     for side, trained, score, part in zip("AB", found.policies, found.returns, found.visited, strict=True):
         kind, where = type(trained.agent).__name__, f"step {trained.step:,} on {trained.env}"
         about.append([side, trained.path, kind, where, f"return {score.mean:.1f} +- {score.std:.1f}"])
-        spread.append([f"at {config.steps:,} states that {side} visited", "mean", *_SHARES])
+        spread.append([f"at {config.steps:,} states that {side} visited", "mean", *_QUANTILES])
         for name, values in zip(_NAMES, part.joint, strict=True):
             spread.append([f"  {name}", *(f"{x:.4g}" for x in summary(values).values())])
         spread[-1][0] += f" (sampled, mean +- {part.js_stderr:.1g})" if part.js_stderr else ""
     note = f"Returns of {config.episodes} episodes on {found.env}, seed {config.seed}; KL and JS in nats."
-    blocks = [[*_table(about, "<<<<<"), note], _table(spread, "<>>>>>>")]
+    blocks = [[*tables.as_text(about, "<<<<<"), note], tables.as_text(spread, "<>>>>>>")]
     means = torch.cat([part.dimensions.mean(-1) for part in found.visited], dim=-1)
     if len(means) > 1:
         worst = means[:, [0, 1, 3, 4]].sum(-1).argsort(descending=True, stable=True)[:_SHOWN].tolist()
         title = ["mean by action dimension", *(f"{side}: {name}" for side in "AB" for name in _NAMES)]
         rows = [[f"  {i}", *(f"{x:.4g}" for x in means[i].tolist())] for i in worst]
         rows += [[f"  and {len(means) - _SHOWN} with less", *[""] * 6]] if len(means) > _SHOWN else []
-        blocks.append(_table([title, *rows], "<>>>>>>"))
+        blocks.append(tables.as_text([title, *rows], "<>>>>>>"))
     states = [["by", "step", *_NAMES[:2], "A does", "B does", "observation"]]
     for state in found.states:
         numbers = [str(state["step"]), *(f"{state[name]:.4g}" for name in _KEYS[:2])]
-        words = [*(_describe(**state[side]) for side in "AB"), _short(state["obs"])]
+        words = [*(_action_text(**state[side]) for side in "AB"), _short(state["obs"])]
         states.append(["+".join(state["visited_by"]), *numbers, *words])
-    worst_states = ["where they disagree most, by KL(A||B) + KL(B||A)", *_table(states, "<>>><<<")]
+    worst_states = ["where they disagree most, by KL(A||B) + KL(B||A)", *tables.as_text(states, "<>>><<<")]
     blocks.append(worst_states if found.states else ["they agree at every state"])
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
-def _table(rows: Sequence[Sequence[str]], align: str) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{c:{a}{w}}" for c, a, w in zip(row, align, widths, strict=True)).rstrip() for row in rows]
-
-
-def _describe(action: Any, probability: float | None = None, mean: Any = None, std: Any = ()) -> str:
+def _action_text(action: Any, probability: float | None = None, mean: Any = None, std: Any = ()) -> str:
     words = f" (p {probability:.3g})" if probability is not None else ""
     return _short(action) + (f" (std {_short(std)})" if 0 < len(std) <= 2 else words)
 
@@ -323,14 +320,14 @@ def draw(found: Comparison) -> Any:
     spread, bars, scores = figure.subplots(1, 3)
     for i, (side, part, colour) in enumerate(zip("AB", found.visited, (OLD, NEW), strict=True)):
         for name, values, style in zip(_NAMES, part.joint[:2], ("-", "--"), strict=False):
-            seen = values[(values > 0) & values.isfinite()].sort().values  # what a logarithmic axis can show
-            shares = (int((values == 0).sum()) + 1 + torch.arange(len(seen))) / len(values)
-            spread.step(seen, shares, where="post", color=colour, ls=style, label=f"{name} where {side} went")
-            spread.set_xscale("log" if len(seen) else spread.get_xscale())
+            positive = values[(values > 0) & values.isfinite()].sort().values  # what a logarithmic axis can show
+            fractions = (int((values == 0).sum()) + 1 + torch.arange(len(positive))) / len(values)
+            spread.step(positive, fractions, where="post", color=colour, ls=style, label=f"{name} where {side} went")
+            spread.set_xscale("log" if len(positive) else spread.get_xscale())
         means = part.dimensions[:, 0].mean(-1).numpy()
-        places = np.arange(len(means)) + 0.4 * i - 0.2
-        bars.bar(places, np.where(np.isfinite(means), means, 0.0), 0.4, color=colour, zorder=2)
-        for x in places[np.isinf(means)]:
+        positions = np.arange(len(means)) + 0.4 * i - 0.2
+        bars.bar(positions, np.where(np.isfinite(means), means, 0.0), 0.4, color=colour, zorder=2)
+        for x in positions[np.isinf(means)]:
             bars.text(x, 0, "inf", ha="center", va="bottom")
         scores.plot(found.returns[i].returns, np.full(found.config.episodes, i), "|", color=colour, markersize=30)
     spread.legend(frameon=False, fontsize=8)

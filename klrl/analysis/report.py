@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from klrl.analysis import tables
 from klrl.analysis.anomalies import find_anomalies
 from klrl.analysis.scores import Group, group_runs, score_of
 from klrl.config import flatten
@@ -28,9 +29,10 @@ class ReportConfig:
 
 
 def report(paths: Sequence[str], config: ReportConfig) -> str:
-    """The report on the runs at ``paths``, each a run's folder or one that holds some; where it lies, or its text.
+    """Write the report on the runs at ``paths``, each a run's folder or one above some.
 
-    Raises UsageError where a path holds no run, and where it cannot be written.
+    Returns the file's name, or the text where it is to be printed. Raises UsageError where a path holds no run, and
+    where the report cannot be written.
     """
     folders = {folder.resolve(): folder for path in paths for folder in _folders(path)}
     runs = [read_history(folder) for folder in folders.values()]
@@ -64,7 +66,7 @@ def _folders(path: str) -> list[Path]:
 
 
 def summary(groups: Sequence[Group]) -> dict[str, Any]:
-    """The report as data; what is not a number is None."""
+    """The report as plain data, with None for what is unknown, nan or infinite."""
     return {
         "groups": [
             {
@@ -79,7 +81,7 @@ def summary(groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def _run_summary(run: History) -> dict[str, Any]:
-    share = run["kl/of_limit"][~np.isnan(run["kl/of_limit"])]
+    of_limit = run["kl/of_limit"][~np.isnan(run["kl/of_limit"])]
     return {
         "folder": str(run.folder),
         "agent": run.agent,
@@ -93,8 +95,8 @@ def _run_summary(run: History) -> dict[str, Any]:
         "kl": {
             "limit": _number(run.last("kl/limit")),
             "mean": _number(run.last("kl/mean")),
-            "median_of_limit": _number(float(np.median(share))) if len(share) else None,
-            "updates_over_limit": int((share > 1).sum()),
+            "median_of_limit": _number(float(np.median(of_limit))) if len(of_limit) else None,
+            "updates_over_limit": int((of_limit > 1).sum()),
             "updates": len(run["step"]),
         },
         "anomalies": [found._asdict() for found in find_anomalies(run)],
@@ -113,15 +115,15 @@ _RUN_COLUMNS = ("run", "seed", "state", "steps", "return", "KL / limit, median",
 def _score_rows(data: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for group in data["groups"]:
         score = group["score"]
-        figures = ["-"] * 4
+        numbers = ["-"] * 4
         if score is not None:
-            figures = [f"{score[key]:.1f}" for key in ("mean", "std", "iqm")]
-            figures.append(f"{score['low']:.1f} to {score['high']:.1f}")
+            numbers = [f"{score[key]:.1f}" for key in ("mean", "std", "iqm")]
+            numbers.append(f"{score['low']:.1f} to {score['high']:.1f}")
             if len(group["runs"]) == 1:  # nothing to spread
-                figures[1] = figures[3] = "-"
+                numbers[1] = numbers[3] = "-"
         ended = sum(run["state"] == "finished" for run in group["runs"])
         count = f"{ended} of {len(group['runs'])}" if 0 < ended < len(group["runs"]) else str(len(group["runs"]))
-        yield group["letter"], group["name"], count, *figures
+        yield group["letter"], group["name"], count, *numbers
 
 
 def _run_rows(data: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -135,9 +137,9 @@ def _run_rows(data: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def as_markdown(data: dict[str, Any]) -> str:
-    """``summary``'s data as tables."""
-    lines = ["# Final scores", "", *_markdown_table(_SCORE_COLUMNS, _score_rows(data))]
-    lines += ["", "# Runs", "", *_markdown_table(_RUN_COLUMNS, _run_rows(data)), "", "# Anomalies", ""]
+    """The ``summary`` as tables in Markdown."""
+    lines = ["# Final scores", "", *tables.as_markdown(_SCORE_COLUMNS, _score_rows(data))]
+    lines += ["", "# Runs", "", *tables.as_markdown(_RUN_COLUMNS, _run_rows(data)), "", "# Anomalies", ""]
     found = [
         f"- {Path(run['folder']).name}: {anomaly['what']}. Try: {anomaly['advice']}."
         for group in data["groups"]
@@ -145,11 +147,6 @@ def as_markdown(data: dict[str, Any]) -> str:
         for anomaly in run["anomalies"]
     ]
     return "\n".join([*lines, *(found or ["None found."])])
-
-
-def _markdown_table(columns: Sequence[str], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    table = [columns, ["---"] * len(columns), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
 
 
 _STYLE = """
@@ -188,10 +185,10 @@ def as_html(groups: Sequence[Group]) -> str:
     ]
     several = len(runs) > 1
     title = escape(groups[0].name if len(groups) == 1 else f"{len(groups)} settings, {len(runs)} runs")
-    body = [f"<h1>{title}</h1>", _html_table(_RUN_COLUMNS, _run_rows(data))]
+    body = [f"<h1>{title}</h1>", tables.as_html(_RUN_COLUMNS, _run_rows(data))]
     if several:
         note = "Lines are means over the runs of a setting, bands the middle 95 % of 2000 bootstrapped means."
-        body += ["<h2>Final scores</h2>", _html_table(_SCORE_COLUMNS, _score_rows(data))]
+        body += ["<h2>Final scores</h2>", tables.as_html(_SCORE_COLUMNS, _score_rows(data))]
         body.append(f'<p class="quiet">{note}</p>')
         for env in dict.fromkeys(run.env for run, _ in runs):
             there = [group for group in groups if group.runs[0].env == env]
@@ -205,7 +202,7 @@ def as_html(groups: Sequence[Group]) -> str:
         )
         shared, own = [] if several else draw(PANELS, groups), draw(RUN_FIGURES, run)
         figures = panels(shared[:1] + own[:1] + shared[1:] + own[1:])  # return and KL first, time last
-        options = _html_table(("option", "value"), ((key, str(value)) for key, value in facts["config"].items()))
+        options = tables.as_html(("option", "value"), ((key, str(value)) for key, value in facts["config"].items()))
         count = len(facts["anomalies"])
         heading = f"{escape(run.folder.name)}: {count or 'no'} anomal{'y' if count == 1 else 'ies'}"
         body.append(
@@ -216,9 +213,3 @@ def as_html(groups: Sequence[Group]) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
         f"<body>{''.join(body)}</body></html>\n"
     )
-
-
-def _html_table(columns: Sequence[str], rows: Iterable[tuple[str, ...]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'

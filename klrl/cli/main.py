@@ -195,21 +195,17 @@ def _list(arguments: list[str]) -> None:
         return
     if arguments:
         raise UsageError(f"list takes no arguments, got {arguments[0]!r}")
-    from rich.console import Console
-    from rich.table import Table
-
+    from klrl.analysis import tables
     from klrl.envs.make import presets
 
-    table = Table(box=None, pad_edge=False)
-    for column in ("agent", "env", "steps", "mean return", "seeds", "preset from"):
-        table.add_column(column, justify="right" if column in ("steps", "mean return") else "left")
+    rows = []
     for env_id, entries in presets().items():
         for agent, entry in entries.items():
             measured = entry["measured"]
             score = f"{measured['mean']:.1f} +- {measured['std']:.1f}"
             seeds = " ".join(map(str, measured["seeds"]))
-            table.add_row(agent, env_id, f"{measured['steps']:,}", score, seeds, entry["source"])
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+            rows.append((agent, env_id, f"{measured['steps']:,}", score, seeds, entry["source"]))
+    tables.show(("agent", "env", "steps", "mean return", "seeds", "preset from"), rows, "<<>><<")
 
 
 def _plot(arguments: list[str]) -> None:

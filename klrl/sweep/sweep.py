@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from klrl.analysis import tables
 from klrl.analysis.report import ReportConfig, report
 from klrl.analysis.scores import score_of
 from klrl.config import Count, PositiveInt
@@ -194,16 +195,14 @@ def table(trials: Sequence[Trial], room: int) -> Table:
 
 def _conclude(trials: Sequence[Trial], folder: Path) -> None:
     """Print the scores, write the report, and name what failed."""
-    scores = Table(box=None, pad_edge=False)
-    for name in ("setting", "seeds", "mean return"):
-        scores.add_column(name, justify="left" if name == "setting" else "right")
+    scores = []
     for setting in dict.fromkeys(trial.setting.name for trial in trials):
         here = [trial for trial in trials if trial.setting.name == setting]
         runs = [trial.history for trial in here if trial.status == "finished" and trial.history is not None]
         score = score_of(runs)
         text = "-" if score is None else f"{score.mean:.1f} +- {score.std:.1f}"
-        scores.add_row(escape(here[0].setting.label), f"{len(runs)} of {len(here)}", text)
-    Console(width=None if sys.stdout.isatty() else 140).print(scores)
+        scores.append((here[0].setting.label, f"{len(runs)} of {len(here)}", text))
+    tables.show(("setting", "seeds", "mean return"), scores, "<>>")
     if any(trial.status == "finished" for trial in trials):
         print(f"report      {_report(folder)}", flush=True)
     failed = [trial for trial in trials if trial.status == "failed"]

@@ -1,0 +1,38 @@
+"""Tables of words: as plain text, Markdown or HTML, and printed."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from rich import markup
+from rich.console import Console
+from rich.table import Table
+
+
+def as_text(rows: Sequence[Sequence[str]], align: str) -> list[str]:
+    """The table's lines. ``align``: < or > for each column."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{c:{a}{w}}" for c, a, w in zip(row, align, widths, strict=True)).rstrip() for row in rows]
+
+
+def as_markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The table's lines in Markdown."""
+    table = [columns, ["---"] * len(columns), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+
+
+def as_html(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The table as an element that scrolls sideways."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
+
+
+def show(columns: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> None:
+    """Print the table, as wide as the terminal or 140 columns. ``align`` as in ``as_text``."""
+    table = Table(box=None, pad_edge=False)
+    for name, side in zip(columns, align, strict=True):
+        table.add_column(name, justify="right" if side == ">" else "left")
+    for row in rows:
+        table.add_row(*map(markup.escape, row))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
