@@ -18,7 +18,7 @@ from gymnasium import spaces
 import klrl
 from klrl.agents.sac import SAC
 from klrl.analysis.record import Overlay, RecordConfig, record
-from klrl.analysis.video import write_on
+from klrl.analysis.video import draw_text
 from klrl.cli.main import main
 from klrl.envs.probes import OneStep
 from klrl.kl import kl
@@ -152,7 +152,7 @@ def test_small_odd_frames_are_made_even_and_text_fits_on_them(drawn: str) -> Non
     about, frames = watch(paths[0])
     assert (*about[2:], len(frames)) == (34, 22, 30.0, 2)
     assert np.abs(frames - 100).max() < 5
-    large = write_on(np.zeros((21, 33, 3), np.uint8), ["entropy 0.123 nats"])
+    large = draw_text(np.zeros((21, 33, 3), np.uint8), ["entropy 0.123 nats"])
     assert large.shape == (210, 330, 3)
     assert large[:40].max() == 255
     assert large[60:].max() == 0

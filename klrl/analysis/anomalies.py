@@ -1,4 +1,4 @@
-"""What looks wrong in a run, and what to try."""
+"""Checks for what looks wrong in a run, each with advice."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,7 +16,7 @@ class Anomaly(NamedTuple):
 
 
 def find_anomalies(run: History) -> list[Anomaly]:
-    """Those of ``run``, the ones that spoil most first; none where it has logged nothing."""
+    """The anomalies of ``run``, the most harmful first; none where it has logged nothing."""
     return [found for check in _CHECKS if len(run["step"]) and (found := check(run)) is not None]
 
 
@@ -31,13 +31,13 @@ def _skipped(run: History) -> Anomaly | None:
 
 
 def _over_limit(run: History) -> Anomaly | None:
-    share = run["kl/of_limit"]
-    over, updates = int((share > 1).sum()), int((~np.isnan(share)).sum())
+    of_limit = run["kl/of_limit"]
+    over, updates = int((of_limit > 1).sum()), int((~np.isnan(of_limit)).sum())
     if not over:
         return None
     return Anomaly(
         f"KL was over its limit after {over} of {updates} updates ({over / updates:.0%}), "
-        f"at most {np.nanmax(share):.3g} times it",
+        f"at most {np.nanmax(of_limit):.3g} times it",
         "--kl.on-overshoot project holds the limit after every update; --kl.check minibatch stops earlier; "
         "fewer --n-epochs or a lower --learning-rate move less",
     )
@@ -66,11 +66,11 @@ def _temperature(run: History) -> Anomaly | None:
 
 def _coefficient(run: History) -> Anomaly | None:
     beta = _second_half(run, "kl/coef")
-    most = max(1e4, run.options.get("kl", {}).get("coef", 1.0))
-    if not len(beta) or np.mean(beta >= most) < 0.1:
+    maximum = max(1e4, run.options.get("kl", {}).get("coef", 1.0))
+    if not len(beta) or np.mean(beta >= maximum) < 0.1:
         return None
     return Anomaly(
-        f"the KL penalty's coefficient is at its upper bound in {np.mean(beta >= most):.0%} of the later updates",
+        f"the KL penalty's coefficient is at its upper bound in {np.mean(beta >= maximum):.0%} of the later updates",
         "the penalty alone cannot hold the limit: lower --learning-rate, or --kl.on-overshoot project",
     )
 

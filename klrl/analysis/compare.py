@@ -1,4 +1,4 @@
-"""How two trained policies differ: KL both ways and JS over the states that each visits, and their returns.
+"""Comparison of two trained policies: KL both ways and JS over the states that each visits, and their returns.
 
 A is old and B new: forward is KL(A||B). ``compare_policies`` measures; ``to_text``, ``to_json`` and ``draw`` show it.
 """
@@ -80,7 +80,7 @@ class StateComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare_policies`` found. Of each pair, the first is A's and the second B's."""
+    """The result of ``compare_policies``. Of each pair, the first is A's and the second B's."""
 
     policies: Sequence[Trained]
     config: CompareConfig
@@ -94,7 +94,7 @@ class Comparison:
 
 
 def compare(a: str, b: str, config: CompareConfig) -> str:
-    """What ``klrl compare A B`` prints. Raises as ``compare_policies``, and UsageError for a figure that cannot be."""
+    """The text that ``klrl compare A B`` prints. Raises as ``compare_policies``, and UsageError for a bad --figure."""
     if config.figure:  # checked before the work
         with needs("plot", "matplotlib"):
             from klrl.analysis.plots import figure_path

@@ -1,4 +1,4 @@
-"""Videos of a trained policy: an mp4 for each episode, a frame for each state, on request with the policy's figures."""
+"""Videos of a trained policy: an mp4 for each episode, a frame for each state, on request with text on it."""
 
 import contextlib
 import ctypes.util
@@ -17,7 +17,7 @@ from gymnasium.vector import SyncVectorEnv, VectorWrapper
 from torch import distributions as td
 
 from klrl.agents.base import Agent
-from klrl.analysis.video import Frame, Video, find_encoder, write_on
+from klrl.analysis.video import Frame, Video, draw_text, find_encoder
 from klrl.config import Count, PositiveInt, Range
 from klrl.errors import UsageError
 from klrl.kl import kl, mc_entropy
@@ -55,28 +55,28 @@ class RecordConfig:
 
 
 def record(path: str, config: RecordConfig) -> list[Path]:
-    """Record a run's or checkpoint's policy; the videos, ``step-N-episode-I.mp4``, in the environment's own speed.
+    """Record the policy of a run or checkpoint, at the environment's own speed, and return the videos' paths.
 
-    A video has a frame for each state, the last one included: one more than the episode has steps. Raises UsageError
-    where there is no such run, the extra "video" is missing, or the environment cannot be rendered, and OSError where
-    a video cannot be written.
+    They are named ``step-N-episode-I.mp4`` and have a frame for each state, the last one included: one more than the
+    episode has steps. Raises UsageError where there is no such run, the extra "video" is missing, or the environment
+    cannot be rendered, and OSError where a video cannot be written.
     """
     find_encoder()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_without_display())
         trained = open_policy(path, config.checkpoint)
-        folder = Path(config.output or _home(trained) / "videos")
+        folder = Path(config.output or _run_folder(trained) / "videos")
         names = [f"{trained.folder.name}-episode-{i}.mp4" for i in range(config.episodes)]
         envs = stack.enter_context(contextlib.closing(_make_envs(trained, config)))
         fps = float(envs.metadata.get("render_fps") or 30)
         videos = [stack.enter_context(contextlib.closing(Video(folder / name, fps))) for name in names]
-        film = Film(envs, videos, config.max_steps, Overlay(trained) if config.overlay else None)
-        run_episodes(trained.agent, film, trained.config.seed + FRESH_SEED + config.seed, not config.stochastic)
+        recorder = VideoRecorder(envs, videos, config.max_steps, Overlay(trained) if config.overlay else None)
+        run_episodes(trained.agent, recorder, trained.config.seed + FRESH_SEED + config.seed, not config.stochastic)
     return [video.path for video in videos]
 
 
 class Overlay:
-    """What the policy is sure of at a state, and how far it moved there since the run's checkpoint before."""
+    """Lines about a policy at a state: its entropy, its likeliest action, and its KL from the checkpoint before."""
 
     def __init__(self, trained: Trained) -> None:
         self.agent = trained.agent
@@ -85,7 +85,7 @@ class Overlay:
         self.before = open_policy(earlier[-1]) if earlier else None
 
     def lines(self, obs: Observation) -> list[list[str]]:
-        """For each of the states ``obs`` [B, *shape], the lines to show."""
+        """The lines to show for each of the states ``obs`` [B, *shape]."""
         policy = _policy(self.agent, obs)
         parts = [[f"entropy {entropy:.3f} nats" for entropy in self._entropy(policy)]]
         if isinstance(policy, Categoricals):
@@ -104,8 +104,8 @@ class Overlay:
             return mc_entropy(td.TransformedDistribution(policy, [td.TanhTransform()])).value.tolist()
 
 
-class Film(VectorWrapper):
-    """Films the first episode of each environment while somebody steps them."""
+class VideoRecorder(VectorWrapper):
+    """A wrapper that records the first episode of each environment."""
 
     def __init__(self, envs: Envs, videos: list[Video], max_steps: int, overlay: Overlay | None) -> None:
         super().__init__(envs)
@@ -115,7 +115,7 @@ class Film(VectorWrapper):
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         obs, info = self.env.reset(**kwargs)
-        self._shoot(obs)
+        self._capture(obs)
         return obs, info
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -123,22 +123,22 @@ class Film(VectorWrapper):
         self._steps += 1
         self._returns += reward
         truncated = truncated | (self._steps >= self._max_steps)
-        self._shoot(obs)
+        self._capture(obs)
         ended = self._running & (terminated | truncated)
         for i in np.flatnonzero(ended):
             self._videos[i].finish()
         self._running &= ~ended
         return obs, reward, terminated, truncated, info
 
-    def _shoot(self, obs: Observation) -> None:
+    def _capture(self, obs: Observation) -> None:
         lines = self._overlay.lines(obs) if self._overlay is not None else None
         for i, frame in self._frames():
             if lines is not None:
-                frame = write_on(frame, [f"step {self._steps}  return {self._returns[i]:.1f}", *lines[i]])
+                frame = draw_text(frame, [f"step {self._steps}  return {self._returns[i]:.1f}", *lines[i]])
             self._videos[i].add(frame)
 
     def _frames(self) -> list[tuple[int, Frame]]:
-        """A frame of each environment whose episode goes on."""
+        """A frame of each environment whose first episode has not ended, with the environment's index."""
         envs, running = self.env.unwrapped, np.flatnonzero(self._running).tolist()
         try:
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # Gymnasium's, of missing metadata
@@ -159,14 +159,14 @@ def _policy(agent: Agent, obs: Observation) -> Any:
     return agent.distribution(agent.encoder(obs))
 
 
-def _home(trained: Trained) -> Path:
-    """The run's folder; of a checkpoint outside of one, the folder that it lies in."""
+def _run_folder(trained: Trained) -> Path:
+    """The run's folder; for a checkpoint outside of one, the folder that it lies in."""
     parent = trained.folder.parent
     return parent.parent if parent.name == "checkpoints" else parent
 
 
 def _make_envs(trained: Trained, config: RecordConfig) -> Envs:
-    """The environments as evaluation has them, in this process and ready to be rendered."""
+    """Make the environments as evaluation does, but in this process and with frames."""
     here = replace(trained, config=replace(trained.config, env=replace(trained.config.env, vectorization="sync")))
     probe = here.make_envs(1, config.env_id, config.imports)
     modes = probe.metadata.get("render_modes") or []
@@ -179,7 +179,7 @@ def _make_envs(trained: Trained, config: RecordConfig) -> Envs:
 
 @contextlib.contextmanager
 def _without_display() -> Iterator[None]:
-    """Where there is no display, name what pygame and MuJoCo draw with instead, unless that is set already.
+    """Set what pygame and MuJoCo draw with where there is no display, unless that is set already.
 
     MuJoCo reads it when it is imported, Gymnasium when it draws.
     """

@@ -1,4 +1,4 @@
-"""What runs did, in one file: HTML with figures, Markdown or JSON."""
+"""Reports on runs in one file: HTML with figures, Markdown or JSON."""
 
 import json
 import math
@@ -163,7 +163,7 @@ table { border-collapse: collapse; font-size: .9rem } td, th { padding: .2rem .8
 
 
 def as_html(groups: Sequence[Group]) -> str:
-    """A page that needs nothing else: tables, anomalies, figures, configs. Raises UsageError without matplotlib."""
+    """One self-contained page: tables, anomalies, figures, configs. Raises UsageError without matplotlib."""
     with needs("plot", "matplotlib"):
         from klrl.analysis.figures import PANELS, RUN_FIGURES, as_data
 

@@ -1,4 +1,4 @@
-"""Runs that differ by their seed alone, taken together: groups, curves and final scores with their uncertainty."""
+"""Groups of runs that differ by their seed alone: their curves and final scores, with uncertainty."""
 
 import json
 import math
@@ -35,7 +35,7 @@ class Group:
     runs: list[History]
 
     def curve(self, tag: str, points: int = 200) -> tuple[Column, Column, Column, Column] | None:
-        """Steps, mean over runs, and the middle 95 % of bootstrapped means, each [points] or fewer; None without any.
+        """Steps, mean over runs, and the ends of the middle 95 % of bootstrapped means, each up to [points]; or None.
 
         Where a shorter run has ended the others go on alone, as long as they are more than half of all.
         """
@@ -54,7 +54,7 @@ class Group:
 
 
 def score_of(runs: Sequence[History]) -> Score | None:
-    """Of the finished runs' final returns, or of all where none is finished; None where there are none yet."""
+    """The score of the finished runs, or of all where none is finished; None where there is no return yet."""
     finals = np.array([run.final_return for run in [run for run in runs if run.state == "finished"] or runs])
     finals = finals[~np.isnan(finals)]
     if not len(finals):
@@ -64,7 +64,7 @@ def score_of(runs: Sequence[History]) -> Score | None:
 
 
 def group_runs(runs: Sequence[History]) -> list[Group]:
-    """``runs`` by their setting, in the order of their first run; named by what differs between settings."""
+    """Group ``runs`` by their setting, in the order of their first run, and name each group by what differs."""
     settings: dict[str, list[History]] = {}
     for run in runs:
         settings.setdefault(json.dumps(setting_of(run.options), sort_keys=True, default=str), []).append(run)
@@ -76,7 +76,7 @@ def group_runs(runs: Sequence[History]) -> list[Group]:
 
 
 def _letter(i: int) -> str:
-    """A to Z, then AA, AB and so on."""
+    """The letter of group ``i``: A to Z, then AA, AB and so on."""
     return (_letter(i // 26 - 1) if i >= 26 else "") + chr(ord("A") + i % 26)
 
 

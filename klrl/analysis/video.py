@@ -13,7 +13,7 @@ import numpy.typing as npt
 from klrl.errors import UsageError, needs
 
 Frame = npt.NDArray[np.uint8]
-_LEAST_WIDTH = 320  # of a frame that is written on, in pixels
+_MIN_WIDTH = 320  # of a frame that is written on, in pixels
 
 
 def find_encoder() -> None:
@@ -27,7 +27,7 @@ def find_encoder() -> None:
 
 
 class Video:
-    """An mp4 that is written frame by frame, and has its name once it is whole."""
+    """An mp4 that is written frame by frame, under a temporary name until it is whole."""
 
     def __init__(self, path: Path, fps: float) -> None:
         self.path, self._fps, self._frames = path, fps, 0
@@ -35,7 +35,7 @@ class Video:
         self._encoder: Any = None
 
     def add(self, frame: Frame) -> None:
-        """Append a frame [H, W, 3]; the last row or column is doubled where their number is odd, as players want it."""
+        """Append a frame [H, W, 3]. Players need even sizes: of an odd one, the last row or column is doubled."""
         height, width = frame.shape[:2]
         frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         self._encoder = self._encoder or self._open(frame.shape[1], frame.shape[0])
@@ -72,17 +72,17 @@ class Video:
         os.replace(self._unfinished, self.path)
 
     def close(self) -> None:
-        """Drop what was not finished."""
+        """Remove the file if it was not finished."""
         if self._encoder is not None:
             self._encoder.close()
             self._unfinished.unlink(missing_ok=True)
 
 
-def write_on(frame: Frame, lines: list[str]) -> Frame:
+def draw_text(frame: Frame, lines: list[str]) -> Frame:
     """The frame [H, W, 3] with text in its upper left corner; a small one is enlarged by a whole factor first."""
     from PIL import Image, ImageDraw, ImageFont
 
-    factor = -(-_LEAST_WIDTH // frame.shape[1])
+    factor = -(-_MIN_WIDTH // frame.shape[1])
     image = Image.fromarray(frame.repeat(factor, 0).repeat(factor, 1))
     canvas, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(max(12, image.height // 28))
     text = "\n".join(lines)
