@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import gymnasium as gym
+import tyro
 from gymnasium import error
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 
@@ -18,6 +19,11 @@ from klrl.envs.wrappers import EpisodePosition, WatchedWorkers, next_step, seede
 from klrl.errors import UsageError
 
 EnvFactory = Callable[[], gym.Env[Any, Any]]
+# An option of every command that makes environments; the words are its help.
+Imports = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(name="import", help="Packages to import first, for the environments they register."),
+]
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from klrl.agents.base import Agent
 from klrl.analysis import tables
 from klrl.config import PositiveInt, Seed
+from klrl.envs.make import Imports
 from klrl.errors import NonFiniteError, UsageError, needs
 from klrl.kl import concatenate, js, kl, reverse_kl, select
 from klrl.kl.estimators import own_noise
@@ -46,8 +46,7 @@ class CompareConfig:
 
     env: str = ""
     """Another environment with the same spaces; the one that A was trained on by default."""
-    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
-    """Packages to import first, for the environments they register."""
+    imports: Imports = ()
     steps: PositiveInt = 2000
     """Environment steps that each policy takes, with sampled actions, to visit states."""
     episodes: PositiveInt = 10

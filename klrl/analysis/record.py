@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import tyro
 from gymnasium.vector import SyncVectorEnv, VectorWrapper
 from torch import distributions as td
 
 from klrl.agents.base import Agent
 from klrl.analysis.video import Frame, Video, draw_text, find_encoder
 from klrl.config import Count, PositiveInt, Range
+from klrl.envs.make import Imports
 from klrl.errors import UsageError
 from klrl.kl import kl, mc_entropy
 from klrl.kl.estimators import own_noise
@@ -44,8 +44,7 @@ class RecordConfig:
     """Which of a run's checkpoints."""
     env_id: str = ""
     """Another environment with the same spaces; the run's own by default."""
-    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
-    """Packages to import first, for the environments they register."""
+    imports: Imports = ()
     stochastic: bool = False
     """Sample actions instead of taking the most likely ones."""
     seed: Count = 0

@@ -21,7 +21,7 @@ from klrl.analysis import tables
 from klrl.analysis.report import ReportConfig, report
 from klrl.analysis.scores import score_of
 from klrl.config import Count, PositiveInt
-from klrl.envs.make import EnvConfig, check, import_module, make_vector
+from klrl.envs.make import EnvConfig, Imports, check, import_module, make_vector
 from klrl.errors import Interrupted, UsageError
 from klrl.sweep.grid import expand, file_name, parse_choices
 from klrl.sweep.trial import Status, Trial
@@ -47,8 +47,7 @@ class SweepConfig:
     """The sweep's folder, by default sweep-AGENT-ENV. In it lies one for each setting, with a run for each seed."""
     quiet: bool = False
     """Print only the final scores and where the report lies."""
-    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
-    """Packages to import first, for the environments they register."""
+    imports: Imports = ()
 
 
 def sweep(agent: str, env: str, config: SweepConfig) -> None:
