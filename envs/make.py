@@ -84,10 +84,10 @@ def check(env_id: str) -> None:
         import_module(module, f"env {env_id!r}")
     try:
         _spec(env_id)
-    except (error.UnregisteredEnv, error.Error) as problem:
+    except error.DeprecatedEnv as problem:
+        raise UsageError(f"env {env_id!r} is out of date: {problem}") from None
+    except error.Error:
         known = suggest(env_id, gym.registry)
-        if isinstance(problem, error.DeprecatedEnv):
-            raise UsageError(f"env {env_id!r} is out of date: {problem}") from None
         raise UsageError(f"unknown env {env_id!r}{known}; --import PACKAGE registers a package's envs") from None
 
 
@@ -146,5 +146,4 @@ def preset(agent: str, env: str | EnvFactory) -> dict[str, Any]:
     path = resources.files(klrl.envs) / "presets" / f"{env.rpartition(':')[2]}.toml" if isinstance(env, str) else None
     if path is None or "/" in str(env) or not path.is_file():
         return {}
-    config: dict[str, Any] = tomllib.loads(path.read_text()).get(agent, {}).get("config", {})
-    return config
+    return tomllib.loads(path.read_text()).get(agent, {}).get("config", {})

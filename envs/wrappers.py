@@ -124,24 +124,16 @@ class WatchedWorkers(VectorWrapper):
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         timeout, self.replayed = self.timeout * (1 + self.replayed), 0
-
-        def wait() -> tuple[Any, dict[str, Any]]:
-            self.workers.reset_async(**kwargs)
-            return self.workers.reset_wait(timeout)
-
-        return self._watch(wait)
+        return self._watch(lambda: self.workers.reset_async(**kwargs), lambda: self.workers.reset_wait(timeout))
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        def wait() -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-            self.workers.step_async(actions)
-            return self.workers.step_wait(self.timeout)
+        return self._watch(lambda: self.workers.step_async(actions), lambda: self.workers.step_wait(self.timeout))
 
-        return self._watch(wait)
-
-    def _watch(self, wait: Callable[[], T]) -> T:
+    def _watch(self, send: Callable[[], None], wait: Callable[[], T]) -> T:
         level = gym.logger.min_level
         gym.logger.min_level = gym.logger.ERROR + 1  # it would print the worker's traceback
         try:
+            send()
             return wait()
         except multiprocessing.TimeoutError:
             slow = [i for i, pipe in enumerate(self.workers.parent_pipes) if not pipe.poll(0)]

@@ -81,8 +81,7 @@ def curves(groups: list[Group], tags: dict[str, str], ylabel: str, log: bool = F
             if curve is None or (log and not (curve[1] > 0).any()):
                 continue
             steps, mean, low, high = curve
-            names = {group.letter: len(groups) > 1, name: len(tags) > 1}
-            label = " ".join(part for part, needed in names.items() if needed)
+            label = f"{group.letter if len(groups) > 1 else ''} {name if len(tags) > 1 else ''}".strip()
             axes.plot(steps, mean, style, color=colour, linewidth=1.4, label=label)
             if len(group.runs) > 1:
                 axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)

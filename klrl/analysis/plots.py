@@ -204,10 +204,9 @@ def distribution(words: tuple[str, ...], option: str) -> td.Distribution:
             return td.Categorical(probs=torch.tensor(numbers, dtype=torch.float64), validate_args=True)
         return kinds[words[0]](*(torch.tensor(x, dtype=torch.float64) for x in numbers), validate_args=True)
     except (ValueError, TypeError):
-        usage = {"normal": "MEAN STD", "beta": "A B", "bernoulli": "P", "categorical": "P1 P2 ... summing to 1"}[
-            words[0]
-        ]
-        raise UsageError(f"{option} {' '.join(words)}: needs {words[0]} {usage}, within their range") from None
+        usage = {"normal": "MEAN STD", "beta": "A B", "bernoulli": "P", "categorical": "P1 P2 ... summing to 1"}
+        needed = f"{words[0]} {usage[words[0]]}, within their range"
+        raise UsageError(f"{option} {' '.join(words)}: needs {needed}") from None
 
 
 def _on_grid(old: td.Distribution, new: td.Distribution) -> tuple[td.Categorical, td.Categorical]:

@@ -169,20 +169,13 @@ def as_html(groups: Sequence[Group]) -> str:
 
     def draw(figures: Mapping[str, Callable[[Any], Any]], subject: Any) -> list[str]:
         drawn = [(escape(name), figure) for name, draw in figures.items() if (figure := draw(subject)) is not None]
-        return [
-            f'<figure><figcaption>{name}</figcaption><img alt="{name}" src="{as_data(figure)}"></figure>'
-            for name, figure in drawn
-        ]
+        image = '<figure><figcaption>{0}</figcaption><img alt="{0}" src="{1}"></figure>'
+        return [image.format(name, as_data(figure)) for name, figure in drawn]
 
     def panels(cells: list[str]) -> str:
         return f'<div class="panels">{"".join(cells)}</div>'
 
-    data = summary(groups)
-    runs = [
-        (run, facts)
-        for group, g in zip(groups, data["groups"], strict=True)
-        for run, facts in zip(group.runs, g["runs"], strict=True)
-    ]
+    data, runs = summary(groups), [run for group in groups for run in group.runs]
     several = len(runs) > 1
     title = escape(groups[0].name if len(groups) == 1 else f"{len(groups)} settings, {len(runs)} runs")
     body = [f"<h1>{title}</h1>", tables.as_html(_RUN_COLUMNS, _run_rows(data))]
@@ -190,26 +183,27 @@ def as_html(groups: Sequence[Group]) -> str:
         note = "Lines are means over the runs of a setting, bands the middle 95 % of 2000 bootstrapped means."
         body += ["<h2>Final scores</h2>", tables.as_html(_SCORE_COLUMNS, _score_rows(data))]
         body.append(f'<p class="quiet">{note}</p>')
-        for env in dict.fromkeys(run.env for run, _ in runs):
+        for env in dict.fromkeys(run.env for run in runs):
             there = [group for group in groups if group.runs[0].env == env]
             body += [f"<h2>{escape(env)}</h2>", panels(draw(PANELS, there))]
         body.append("<h2>Run by run</h2>")
-    for run, facts in runs:
-        found = "".join(
-            f'<div class="anomaly">{escape(anomaly["what"])}.<br><span class="quiet">Try: '
-            f"{escape(anomaly['advice'])}.</span></div>"
-            for anomaly in facts["anomalies"]
-        )
+    for run in runs:
         shared, own = [] if several else draw(PANELS, groups), draw(RUN_FIGURES, run)
         figures = panels(shared[:1] + own[:1] + shared[1:] + own[1:])  # return and KL first, time last
-        options = tables.as_html(("option", "value"), ((key, str(value)) for key, value in facts["config"].items()))
-        count = len(facts["anomalies"])
-        heading = f"{escape(run.folder.name)}: {count or 'no'} anomal{'y' if count == 1 else 'ies'}"
-        body.append(
-            f"<details {'' if several else 'open'}><summary>{heading}</summary>"
-            f"{found}{figures}<details><summary>config</summary>{options}</details></details>"
-        )
+        body.append(f"<details {'' if several else 'open'}>{_html_of_run(run, figures)}</details>")
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
         f"<body>{''.join(body)}</body></html>\n"
     )
+
+
+def _html_of_run(run: History, figures: str) -> str:
+    """A run's summary line, anomalies, figures and options."""
+    anomalies = find_anomalies(run)
+    heading = f"{escape(run.folder.name)}: {len(anomalies) or 'no'} anomal{'y' if len(anomalies) == 1 else 'ies'}"
+    found = "".join(
+        f'<div class="anomaly">{escape(what)}.<br><span class="quiet">Try: {escape(advice)}.</span></div>'
+        for what, advice in anomalies
+    )
+    options = tables.as_html(("option", "value"), ((key, str(value)) for key, value in flatten(run.options).items()))
+    return f"<summary>{heading}</summary>{found}{figures}<details><summary>config</summary>{options}</details>"

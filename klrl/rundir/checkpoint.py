@@ -138,8 +138,7 @@ def load(path: Path, with_rows: bool = False) -> dict[str, Any]:
         raise
     except _DAMAGE as problem:
         raise UsageError(f"checkpoint {path} is damaged: {type(problem).__name__} while reading it") from None
-    result: dict[str, Any] = content
-    return result
+    return content
 
 
 def load_rows(path: Path, entries: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -241,8 +240,7 @@ def prune(folder: Path) -> None:
 
 def _rows_of(path: Path) -> list[dict[str, Any]]:
     try:
-        entries: list[dict[str, Any]] = json.loads(_read(path / _MANIFEST, _MAX_JSON_BYTES))["rows"]
-        return entries
+        return json.loads(_read(path / _MANIFEST, _MAX_JSON_BYTES))["rows"]
     except _DAMAGE:
         return []  # damaged: load says so if it is wanted
 

@@ -52,8 +52,7 @@ def parse_choices(words: Iterable[str]) -> dict[str, list[Any]]:
 def parse_values(text: str) -> list[Any]:
     """The values between commas, each read as TOML, or as text where it is not TOML."""
     try:
-        values: list[Any] = tomllib.loads(f"values = [{text}]")["values"]
-        return values
+        return tomllib.loads(f"values = [{text}]")["values"]
     except tomllib.TOMLDecodeError:
         return [value for part in text.split(",") for value in parse_values(part)] if "," in text else [text.strip()]
 
