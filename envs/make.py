@@ -51,13 +51,9 @@ def make_vector(
         check(env)
         if _spec(env).entry_point is None:
             return next_step(_guard(env, config.kwargs, lambda: gym.make_vec(env, n_envs, **config.kwargs)), env)
-        name, kwargs = env, config.kwargs
-
-        def factory() -> gym.Env[Any, Any]:
-            return gym.make(name, **kwargs)
-
+        factory: EnvFactory = partial(gym.make, env, **config.kwargs)
         # One environment made here turns what a worker process would bury into one line.
-        _guard(env, kwargs, factory).close()
+        _guard(env, config.kwargs, factory).close()
     else:
         if config.kwargs:
             raise UsageError("--env.kwargs goes with an env id; give a factory its arguments yourself")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -79,8 +79,7 @@ def kl_2d() -> Figure:
     return figure
 
 
-@dataclass(frozen=True)
-class Fit:
+class Fit(NamedTuple):
     """A normal fitted to a target, and the divergence that it was fitted by, in nats."""
 
     mean: float

@@ -7,9 +7,10 @@ import re
 import sys
 import tomllib
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from dataclasses import is_dataclass
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from klrl.config import build, suggest, to_dict
+from klrl.config import build, field_types, suggest, to_dict
 from klrl.errors import UsageError
 
 C = TypeVar("C")
@@ -95,11 +96,6 @@ def parse(cls: Any, arguments: Sequence[str], prog: str) -> Any:
 
 def _option_names(cls: Any, prefix: str = "--") -> list[str]:
     """Every option of a dataclass as it is spelled on the command line."""
-    from dataclasses import is_dataclass
-    from typing import get_args, get_origin
-
-    from klrl.config import field_types
-
     names: list[str] = []
     for field, annotation in field_types(cls).items():
         kind, *marks = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)

@@ -121,9 +121,8 @@ def _stop(trials: list[Trial], signum: int) -> None:
     for trial in trials:
         trial.poll()
     done = sum(trial.status == "finished" for trial in trials)
-    print(
-        f"stopped with {done} of {len(trials)} trials finished; the same command goes on", file=sys.stderr, flush=True
-    )
+    text = f"stopped with {done} of {len(trials)} trials finished; the same command goes on"
+    print(text, file=sys.stderr, flush=True)
 
 
 class Display:
