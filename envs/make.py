@@ -15,7 +15,7 @@ from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 
 import klrl.envs  # registers the probes
 from klrl.config import Positive, suggest
-from klrl.envs.wrappers import EpisodePosition, WatchedWorkers, next_step, seeded
+from klrl.envs.wrappers import EpisodePosition, WatchedWorkers, make_seeded, next_step
 from klrl.errors import UsageError
 
 EnvFactory = Callable[[], gym.Env[Any, Any]]
@@ -59,7 +59,7 @@ def make_vector(
             raise UsageError("--env.kwargs goes with an env id; give a factory its arguments yourself")
         factory = env
     makers = [
-        partial(seeded, factory, index, config.on_error, position)
+        partial(make_seeded, factory, index, config.on_error, position)
         for index, position in enumerate(positions or [None] * n_envs)
     ]
     if config.vectorization == "sync":

@@ -191,7 +191,7 @@ def _close_all() -> None:
         envs.close()
 
 
-def seeded(
+def make_seeded(
     factory: Callable[[], gym.Env[Any, Any]], index: int, on_error: str, position: EpisodePosition | None
 ) -> SeededEpisodes:
     """Make a vector environment's ``index``-th environment, in a worker process or in this one."""

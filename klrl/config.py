@@ -83,7 +83,7 @@ def build(cls: type[C], data: Mapping[str, Any], path: str = "") -> C:
 
 
 def convert(annotation: Any, value: Any, path: str) -> Any:
-    """``value`` as ``annotation`` wants it, or UsageError naming ``path``."""
+    """Convert ``value`` to the type ``annotation`` and check its range. Raises UsageError that names ``path``."""
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = to_dict(value)

@@ -1,4 +1,4 @@
-"""The failures that klrl names itself."""
+"""The exceptions that klrl raises, and the message for a missing extra."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,1 +1,1 @@
-"""What people look at after training: reports, comparisons, figures, videos."""
+"""Reports, comparisons, figures and videos of runs."""

@@ -9,7 +9,7 @@ from klrl.rundir.history import History
 
 
 class Anomaly(NamedTuple):
-    """Something that a person should look at."""
+    """A sign of trouble in a run, and what to try."""
 
     what: str
     advice: str

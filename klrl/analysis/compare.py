@@ -245,7 +245,7 @@ def _likely_actions(agent: Agent, dist: Any, obs: Observation) -> list[dict[str,
 
 
 def summary(values: Tensor) -> dict[str, float]:
-    """Mean and quantiles over the states [S]; those are values of states, so that an infinite one stays infinite."""
+    """Mean and quantiles over the states [S]; a quantile is the value of one state, so that infinity stays infinity."""
     ordered = values.sort().values
     quantiles = {name: float(ordered[round(rank * (len(ordered) - 1))]) for name, rank in _QUANTILES.items()}
     return {"mean": float(values.mean()), **quantiles}

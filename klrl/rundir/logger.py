@@ -127,7 +127,7 @@ def _layout_summary() -> Any:
 
 
 class Pace:
-    """Steps per second of the last minute, evaluations and saves included: what the time to go follows from.
+    """A run's steps per second over the last minute, evaluations and saves included, to tell the time left.
 
     Nothing before the first update counts: until then an off-policy agent does not learn, and is much faster.
     """

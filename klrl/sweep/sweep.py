@@ -76,18 +76,18 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
     with Signals() as signals:
         try:
             with Display(trials, config.quiet) as display:
-                _work(trials, config.jobs or _cores(), signals, display)
+                _run_trials(trials, config.jobs or _cores(), signals, display)
         except BaseException as problem:
             _stop(trials, problem.signum if isinstance(problem, Interrupted) else signal.SIGTERM)
             raise
-    _conclude(trials, folder)
+    _finish(trials, folder)
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _work(trials: list[Trial], jobs: int, signals: Signals, display: "Display") -> None:
+def _run_trials(trials: list[Trial], jobs: int, signals: Signals, display: "Display") -> None:
     """Let at most ``jobs`` processes work until every trial is finished or failed."""
     while True:
         for trial in trials:
@@ -191,7 +191,7 @@ def table(trials: Sequence[Trial], room: int) -> Table:
     return drawn
 
 
-def _conclude(trials: Sequence[Trial], folder: Path) -> None:
+def _finish(trials: Sequence[Trial], folder: Path) -> None:
     """Print the scores, write the report, and name what failed."""
     scores = []
     for setting in dict.fromkeys(trial.setting.name for trial in trials):

@@ -1,4 +1,4 @@
-"""The trials of a sweep, one setting with one seed each: what is done is read from the runs' folders.
+"""The trials of a sweep, one setting with one seed each, whose progress is read from the runs' folders.
 
 While a process works on a trial, it holds the lock of a file that the sweep opened for it; the system frees it when the
 process ends, however it ends. So no trial is worked on twice at once: not by two sweeps, and not after one was killed
@@ -33,7 +33,7 @@ class Trial:
     """One setting with one seed, and the process at work on it."""
 
     def __init__(self, setting: Setting, seed: int, folder: Path) -> None:
-        """``folder``: the setting's, in which the run's own lies or will lie."""
+        """``folder``: the setting's, in which the run's own folder lies or will lie."""
         self.setting, self.seed, self.folder = setting, seed, folder
         self.stem = file_name(f"{setting.options['agent']}-{setting.options['env_id']}-{seed}")
         self.status: Status = "waiting"
@@ -66,7 +66,7 @@ class Trial:
         run is finished, and nobody works on it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _held(self.folder / f".{self.stem}.lock") as lock:
+        with _try_lock(self.folder / f".{self.stem}.lock") as lock:
             if lock is None or any(map(in_use, self._runs())):
                 self.status, self.problem = "elsewhere", "another process is at work on it"
                 return True
@@ -123,8 +123,8 @@ def _saved_at(run: History) -> int:
 
 
 @contextlib.contextmanager
-def _held(path: Path) -> Iterator[int | None]:
-    """The handle that holds the file's lock, also for a process that inherits it; None where another one has it."""
+def _try_lock(path: Path) -> Iterator[int | None]:
+    """Lock the file: the handle, which a child process can inherit, or None where another process has the lock."""
     handle: int | None = None
     file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
     try:
