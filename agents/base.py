@@ -1,10 +1,11 @@
-"""What an agent is: spaces and a config in, actions out, one report per update. No environment, logger or trainer."""
+"""What an agent is: spaces and a config in, actions out, one result per update. No environment, logger or trainer."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -12,25 +13,16 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from klrl.config import NonNegative, PositiveInt
-from klrl.kl import (
-    Banded,
-    Bound,
-    Coefficient,
-    Direction,
-    Fixed,
-    KLReport,
-    Penalty,
-    at_most,
-    concatenate,
-    freeze,
-    kl,
-    reverse_kl,
-)
-from klrl.policies.distributions import PolicyDistribution
+from klrl.buffers.protocol import Buffer
+from klrl.config import NonNegative, PositiveInt, build, field_types, to_dict
+from klrl.errors import UsageError
+from klrl.kl import Direction, KLLimit, KLReport, at_most, concatenate, freeze
+from klrl.kl.limit import Check, Overshoot, Rule
 from klrl.policies.encoder import Inputs, Observation, ObservationEncoder
-from klrl.policies.networks import Actor
-from klrl.policies.spaces import check_action_space
+from klrl.policies.networks import OwnNetwork
+from klrl.policies.policy import Policy
+from klrl.policies.spaces import check_action_space, from_json, to_json
+from klrl.rundir import checkpoint
 
 Actions = npt.NDArray[Any]
 State = dict[str, Any]
@@ -38,99 +30,126 @@ CHUNK = 2048  # rows of a batched pass: their activations stay in cache
 
 
 @dataclass(frozen=True)
-class KLConfig:
-    """How far an update may move the policy, and what answers an excess. The same group for every agent."""
+class KLTarget:
+    """How far an update may move the policy."""
 
     target: NonNegative = 0.02
     """Limit on the mean KL(old||new) of an update, in nats, action dimensions summed; 0 sets none."""
-    penalty: Literal["adaptive", "fixed", "none"] = "adaptive"
+    direction: Direction = "forward"
+    """Which KL is limited: forward KL(old||new) or reverse KL(new||old). Both are always logged."""
+
+    def make_limit(self, device: torch.device) -> KLLimit:
+        """The limit that these settings ask for."""
+        bound = at_most(self.target or math.inf)
+        return KLLimit(bound, direction=self.direction, penalty="none", stop=0.0, device=device)
+
+
+@dataclass(frozen=True)
+class KLConfig(KLTarget):
+    """How far an update may move the policy, and what answers an excess."""
+
+    penalty: Rule = "adaptive"
     """KL penalty in the loss: its coefficient doubles or halves outside a band around the target, stays, or is 0."""
     coef: NonNegative = 1.0
     """The penalty's coefficient at the start; an adaptive one stays within 1e-4 to 1e4."""
     stop: NonNegative = 1.5
     """Stop an update once its KL, measured as kl.check says, exceeds this many times the target; 0 never stops."""
-    check: Literal["update", "epoch", "minibatch"] = "epoch"
+    check: Check = "epoch"
     """When the whole batch's exact KL is measured: after each epoch, each minibatch, or only after the update, which
     then cannot be stopped."""
-    on_overshoot: Literal["keep", "rollback", "project"] = "keep"
+    on_overshoot: Overshoot = "keep"
     """What happens to an update whose KL ends above the target: kept, undone, or moved back to the boundary."""
-    direction: Direction = "forward"
-    """Which KL is bounded: forward KL(old||new) or reverse KL(new||old). Both are always logged."""
-    every: PositiveInt = 1000
-    """Off-policy agents: how many gradient steps make the update whose KL is measured and bounded."""
 
-    def bound(self) -> Bound:
-        """The bound on KL that these settings ask for."""
-        return at_most(self.target or math.inf)
-
-    def make_penalty(self) -> Penalty | None:
-        """The penalty that these settings ask for. Where an overshoot is undone, the limit is the band's upper edge."""
-        if self.penalty == "none" or self.target == 0:
-            return None
-        high = 1.5 if self.on_overshoot == "keep" else 1.0
-        coefficient: Coefficient = (
-            Fixed(self.coef)
-            if self.penalty == "fixed"
-            else Banded(max(self.coef, 1e-4), high=high, least=1e-4, most=max(self.coef, 1e4))
+    def make_limit(self, device: torch.device) -> KLLimit:
+        return KLLimit(
+            at_most(self.target or math.inf),
+            direction=self.direction,
+            penalty=self.penalty,
+            coef=self.coef,
+            stop=self.stop,
+            check=self.check,
+            on_overshoot=self.on_overshoot,
+            device=device,
         )
-        return Penalty(self.bound(), coefficient)
 
 
 @dataclass(frozen=True)
-class Report:
+class OffPolicyKLConfig(KLConfig):
+    """How far the policy may move within a window of gradient steps, and what answers an excess."""
+
+    target: NonNegative = 0.0
+    """Limit on the mean KL(old||new) of a window, in nats, action dimensions summed; 0 sets none."""
+    every: PositiveInt = 1000
+    """How many gradient steps make the window whose KL is measured and limited; kl.check's epoch is a tenth of it."""
+
+
+@dataclass(frozen=True)
+class UpdateResult:
     """What one update did."""
 
     kl: KLReport
     metrics: dict[str, float] = field(default_factory=dict)
 
     def write(self, record: Callable[[str, float], object]) -> None:
-        """Call ``record(tag, value)`` for every figure."""
+        """Call ``record(tag, value)`` for every metric."""
         for tag, value in self.metrics.items():
             record(tag, value)
         self.kl.write(record)
 
 
 class Agent(ABC):
-    """A policy for one pair of spaces, with what it needs to act, to be saved and to learn."""
+    """A policy for one pair of spaces, with what it needs to act, to be saved and to learn.
+
+    A subclass names its dataclass of options as ``Config``, makes its parts in ``setup`` and learns in ``update``.
+    """
+
+    Config: ClassVar[type[Any]]
+    policy: Policy
+    encoder: ObservationEncoder
 
     def __init__(
         self,
         observation_space: spaces.Space[Any],
         action_space: spaces.Space[Any],
-        device: str | torch.device,
-        seed: int,
-        normalize_observation: bool,
+        config: Any = None,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        network: OwnNetwork | None = None,
     ) -> None:
+        """``network``: one's own, from encoded observations to features [B, F], or what makes it for a space.
+
+        Raises UsageError for spaces, options and networks that do not fit.
+        """
         check_action_space(action_space)
         self.observation_space, self.action_space = observation_space, action_space
+        self.config = self.Config() if config is None else config
         self.device = torch.device(device)
-        self.encoder = ObservationEncoder(observation_space, self.device, normalize_observation)
         self.rng = np.random.default_rng(seed)
-        self.noise: Any = self.rng  # what actions are sampled with
-        self.actor: Actor
+        self.n_updates = 0
+        with torch.random.fork_rng(devices=[]):
+            self.setup(torch.Generator().manual_seed(seed), network)
 
-    def act(self, obs: Observation, deterministic: bool = False) -> Actions:
+    @classmethod
+    def name(cls) -> str:
+        """What runs and the command line call this agent: its class in lower case."""
+        return cls.__name__.lower()
+
+    @abstractmethod
+    def setup(self, init: torch.Generator, network: OwnNetwork | None) -> None:
+        """Make encoder, policy and whatever else learns; random weights are drawn with ``init``."""
+
+    def act(self, obs: Observation, deterministic: bool = False, rng: Any = None) -> Actions:
         """Actions [N, d] for a batch of observations [N, *shape], in the form that buffers hold.
 
         Give ``env_action(action)`` to the environment: a sample may lie outside a Box's bounds, and its density is
-        that of the sample, not of the clipped action.
+        that of the sample, not of the clipped action. ``rng``: a generator to sample with, in place of the agent's.
         """
-        if self.encoder.plain and self.device.type == "cpu":
-            output = self.actor.network.mlp.on_host(self.encoder.on_host(obs))  # type: ignore[arg-type]
-        else:
-            with torch.inference_mode():
-                output = self.actor.network(self.encoder(obs)).cpu().numpy()
-        return self.actor.act(output, None if deterministic else self.noise)
+        return self.policy.act(obs, None if deterministic else self.rng if rng is None else rng)
 
     def env_action(self, action: Actions) -> Actions:
-        """``act``'s actions [N, d] as the environment takes them: clipped to the bounds, shaped [N, *space.shape]."""
-        space = self.action_space
-        shaped = action.reshape(len(action), *(space.shape or ()))
-        if isinstance(space, spaces.Box):
-            return np.clip(shaped, space.low, space.high).astype(space.dtype, copy=False)
-        if isinstance(space, spaces.MultiBinary):
-            return shaped.astype(space.dtype)
-        return shaped + space.start  # type: ignore[attr-defined]
+        """``act``'s actions [N, d] as the environment takes them: within the bounds, shaped [N, *space.shape]."""
+        taken: Actions = self.policy.head.to_env(action)
+        return taken
 
     def predict(
         self,
@@ -150,29 +169,36 @@ class Agent(ABC):
         action = self.env_action(self.act(batch, deterministic))
         return (action[0] if single else action), state
 
-    def distribution(self, inputs: Inputs) -> PolicyDistribution:
-        """The policy at encoded observations [B] as data: in chunks, without gradients, no view of the weights."""
-        with torch.no_grad():
-            result: PolicyDistribution = concatenate([self.actor(chunk) for chunk in chunks(inputs)])
-        return freeze(result)
+    def distribution(self, obs: Observation) -> Any:
+        """The policy at observations [B, *shape], as data: no gradients, no view of the weights."""
+        return self.policy_at(self.encoder(obs))
+
+    @torch.no_grad()
+    def policy_at(self, inputs: Inputs) -> Any:
+        """``distribution`` at observations that are encoded already."""
+        return freeze(concatenate([self.policy(chunk) for chunk in chunks(inputs)]))
 
     @abstractmethod
-    def new_buffer(self, n_envs: int) -> Any:
+    def value(self, obs: Observation) -> Tensor:
+        """What the agent expects of states, [B], from observations [B, *shape]."""
+
+    @abstractmethod
+    def new_buffer(self, n_envs: int) -> Buffer:
         """An empty buffer of the kind that ``update`` takes."""
 
-    def due(self, buffer: Any) -> bool:
+    def ready(self, buffer: Any) -> bool:
         """Whether it is time for ``update``: by default, once the buffer is full."""
         return bool(buffer.full)
 
     @abstractmethod
-    def update(self, buffer: Any, progress: float = 0.0) -> Report | None:
-        """Learn from a buffer that is due. ``progress``: the share of training that is done, for schedules.
+    def update(self, buffer: Any, progress: float = 0.0) -> UpdateResult | None:
+        """Learn from a buffer that is ready. ``progress``: the fraction of training that is done, for schedules.
 
         None where there is nothing to report yet: an off-policy agent reports once for many small updates.
         """
 
-    def flush(self, buffer: Any) -> Report | None:
-        """The report of an update that the end of training cuts short; None where updates are never cut short."""
+    def finish_window(self, buffer: Any) -> UpdateResult | None:
+        """The result of an update that the end of training cuts short; None where updates are never cut short."""
         return None
 
     @abstractmethod
@@ -183,19 +209,50 @@ class Agent(ABC):
     def load_state_dict(self, state: State) -> None:
         """Continue from ``state_dict``'s result. Raises ValueError where it does not fit this agent."""
 
+    def description(self) -> State:
+        """What it takes to make this agent again, beside ``state_dict``: its name, options and spaces, as JSON."""
+        return {
+            "options": {"agent": self.name(), **to_dict(self.config)},
+            "observation_space": to_json(self.observation_space),
+            "action_space": to_json(self.action_space),
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write the agent to folder ``path``, to be read by ``load``; an earlier one there is replaced as a whole."""
+        return checkpoint.write(Path(path), {**self.description(), "agent": self.state_dict()})
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        which: Literal["last", "best"] = "last",
+        device: str | torch.device = "cpu",
+        network: OwnNetwork | None = None,
+    ) -> Self:
+        """The agent that ``save`` wrote, or that a run's folder holds. ``network``: the same as when it was made.
+
+        Raises UsageError where there is none, where a file is damaged, and where it was another class's.
+        """
+        source, content = checkpoint.newest(Path(path), which)
+        with checkpoint.refusing_misfits(source):
+            name = content["state"]["options"]["agent"]
+            if name != cls.name():
+                raise UsageError(f"{path} holds an agent {name!r}, not a {cls.__name__}")
+            return cls.from_state(content["state"], device, network)
+
+    @classmethod
+    def from_state(
+        cls, state: Mapping[str, Any], device: str | torch.device = "cpu", network: OwnNetwork | None = None
+    ) -> Self:
+        """The agent of a checkpoint's state."""
+        options = {key: value for key, value in state["options"].items() if key in field_types(cls.Config)}
+        observation_space, action_space = (from_json(state[key]) for key in ("observation_space", "action_space"))
+        agent = cls(observation_space, action_space, build(cls.Config, options), device, 0, network)
+        agent.load_state_dict(state["agent"])
+        return agent
+
 
 def chunks(inputs: Inputs) -> list[Inputs]:
     """Encoded observations in pieces of at most 2048 rows."""
     rows = len(next(iter(inputs.values())))
     return [{k: v[i : i + CHUNK] for k, v in inputs.items()} for i in range(0, rows, CHUNK)]
-
-
-def bounded_kl(
-    old: PolicyDistribution, new: PolicyDistribution, direction: Direction, valid: Tensor | None = None
-) -> float:
-    """The KL that a limit is about, its mean over the ``valid`` states; infinite where ``new`` is not finite."""
-    try:
-        values = (kl if direction == "forward" else reverse_kl)(old, new)
-    except ValueError:
-        return math.inf
-    return float((values if valid is None or bool(valid.all()) else values[valid]).double().mean())

@@ -1,22 +1,46 @@
-"""The agents by the name that the command line gives them."""
+"""The agents by the name that the command line gives them: klrl's own, installed packages', and imported ones."""
 
+from collections.abc import Iterator
 from importlib import import_module
-from typing import Any
+from importlib.metadata import entry_points
 
+from klrl.agents.base import Agent
 from klrl.config import suggest
 from klrl.errors import UsageError
 
-AGENTS = {
-    "ppo": ("klrl.agents.ppo", "PPO", "PPOConfig"),
-    "sac": ("klrl.agents.sac", "SAC", "SACConfig"),
-    "trpo": ("klrl.agents.trpo", "TRPO", "TRPOConfig"),
-}
+BUILT_IN = {"ppo": "klrl.agents.ppo:PPO", "sac": "klrl.agents.sac:SAC", "trpo": "klrl.agents.trpo:TRPO"}
 
 
-def find(name: str) -> tuple[Any, Any]:
-    """The agent class and its config class. Raises UsageError for an unknown name."""
-    if name not in AGENTS:
-        raise UsageError(f"unknown agent {name!r}{suggest(name, AGENTS)}; known: {', '.join(AGENTS)}")
-    module, agent, config = AGENTS[name]
-    loaded = import_module(module)
-    return getattr(loaded, agent), getattr(loaded, config)
+def find(name: str) -> type[Agent]:
+    """The agent class called ``name``: klrl's, an entry point of group "klrl.agents", or a class that was imported.
+
+    A class is called as itself, in lower case. Raises UsageError for a name that is unknown, or borne by two.
+    """
+    if name in BUILT_IN:
+        module, _, attribute = BUILT_IN[name].partition(":")
+        found: type[Agent] = getattr(import_module(module), attribute)
+        return found
+    for entry in entry_points(group="klrl.agents"):
+        if entry.name == name:
+            loaded: type[Agent] = entry.load()
+            return loaded
+    imported = [cls for cls in _subclasses(Agent) if cls.name() == name]  # type: ignore[type-abstract]
+    if len(imported) == 1:
+        return imported[0]
+    if imported:
+        modules = ", ".join(cls.__module__ for cls in imported)
+        raise UsageError(f"agent {name!r} is in each of {modules}: rename one")
+    known = ", ".join(names())
+    raise UsageError(f"unknown agent {name!r}{suggest(name, BUILT_IN)}; known: {known}, and those that --import brings")
+
+
+def names() -> list[str]:
+    """The agents that are known without importing anything: klrl's and those of installed packages."""
+    return [*BUILT_IN, *sorted(entry.name for entry in entry_points(group="klrl.agents"))]
+
+
+def _subclasses(cls: type[Agent]) -> Iterator[type[Agent]]:
+    for subclass in cls.__subclasses__():
+        if "Config" in vars(subclass):  # what learns has options of its own
+            yield subclass
+        yield from _subclasses(subclass)

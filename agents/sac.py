@@ -1,33 +1,31 @@
 """SAC: maximum-entropy reinforcement learning (Haarnoja et al. 2018b), its policy's KL tracked, and held on request.
 
-Continuous actions by a tanh-squashed normal; discrete ones by the exact expectation over actions (Christodoulou 2019),
-with losses summed over actions and averaged over states.
+Continuous and discrete actions differ in ``sac_continuous`` and ``sac_discrete`` alone.
 """
 
-import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from klrl.agents.base import Actions, Agent, KLConfig, Report, State, bounded_kl
-from klrl.agents.kl_window import Block
+from klrl.agents.base import Actions, Agent, OffPolicyKLConfig, State, UpdateResult
+from klrl.agents.sac_continuous import SampledActions
+from klrl.agents.sac_discrete import EnumeratedActions
 from klrl.buffers.replay import ReplayBuffer, Transitions
 from klrl.config import Fraction, Positive, PositiveInt, Range
 from klrl.errors import SkippedUpdateError, UsageError
-from klrl.kl import Dual, KLReport, Penalty, at_least
-from klrl.kl.trust_region import project
-from klrl.policies.distributions import DiagonalNormal, squash, squash_gradient
-from klrl.policies.encoder import Inputs
-from klrl.policies.networks import Activation, Actor, choices
-from klrl.policies.parameters import FlatParameters
-from klrl.policies.spaces import check_bounded, check_joint
-from klrl.policies.squashed import CorrelatedNoise, SquashedActor, TwinCritic
+from klrl.kl import Dual, Move, Penalty, at_least
+from klrl.policies.encoder import Inputs, Observation, ObservationEncoder
+from klrl.policies.networks import Activation, OwnNetwork, TwinCritic, make_network
+from klrl.policies.parameters import FlatParameters, gradients
+from klrl.policies.policy import Policy
+from klrl.policies.squashed import CorrelatedNoise
 
-_STATES = 1024  # of the replay buffer, on which a block's KL is measured
+_STATES = 1024  # of the replay buffer, on which a window's KL is measured
 
 
 @dataclass(frozen=True)
@@ -54,292 +52,251 @@ class SACConfig:
     """How far the target critics follow the critics at each gradient step."""
     ent_coef: Annotated[float, Range(1e-6, 1e6)] = 1.0
     """The temperature alpha at the start; it then holds the entropy at its target."""
-    ent_rate: Positive = 3e-3
+    ent_coef_lr: Positive = 3e-3
     """Step of log alpha per gradient step, for each nat that the entropy is off its target, per action dimension."""
     target_entropy: Annotated[float, Range(high=0.69)] = -1.0
     """Continuous actions: the least entropy for each dimension, in nats; uniform on -1 to 1 has 0.69."""
-    target_entropy_share: Annotated[float, Range(0, 0.99)] = 0.3
-    """Discrete actions: the least entropy as a share of the largest, log n."""
+    target_entropy_fraction: Annotated[float, Range(0, 0.99)] = 0.3
+    """Discrete actions: the least entropy as a fraction of the largest, log n."""
     noise_correlation: Annotated[float, Range(0, 0.999)] = 0.0
     """Continuous actions: correlation of an environment's noise from step to step, where white noise averages out."""
     hidden_sizes: tuple[PositiveInt, ...] = (256, 256)
     """Widths of the hidden layers, of the policy and of the critics."""
     activation: Activation = "relu"
     """Activation of the policy's hidden layers; the critics' are relu."""
-    kl: KLConfig = field(default_factory=lambda: KLConfig(target=0.0))
+    kl: OffPolicyKLConfig = field(default_factory=OffPolicyKLConfig)
 
 
 _TRACED = ("train/critic_loss", "train/q_mean", "train/actor_loss", "entropy/sampled")
 _COUNTS = ("n_updates", "steps_seen", "rows_seen")
 
 
+def critic_loss(q: Tensor, target: Tensor) -> Tensor:
+    """Sum over both critics of E[(Q(s, a) - y)^2] / 2. Source: Haarnoja et al. (2018b), equation 5."""
+    return 0.5 * (q - target).square().mean(-1).sum()
+
+
+@dataclass
+class Window:
+    """The policy's gradient steps between two measurements of its KL."""
+
+    inputs: Inputs
+    """The replay states that it is measured on."""
+    before: State
+    """What was learned when it began."""
+    move: Move
+    steps: int = 0
+    trace: list[Tensor] = field(default_factory=list)
+    """Metrics of each step, to be averaged."""
+
+
 class SAC(Agent):
     """Soft actor-critic for Box actions with finite bounds, and for Discrete, MultiDiscrete and MultiBinary ones.
 
-    Every ``kl.every`` gradient steps make a block. How far it moved the policy is measured on replay states, and held
+    Every ``kl.every`` gradient steps make a window. How far it moved the policy is measured on replay states, and held
     with ``kl.target`` above 0 as in the other agents: by a penalty, an early stop of the policy's steps, and a rule.
     """
 
-    def __init__(
-        self,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Space[Any],
-        config: SACConfig | None = None,
-        device: str | torch.device = "cpu",
-        seed: int = 0,
-    ) -> None:
-        self.config = config = config or SACConfig()
-        super().__init__(observation_space, action_space, device, seed, normalize_observation=False)
-        self.continuous = isinstance(action_space, spaces.Box)
-        if isinstance(action_space, spaces.Box):
-            check_bounded(action_space)
-            self.outputs = int(np.prod(action_space.shape))
-            self.noise = CorrelatedNoise(self.rng, config.noise_correlation)
-        else:
-            self.sizes = choices(action_space)
-            self.outputs = math.prod(self.sizes)
-            check_joint(action_space, self.outputs)
-        with torch.random.fork_rng(devices=[]):
-            init = torch.Generator().manual_seed(seed)
-            actors = [self._make_actor(init) for _ in range(2)]
-            width, heads = (self.outputs, 1) if self.continuous else (0, self.outputs)
-            critics = [TwinCritic(self.encoder, width, config.hidden_sizes, heads, init) for _ in range(2)]
-        self.actor: Any
-        self.actor, self.old_actor = (actor.to(self.device) for actor in actors)
+    Config = SACConfig
+
+    def setup(self, init: torch.Generator, network: OwnNetwork | None) -> None:
+        """``network`` is the policy's; the critics keep theirs, on encoded observations and actions."""
+        config, space = self.config, self.action_space
+        self.encoder = ObservationEncoder(self.observation_space, self.device, normalize=False)
+        self.actions: Any = (
+            SampledActions(space, config.target_entropy)
+            if isinstance(space, spaces.Box)
+            else EnumeratedActions(space, config.target_entropy_fraction)
+        )
+        head, sizes = self.actions.head, config.hidden_sizes
+
+        def make_policy() -> Policy:
+            layers = make_network(network, self.encoder, sizes, head.size, config.activation, 1.0, init)
+            return Policy(self.encoder, layers, head).to(self.device)
+
+        width, outputs = self.actions.critic_shape
+        critics = [TwinCritic(self.encoder, width, sizes, outputs, init) for _ in range(2)]
+        self.policy, self.old_policy = make_policy(), make_policy()
         self.critic, self.target_critic = (critic.to(self.device) for critic in critics)
-        networks = (self.actor, self.old_actor, self.critic, self.target_critic)
-        self.policy, self.old_policy, self.values, self.target = (FlatParameters(m, eps=1e-8) for m in networks)
-        self.target.vector.copy_(self.values.vector)
-        dims, share = (self.outputs, config.target_entropy) if self.continuous else (1, config.target_entropy_share)
-        target = at_least(share * (dims if self.continuous else math.log(self.outputs)))
-        self.entropy = Penalty(target, Dual(config.ent_coef, rate=config.ent_rate / dims, least=1e-6, most=1e6))
-        self.bound = config.kl.bound()
-        self.penalty = config.kl.make_penalty()
-        self.n_updates, self.steps_seen, self.rows_seen = 0, 0, 0
-        self._block: Block | None = None
+        networks = (self.policy, self.old_policy, self.critic, self.target_critic)
+        self.policy_params, self.old_params, self.critic_params, self.target_params = (
+            FlatParameters(module, name, eps=1e-8)
+            for module, name in zip(networks, ("policy", "policy", "critic", "critic"), strict=True)
+        )
+        self.target_params.flat.copy_(self.critic_params.flat)
+        dual = Dual(config.ent_coef, rate=config.ent_coef_lr / self.actions.dimensions, minimum=1e-6, maximum=1e6)
+        self.temperature = Penalty(at_least(self.actions.target_entropy), dual)
+        self.learning_rate = torch.tensor(config.learning_rate, device=self.device)
+        self.noise = CorrelatedNoise(self.rng, config.noise_correlation)
+        self.limit = config.kl.make_limit(self.device)
+        self.steps_seen, self.rows_seen = 0, 0
+        self._window: Window | None = None
 
-    def _make_actor(self, init: torch.Generator) -> Any:
-        sizes, activation = self.config.hidden_sizes, self.config.activation
-        if self.continuous:
-            return SquashedActor(self.encoder, self.outputs, sizes, activation, init)
-        return Actor(self.encoder, spaces.Discrete(self.outputs), sizes, activation, 0.0, init)
-
-    def act(self, obs: Any, deterministic: bool = False) -> Actions:
+    def act(self, obs: Observation, deterministic: bool = False, rng: Any = None) -> Actions:
         """Actions [N, d] in [-1, 1], or joint actions [N, 1]; at random until the first update."""
-        if self.n_updates > 0 or deterministic:
-            return super().act(obs, deterministic)
+        if self.n_updates > 0 or deterministic or rng is not None:
+            return super().act(obs, deterministic, self.noise if rng is None else rng)
         rows = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
-        if self.continuous:
-            return self.noise.uniform((rows, self.outputs))
-        return self.rng.integers(self.outputs, size=(rows, 1))
+        return self.actions.random(self.noise, rows)
 
-    def env_action(self, action: Actions) -> Actions:
-        """``act``'s actions as the environment takes them."""
-        space = self.action_space
-        if isinstance(space, spaces.Box):
-            share = (action.reshape(len(action), *space.shape) + 1) / 2
-            scaled = space.low + share * (space.high - space.low)
-            return scaled.clip(space.low, space.high).astype(space.dtype)
-        return super().env_action(np.stack(np.unravel_index(action[:, 0], self.sizes), axis=-1))
+    @torch.no_grad()
+    def value(self, obs: Observation) -> Tensor:
+        """What the lower critic expects, [B]: of the mode of continuous actions, over all of discrete ones."""
+        inputs, alpha = self.encoder(obs), torch.tensor(self.temperature.coefficient.value)
+        return self.actions.value(self.policy(inputs), self.critic, inputs, alpha)
 
     def new_buffer(self, n_envs: int) -> ReplayBuffer:
-        """A replay buffer for ``n_envs`` environments. Raises UsageError where an update would outlast a block."""
-        config, width = self.config, self.outputs if self.continuous else 1
+        """A replay buffer for ``n_envs`` environments. Raises UsageError where an update would outlast a window."""
+        config = self.config
         steps = config.gradient_steps if config.gradient_steps >= 0 else config.train_freq * n_envs
         if not 1 <= steps <= config.kl.every:
             raise UsageError(
                 f"--gradient-steps {config.gradient_steps}: an update takes 1 to --kl.every steps, not {steps}"
             )
-        self.steps_seen, self.rows_seen, self._block = 0, 0, None
+        self.steps_seen, self.rows_seen, self._window = 0, 0, None
+        width = self.actions.stored_width
         return ReplayBuffer(
             self.observation_space, width, config.buffer_size, n_envs, config.gamma, config.n_step, config.buffer_folder
         )
 
-    def due(self, buffer: ReplayBuffer) -> bool:
+    def ready(self, buffer: ReplayBuffer) -> bool:
         warm = buffer.steps >= self.config.learning_starts and buffer.size > 0
-        return warm and buffer.rows_added - self.rows_seen >= self.config.train_freq
+        return warm and buffer.vector_steps - self.rows_seen >= self.config.train_freq
 
     @torch.no_grad()
-    def update(self, buffer: ReplayBuffer, progress: float = 0.0) -> Report | None:
-        """Gradient steps on replayed transitions; a report at the end of a block of ``kl.every`` of them, else None.
+    def update(self, buffer: ReplayBuffer, progress: float = 0.0) -> UpdateResult | None:
+        """Gradient steps on replayed transitions; a report at the end of a window of ``kl.every`` of them, else None.
 
-        Raises SkippedUpdateError where a loss or weight is not finite; all is then as it was when the block began.
+        Raises SkippedUpdateError where a loss or weight is not finite; all is then as it was when the window began.
         """
+        self.policy_params.sync()
+        self.critic_params.sync()
         steps, made = self.config.gradient_steps, buffer.steps - self.steps_seen
         if steps < 0:  # the random steps of the beginning do not count
             steps = min(made, self.config.train_freq * buffer.n_envs)
-        self.steps_seen, self.rows_seen = buffer.steps, buffer.rows_added
-        report = None
+        self.steps_seen, self.rows_seen = buffer.steps, buffer.vector_steps
+        result = None
         for _ in range(steps):
-            block = self._block or self._begin_block(buffer)
-            self._gradient_step(block, buffer.sample(self.config.batch_size, self.rng, self.device))
-            if block.steps == self.config.kl.every:
-                report = self._end_block(block)
-        return report
+            window = self._window or self._begin_window(buffer)
+            self._gradient_step(window, buffer.sample(self.config.batch_size, self.rng, self.device))
+            if window.steps == self.config.kl.every:
+                result = self._end_window(window)
+        return result
 
     @torch.no_grad()
-    def flush(self, buffer: ReplayBuffer) -> Report | None:
+    def finish_window(self, buffer: ReplayBuffer) -> UpdateResult | None:
         if buffer.size == 0:
             return None
         before = self.state_dict()
-        report = self._end_block(self._block or self._begin_block(buffer))
-        if report.kl.rolled_back == 0:  # a run that goes on later then does so as if it had not stopped
+        result = self._end_window(self._window or self._begin_window(buffer))
+        if result.kl.rolled_back == 0:  # a run that goes on later then does so as if it had not stopped
             self.load_state_dict(before)
-        return report
+        return result
 
-    def _gradient_step(self, block: Block, batch: Transitions) -> None:
-        """The critics' step, the policy's, the temperature's, and the targets'."""
-        config, alpha = self.config, self.entropy.coefficient.value
-        critic_loss, value = self._critic_step(batch, alpha)
-        policy_loss, entropy = self._policy_step(batch, alpha, move=block.stopped == 0)
-        block.trace.append(torch.stack([critic_loss, value, policy_loss, entropy]))
-        if not bool((block.trace[-1].sum() + self.policy.vector.sum()).isfinite()):
-            self._learn(block.before)
-            self._block = None
-            figures = dict(zip(_TRACED, block.trace[-1].tolist(), strict=True))
-            raise SkippedUpdateError(f"a loss or weight is not finite after {self.n_updates} gradient steps: {figures}")
-        self.entropy.adapt(float(entropy))
-        self.target.vector.lerp_(self.values.vector, config.tau)
+    def _gradient_step(self, window: Window, batch: Transitions) -> None:
+        """Take one step of critics, policy, targets and temperature, and see whether the policy is to stop."""
+        noise = self.actions.draw_noise(self.rng, len(batch.reward)).to(self.device)
+        alpha = torch.tensor(self.temperature.coefficient.value, device=self.device)
+        window.trace.append(self._step(batch, noise, alpha, moves=window.move.stopped_at == 0))
+        *metrics, entropy, weights = window.trace[-1].tolist()
+        if not torch.tensor([*metrics, entropy, weights]).sum().isfinite():
+            self._load_weights(window.before)
+            self._window = None
+            found = dict(zip(_TRACED, [*metrics, entropy], strict=True))
+            raise SkippedUpdateError(f"a loss or weight is not finite after {self.n_updates} gradient steps: {found}")
+        self.temperature.adapt(entropy)
         self.n_updates += 1
-        block.steps += 1
-        interval = {"update": 0, "epoch": max(1, config.kl.every // 10), "minibatch": 1}[config.kl.check]
-        bounded = config.kl.target > 0 and config.kl.stop > 0 and block.stopped == 0 and block.steps < config.kl.every
-        if bounded and interval > 0 and block.steps % interval == 0:
-            excess = not self.bound.scaled(config.kl.stop).holds(self._mean_kl(block))
-            block.stopped = block.steps if excess else 0
+        window.steps += 1
+        if window.move.stopped_at == 0 and window.steps < self.config.kl.every:
+            tenth = max(1, self.config.kl.every // 10)
+            if not window.move.exceeded("minibatch", at=window.steps) and window.steps % tenth == 0:
+                window.move.exceeded("epoch", at=window.steps)
 
-    def _critic_step(self, batch: Transitions, alpha: float) -> tuple[Tensor, Tensor]:
-        """Adam on E[(Q(s, a) - y)^2] of both critics, y = r + discount * (min Q'(s', a') - alpha log pi(a'|s'))."""
-        target = batch.reward + batch.discount * self._soft_value(batch.next_inputs, alpha)
-        rows = len(target)
-        if self.continuous:
-            value, pull, _ = self.critic.linearize(batch.inputs, batch.action)
-            error = value.squeeze(-1) - target
-            gradient = (error / rows).unsqueeze(-1)
-        else:
-            value, pull, _ = self.critic.linearize(batch.inputs)
-            index = batch.action.long().expand(2, rows, 1)
-            error = value.gather(-1, index).squeeze(-1) - target
-            gradient = torch.zeros_like(value).scatter_(-1, index, (error / rows).unsqueeze(-1))
-        self.values.zero_grad()
-        pull(gradient)
-        self.values.adam_step(self.config.learning_rate)
-        return error.square().mean(), target.mean()
+    def _step(self, batch: Transitions, noise: Tensor, alpha: Tensor, moves: bool) -> Tensor:
+        """Adam on both losses and the targets' step: critic loss, mean target, policy loss, entropy, sum of weights.
 
-    def _soft_value(self, inputs: Inputs, alpha: float) -> Tensor:
-        """V(s) = E[min Q'(s, a) - alpha log pi(a|s)], [B]: one sample of a continuous action, all discrete ones."""
-        policy = self.actor(inputs)
-        if self.continuous:
-            action, log_prob = squash(policy, self._noise(policy))
-            return self.target_critic(inputs, action).amin(0).squeeze(-1) - alpha * log_prob
-        log_prob = policy.log_probs.squeeze(1).clamp_min(torch.finfo(torch.float32).min)
-        return (log_prob.exp() * (self.target_critic(inputs).amin(0) - alpha * log_prob)).sum(-1)
+        ``moves``: whether the policy is to move; the critics learn in any case.
+        """
+        following, _ = self.actions.soft_value(
+            self.policy(batch.next_inputs), self.target_critic, batch.next_inputs, alpha, noise[0]
+        )
+        target = batch.reward + batch.discount * following
+        with torch.enable_grad():
+            loss_q = critic_loss(self.actions.q(self.critic, batch.inputs, batch.action), target)
+            gradient = gradients(loss_q, self.critic_params)
+        self.critic_params.adam_step(gradient, self.learning_rate)
+        with torch.enable_grad():
+            policy = self.policy(batch.inputs)
+            value, entropy = self.actions.soft_value(policy, self.critic, batch.inputs, alpha, noise[1])
+            loss_pi = -value.mean()
+            if moves:
+                held = loss_pi
+                if self.limit.penalises:  # beta * E[KL(old || policy)], old as it was when the window began
+                    with torch.no_grad():
+                        old = self.old_policy(batch.inputs)
+                    held = held + self.limit.term(old, policy).mean()
+                self.policy_params.adam_step(gradients(held, self.policy_params), self.learning_rate)
+        self.target_params.flat.lerp_(self.critic_params.flat, self.config.tau)
+        metrics = (loss_q, target.mean(), loss_pi, entropy.mean(), self.policy_params.flat.sum())
+        return torch.stack([metric.detach() for metric in metrics])
 
-    def _policy_step(self, batch: Transitions, alpha: float, move: bool) -> tuple[Tensor, Tensor]:
-        """Adam on E[alpha log pi(a|s) - min Q(s, a)] plus the KL penalty, if any; the loss and the policy's entropy."""
-        policy, _, pull = self.actor.linearize(batch.inputs)
-        weight = torch.full_like(batch.reward, 1 / len(batch.reward))
-        gradient: tuple[Tensor, ...]
-        if self.continuous:
-            noise = self._noise(policy)
-            action, log_prob = squash(policy, noise)
-            value, _, to_action = self.critic.linearize(batch.inputs, action)
-            least = value.squeeze(-1).amin(0)
-            # Of the two critics only the lower one counts, and its gradient alone goes back to the action.
-            chosen = (value[0] <= value[1]).float()
-            through = torch.stack([chosen, 1 - chosen]) * -weight[:, None]
-            gradient = squash_gradient(policy, noise, action, to_action(through), alpha * weight)
-            loss, entropy = (alpha * log_prob - least).mean(), -log_prob.mean()
-        else:
-            least = self.critic(batch.inputs).amin(0)
-            log_prob = policy.log_probs.squeeze(1).clamp_min(torch.finfo(torch.float32).min)
-            p, cost = log_prob.exp(), alpha * log_prob - least
-            mean_cost = (p * cost).sum(-1, keepdim=True)
-            gradient = ((p * (cost - mean_cost) * weight[:, None]).unsqueeze(1),)
-            loss, entropy = mean_cost.mean(), policy.entropy().mean()
-        if move:
-            if self.penalty is not None:  # beta * E[KL(old || policy)], old as it was when the block began
-                old, to_kl = self.old_actor(batch.inputs), self.penalty.term(weight)
-                nothing = torch.zeros_like(weight)
-                held = policy.gradient(policy.mode, nothing, old, to_kl, direction=self.config.kl.direction)
-                gradient = tuple(g + k for g, k in zip(gradient, held, strict=True))
-            self.policy.zero_grad()
-            pull(*gradient)
-            self.policy.adam_step(self.config.learning_rate)
-        return loss, entropy
+    def _begin_window(self, buffer: ReplayBuffer) -> Window:
+        return self._open(buffer.sample(_STATES, self.rng, self.device).inputs)
 
-    def _noise(self, policy: DiagonalNormal) -> Tensor:
-        return torch.from_numpy(self.rng.standard_normal(policy.loc.shape, dtype=np.float32)).to(self.device)
+    def _open(self, inputs: Inputs) -> Window:
+        self.old_params.flat.copy_(self.policy_params.flat)
+        params = self.policy_params
+        move = self.limit.begin(partial(self.policy_at, inputs), params.flat, optimizer=params.optimizer)
+        self._window = Window(inputs, self._weights(), move)
+        return self._window
 
-    def _begin_block(self, buffer: ReplayBuffer) -> Block:
-        inputs = buffer.sample(_STATES, self.rng, self.device).inputs
-        self.old_policy.vector.copy_(self.policy.vector)
-        self._block = Block(inputs, self.distribution(inputs), self._learned())
-        return self._block
-
-    def _end_block(self, block: Block) -> Report:
-        """Measure the block, take back what overshot as ``kl.on_overshoot`` says, and report."""
-        config, report, kept = self.config, self._measure(block), 1.0
-        reached, rule = report.bounded, config.kl.on_overshoot
-        if rule != "keep" and not self.bound.holds(reached):
-            if rule == "project":
-                old = self.old_policy.vector
-                kept = project(self.policy.vector, old, lambda: self._mean_kl(block), self.bound.limit, reached)
-            else:
-                self.policy.restore(block.before["policy"])
-                kept = 0.0
-            report = self._measure(block)
-        beta = 0.0 if self.penalty is None else self.penalty.coefficient.value
-        if self.penalty is not None:
-            self.penalty.adapt(reached)
-        self._block = None
-        means = torch.stack(block.trace).double().mean(0).tolist() if block.trace else []
+    def _end_window(self, window: Window) -> UpdateResult:
+        report = window.move.end()
+        self._window = None
+        means = torch.stack(window.trace).double().mean(0).tolist() if window.trace else []
         metrics = dict(zip(_TRACED, means, strict=False))
-        metrics |= {"train/ent_coef": self.entropy.coefficient.value, "entropy/target": self.entropy.bound.limit}
-        settled = {"attempted": reached, "rolled_back": 1 - kept, "coefficient": beta, "stop_epoch": block.stopped}
-        return Report(replace(report, **settled), metrics)  # type: ignore[arg-type]
+        alpha, target = self.temperature.coefficient.value, self.temperature.bound.limit
+        return UpdateResult(report, metrics | {"train/ent_coef": alpha, "entropy/target": target})
 
-    def _measure(self, block: Block) -> KLReport:
-        return block.measure(self.distribution(block.inputs), self.bound, self.config.kl.direction)
-
-    def _mean_kl(self, block: Block) -> float:
-        return bounded_kl(block.old, self.distribution(block.inputs), self.config.kl.direction)
-
-    def _learned(self) -> State:
+    def _weights(self) -> State:
         return {
-            "policy": self.policy.state_dict(),
-            "values": self.values.state_dict(),
-            "target": self.target.vector.clone(),
-            "alpha": self.entropy.coefficient.state_dict(),
+            "policy": self.policy_params.state_dict(),
+            "critic": self.critic_params.state_dict(),
+            "target": self.target_params.flat.clone(),
+            "alpha": self.temperature.coefficient.state_dict(),
         }
 
-    def _learn(self, state: State) -> None:
-        self.policy.load_state_dict(state["policy"])
-        self.values.load_state_dict(state["values"])  # raises where the number of weights differs
-        self.target.vector.copy_(state["target"])
-        self.entropy.coefficient.load_state_dict(state["alpha"])
+    def _load_weights(self, state: Mapping[str, Any]) -> None:
+        self.policy_params.load_state_dict(state["policy"])
+        self.critic_params.load_state_dict(state["critic"])
+        self.target_params.flat.copy_(state["target"])
+        self.temperature.coefficient.load_state_dict(state["alpha"])
 
     def state_dict(self) -> State:
+        window: State = {}
+        if self._window is not None:
+            trace = torch.stack(self._window.trace) if self._window.trace else None
+            window = {"inputs": self._window.inputs, "before": self._window.before, "trace": trace}
+            window |= {"steps": self._window.steps, "stopped_at": self._window.move.stopped_at}
         return {
-            **self._learned(),
-            "penalty": {} if self.penalty is None else self.penalty.coefficient.state_dict(),
+            **self._weights(),
+            "limit": self.limit.state_dict(),
             "rng": self.rng.bit_generator.state,
-            "noise": self.noise.state_dict() if self.continuous else {},
+            "noise": self.noise.state_dict(),
             "counts": {name: getattr(self, name) for name in _COUNTS},
-            "block": {} if self._block is None else self._block.state_dict(),
+            "window": window,
         }
 
     def load_state_dict(self, state: State) -> None:
-        self._block = None
-        if state["block"]:  # the policy of its beginning is that of the weights it had
-            self._learn(state["block"]["before"])
-            self.old_policy.vector.copy_(self.policy.vector)
-            self._block = Block.from_state(state["block"], self.distribution, self.device)
-        self._learn(state)
-        if self.penalty is not None:
-            self.penalty.coefficient.load_state_dict(state["penalty"])
+        self._window = None
+        if saved := state["window"]:  # the policy of its beginning is that of the weights it had
+            self._load_weights(saved["before"])
+            window = self._open({key: part.to(self.device) for key, part in saved["inputs"].items()})
+            window.steps, window.move.stopped_at = saved["steps"], saved["stopped_at"]
+            window.trace = [] if saved["trace"] is None else list(saved["trace"].to(self.device))
+        self._load_weights(state)
+        self.limit.load_state_dict(state["limit"])
         self.rng.bit_generator.state = state["rng"]
-        if self.continuous:
-            self.noise.load_state_dict(state["noise"])
+        self.noise.load_state_dict(state["noise"])
         for name in _COUNTS:
             setattr(self, name, int(state["counts"][name]))

@@ -68,6 +68,11 @@ def make_vector(
     return WatchedWorkers(AsyncVectorEnv(makers), config.timeout, longest)
 
 
+def can_replay(envs: VectorEnv[Any, Any, Any]) -> bool:
+    """Whether episodes of ``make_vector``'s environments can be had again: each was made and seeded by itself."""
+    return isinstance(envs.unwrapped, SyncVectorEnv | AsyncVectorEnv)
+
+
 def env_name(env: str | EnvFactory) -> str:
     """The environment's name in folder names and checkpoints."""
     return env if isinstance(env, str) else getattr(env, "__name__", type(env).__name__).strip("<>")

@@ -13,6 +13,7 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv, VectorWrapper
 
 from klrl.errors import EnvironmentFailedError, UsageError
+from klrl.policies.encoder import replace_rows
 
 T = TypeVar("T")
 
@@ -225,19 +226,8 @@ class SameStepAsNextStep(VectorWrapper):
         terminated, truncated, reward = terminated & seen, truncated & seen, np.where(seen, reward, 0.0)
         self._resetting = terminated | truncated
         if self._resetting.any():
-            obs = _replace(obs, info["final_obs"], np.flatnonzero(self._resetting))
+            obs = replace_rows(obs, info["final_obs"], np.flatnonzero(self._resetting))
         return obs, reward, terminated, truncated, info
-
-
-def _replace(obs: Any, finals: Any, rows: Any) -> Any:
-    """``obs`` with the given rows taken from ``finals``, one object per environment."""
-    if isinstance(obs, dict):
-        per_key = finals if isinstance(finals, dict) else {k: [f and f[k] for f in finals] for k in obs}
-        return {key: _replace(part, per_key[key], rows) for key, part in obs.items()}
-    obs = obs.copy()
-    for row in rows:
-        obs[row] = finals[row]
-    return obs
 
 
 def next_step(env: VectorEnv[Any, Any, Any], name: str) -> VectorEnv[Any, Any, Any]:

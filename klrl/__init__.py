@@ -6,10 +6,16 @@ Names are imported on first use, so that ``import klrl`` costs nothing and does 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:
+    from klrl.agents.base import Agent as Agent
     from klrl.agents.base import KLConfig as KLConfig
+    from klrl.agents.base import KLTarget as KLTarget
+    from klrl.agents.base import OffPolicyKLConfig as OffPolicyKLConfig
+    from klrl.agents.base import UpdateResult as UpdateResult
+    from klrl.agents.on_policy import OnPolicyAgent as OnPolicyAgent
+    from klrl.agents.on_policy import OnPolicyConfig as OnPolicyConfig
     from klrl.agents.ppo import PPO as PPO
     from klrl.agents.ppo import PPOConfig as PPOConfig
     from klrl.agents.sac import SAC as SAC
@@ -28,10 +34,15 @@ if TYPE_CHECKING:
     from klrl.training.run import train as train
 
 _HOME = {
+    "Agent": "klrl.agents.base",
     "EnvironmentFailedError": "klrl.errors",
     "Interrupted": "klrl.errors",
     "KLConfig": "klrl.agents.base",
+    "KLTarget": "klrl.agents.base",
     "NonFiniteError": "klrl.errors",
+    "OffPolicyKLConfig": "klrl.agents.base",
+    "OnPolicyAgent": "klrl.agents.on_policy",
+    "OnPolicyConfig": "klrl.agents.on_policy",
     "PPO": "klrl.agents.ppo",
     "PPOConfig": "klrl.agents.ppo",
     "ReplayBuffer": "klrl.buffers.replay",
@@ -41,6 +52,7 @@ _HOME = {
     "SACConfig": "klrl.agents.sac",
     "TRPO": "klrl.agents.trpo",
     "TRPOConfig": "klrl.agents.trpo",
+    "UpdateResult": "klrl.agents.base",
     "UsageError": "klrl.errors",
     "load": "klrl.training.load",
     "resume": "klrl.training.run",

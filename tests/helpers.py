@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from klrl.agents.base import KLConfig, Report
+from klrl.agents.base import OffPolicyKLConfig, UpdateResult
 from klrl.agents.on_policy import OnPolicyAgent, OnPolicyConfig
 from klrl.agents.ppo import PPO, PPOConfig
 from klrl.agents.sac import SAC, SACConfig
@@ -30,7 +30,9 @@ def make(config: OnPolicyConfig, env: Any, seed: int = 0) -> Any:
     return kind(env.single_observation_space, env.single_action_space, config, seed=seed)
 
 
-def train(config: OnPolicyConfig, env_id: Any, updates: int, seed: int = 0, **kwargs: Any) -> tuple[Any, list[Report]]:
+def train(
+    config: OnPolicyConfig, env_id: Any, updates: int, seed: int = 0, **kwargs: Any
+) -> tuple[Any, list[UpdateResult]]:
     """The agent after some updates on eight environments, and their reports."""
     env = make_vector(env_id, 8, EnvConfig(kwargs=kwargs))
     agent = make(config, env, seed)
@@ -63,15 +65,15 @@ SMALL_SAC = SACConfig(
     buffer_size=5_000,
     gamma=0.9,
     tau=0.05,
-    ent_rate=0.01,
-    kl=KLConfig(target=0.0, every=50),
+    ent_coef_lr=0.01,
+    kl=OffPolicyKLConfig(every=50),
 )
 
 
 def train_sac(
     config: SACConfig, env_id: Any, steps: int, seed: int = 0, n_envs: int = 4, **kwargs: Any
-) -> tuple[SAC, list[Report]]:
-    """The agent after ``steps`` steps of each of its environments, and the reports of its blocks."""
+) -> tuple[SAC, list[UpdateResult]]:
+    """The agent after ``steps`` steps of each of its environments, and the reports of its windows."""
     env = make_vector(env_id, n_envs, EnvConfig(kwargs=kwargs))
     agent = SAC(env.single_observation_space, env.single_action_space, config, seed=seed)
     buffer, reports = agent.new_buffer(n_envs), []
@@ -81,7 +83,7 @@ def train_sac(
         next_obs, reward, terminated, truncated, _ = env.step(agent.env_action(action))
         buffer.add(obs, action, reward, terminated, truncated, next_obs)
         obs = next_obs
-        if agent.due(buffer) and (report := agent.update(buffer)) is not None:
+        if agent.ready(buffer) and (report := agent.update(buffer)) is not None:
             reports.append(report)
     env.close()
     return agent, reports

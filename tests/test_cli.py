@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from klrl.agents import registry
 from klrl.agents.trpo import TRPOConfig
 from klrl.cli.main import main
 from klrl.training.run import resolve
@@ -138,10 +139,7 @@ def test_import_registers_a_packages_environments() -> None:
         (["train", "ppo", "CartPole-v1", "--gamma", "1.5"], "--gamma must be at least 0 and at most 1, got 1.5"),
         (["train", "ppo", "CartPole-v1", "--hidden-sizes", "64", "0"], "--hidden-sizes must be at least 1, got 0"),
         (["train", "ppo", "CartPole-v1", "--kl.on-overshoot", "panic"], "--kl.on-overshoot"),
-        (
-            ["train", "ppo", "CartPole-v1", "--batch-size", "300"],
-            "--batch-size 300 does not divide the rollout of 1024",
-        ),
+        (["train", "ppo", "CartPole-v1", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["train", "ppo", "CartPole-v1", "--device", "cuda"], "--device cuda: no CUDA device"),
         (["train", "ppo", "CartPole-v1", "--run-dir", "/proc/none"], "--run-dir /proc/none"),
         (
@@ -166,10 +164,9 @@ def test_bad_input_is_one_line_and_exit_code_2(words: list[str], message: str) -
 
 
 def test_a_group_given_in_part_keeps_the_agents_own_defaults_for_the_rest() -> None:
-    _, config = resolve("trpo", None, {"kl": {"target": 0.02}})
+    _, config = resolve(registry.find("trpo"), None, {"kl": {"target": 0.02}})
     assert config.kl == replace(TRPOConfig().kl, target=0.02)
-    assert config.kl.penalty == "none"
-    assert resolve("ppo", None, {"kl": {"target": 0.03}})[1].kl.penalty == "adaptive"
+    assert resolve(registry.find("ppo"), None, {"kl": {"target": 0.03}})[1].kl.penalty == "adaptive"
 
 
 def test_unknown_and_broken_keys_in_a_config_file() -> None:

@@ -29,15 +29,17 @@ from klrl.cli.main import main
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.errors import NonFiniteError
 from klrl.kl import js
-from klrl.policies.distributions import Categoricals, DiagonalNormal
-from klrl.training.load import Trained, open_policy
+from klrl.policies.distributions import DiagonalNormal, MultiCategorical
+from klrl.training.load import LoadedPolicy, load_policy
 from klrl.training.run import RunConfig
 
 QUICK = CompareConfig(steps=40, episodes=2)
 BOTH, LONG = "klrl/RewardByBoth-v0", "klrl/Truncation-v0"
 
 
-def made(kind: Any, output: Any = None, env: str = BOTH, log_std: Any = None, seed: int = 0, **kwargs: Any) -> Trained:
+def made(
+    kind: Any, output: Any = None, env: str = BOTH, log_std: Any = None, seed: int = 0, **kwargs: Any
+) -> LoadedPolicy:
     """A policy in a probe environment; with ``output`` it says the same at every state."""
     envs = make_vector(env, 1, EnvConfig(kwargs=kwargs))
     config = PPOConfig(hidden_sizes=(8,)) if kind is PPO else SACConfig(hidden_sizes=(8,), noise_correlation=0.5)
@@ -52,7 +54,7 @@ def made(kind: Any, output: Any = None, env: str = BOTH, log_std: Any = None, se
             last.weight.mul_(100)  # from the small initial differences between states to large ones
         if log_std is not None:
             agent.actor.log_std.copy_(torch.as_tensor(log_std))
-    return Trained("here", Path("here"), 7, agent, RunConfig(env=EnvConfig(kwargs=kwargs)), env)
+    return LoadedPolicy("here", Path("here"), 7, agent, RunConfig(env=EnvConfig(kwargs=kwargs)), env)
 
 
 def log(*probabilities: float) -> list[float]:
@@ -174,12 +176,12 @@ def test_js_of_more_joint_actions_than_can_be_written_out_is_sampled_and_agrees_
     generator = torch.Generator().manual_seed(0)
     old, new = torch.randn(2, 200, 17, 2, generator=generator, dtype=torch.float64)
     new[:, 3:] = old[:, 3:]  # 14 dimensions that tell nothing
-    values, stderr = divergences(Categoricals(old), Categoricals(new))
-    exact = js(Categoricals(old[:, :3]), Categoricals(new[:, :3])).mean()
+    values, stderr = divergences(MultiCategorical(old), MultiCategorical(new))
+    exact = js(MultiCategorical(old[:, :3]), MultiCategorical(new[:, :3])).mean()
     assert 0 < stderr < 5e-3
     assert abs(float(values[2].mean()) - float(exact)) < 4 * stderr
-    assert torch.equal(values, divergences(Categoricals(old), Categoricals(new))[0])
-    assert not torch.equal(values, divergences(Categoricals(old), Categoricals(new), seed=1)[0])
+    assert torch.equal(values, divergences(MultiCategorical(old), MultiCategorical(new))[0])
+    assert not torch.equal(values, divergences(MultiCategorical(old), MultiCategorical(new), seed=1)[0])
 
 
 def test_an_action_that_only_one_policy_takes_is_an_infinite_kl_in_every_form(tmp_path: Path) -> None:
@@ -243,7 +245,7 @@ def test_states_that_only_one_of_the_policies_reaches_are_told_apart() -> None:
 
 
 def test_a_policy_that_is_nan_is_named() -> None:
-    with pytest.raises(NonFiniteError, match="new is a Categoricals with parameters that are nan"):
+    with pytest.raises(NonFiniteError, match="new is a MultiCategorical with parameters that are nan"):
         compare_policies(made(PPO), made(PPO, [0.0, math.nan, 0.0]), QUICK)
 
 
@@ -286,7 +288,7 @@ def command(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_a_run_against_its_own_earlier_checkpoint(runs: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     folders = sorted(str(path) for path in Path(runs["discrete"], "checkpoints").glob("step-*"))
     content = strict(command(capsys, folders[0], runs["discrete"], "--json"))
-    assert content["A"]["step"] < content["B"]["step"] == open_policy(folders[-1]).step
+    assert content["A"]["step"] < content["B"]["step"] == load_policy(folders[-1]).step
     assert content["A"]["visited"]["forward"]["mean"] > 0
     assert content["A"]["return"]["returns"] == [5.0, 5.0]
     assert command(capsys, folders[0], runs["discrete"], "--json") == json.dumps(content) + "\n"

@@ -17,11 +17,11 @@ from klrl.kl import (
     js,
     kl,
     mc_entropy,
-    pinsker,
+    pinsker_bound,
     renyi,
     total_variation,
 )
-from klrl.policies.distributions import Categoricals, DiagonalNormal
+from klrl.policies.distributions import DiagonalNormal, MultiCategorical
 
 
 def random_categoricals(spread: float = 1.0) -> tuple[td.Categorical, td.Categorical]:
@@ -56,7 +56,7 @@ def test_identities_between_the_measures() -> None:
     assert torch.allclose(cross_entropy(old, new), entropy(old) + kl(old, new))
     assert torch.allclose(jeffreys(old, new), kl(old, new) + kl(new, old))
     assert torch.allclose(entropy(old, "bits") * math.log(2), entropy(old))
-    assert bool((total_variation(old, new) <= pinsker(kl(old, new)) + 1e-6).all())
+    assert bool((total_variation(old, new) <= pinsker_bound(kl(old, new)) + 1e-6).all())
     with pytest.raises(ValueError, match="units"):
         entropy(old, "hartleys")  # type: ignore[arg-type]
 
@@ -102,7 +102,7 @@ def test_renyi_of_normals_matches_quadrature() -> None:
 
 def test_joint_distributions_are_compared_as_one() -> None:
     torch.manual_seed(0)
-    old, new = Categoricals(torch.randn(6, 2, 3)), Categoricals(torch.randn(6, 2, 3))
+    old, new = MultiCategorical(torch.randn(6, 2, 3)), MultiCategorical(torch.randn(6, 2, 3))
     outcomes = [(d.log_probs[:, 0, :, None] + d.log_probs[:, 1, None, :]).flatten(1) for d in (old, new)]
     flat = [td.Categorical(logits=x) for x in outcomes]
     assert torch.allclose(js(old, new), js(flat[0], flat[1]), rtol=1e-5)
@@ -110,7 +110,7 @@ def test_joint_distributions_are_compared_as_one() -> None:
     assert torch.allclose(renyi(old, new, 0.5), renyi(flat[0], flat[1], 0.5), rtol=1e-5)
     coins = [joint(td.Bernoulli(logits=torch.randn(6, 4))) for _ in range(2)]
     assert js(coins[0], coins[1]).shape == (6,)
-    many = Categoricals(torch.zeros(1, 20, 3))
+    many = MultiCategorical(torch.zeros(1, 20, 3))
     with pytest.raises(ValueError, match="joint outcomes"):
         js(many, many)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from klrl.kl import Annealed, Banded, Coefficient, Dual, Fixed, Penalty, at_least, at_most
+from klrl.kl import Adaptive, Annealed, Coefficient, Dual, Fixed, Penalty, at_least, at_most
 
 INF = float("inf")
 
@@ -22,7 +22,7 @@ def test_bounds_know_their_side() -> None:
 
 
 def test_banded_moves_once_per_answer_outside_its_band() -> None:
-    beta = Banded(1.0)
+    beta = Adaptive(1.0)
     beta.adapt(0.0301, at_most(0.02))
     assert beta.value == pytest.approx(2.0)
     beta.adapt(0.02, at_most(0.02))
@@ -35,20 +35,20 @@ def test_banded_moves_once_per_answer_outside_its_band() -> None:
 
 
 def test_banded_stays_in_its_range_and_resumes() -> None:
-    beta = Banded(1.0, least=1e-3, most=1e3)
+    beta = Adaptive(1.0, minimum=1e-3, maximum=1e3)
     for _ in range(100):
         beta.adapt(0.0, at_most(0.02))
     assert beta.value == pytest.approx(1e-3)
     for _ in range(5):
         beta.adapt(1.0, at_most(0.02))
-    again = Banded(1.0, least=1e-3, most=1e3)
+    again = Adaptive(1.0, minimum=1e-3, maximum=1e3)
     again.load_state_dict(beta.state_dict())
     assert again.value == beta.value
 
 
 def test_banded_settles_a_plant_within_twenty_updates() -> None:
     for start in (1e-3, 1e3):
-        beta, bound = Banded(start), at_most(0.02)
+        beta, bound = Adaptive(start), at_most(0.02)
         history = []
         for _ in range(40):
             measured = 0.05 / (1 + beta.value)
@@ -62,7 +62,7 @@ def test_coefficients_refuse_what_means_nothing() -> None:
         with pytest.raises(ValueError, match="must"):
             Fixed(bad)
         with pytest.raises(ValueError, match="must"):
-            Banded(bad)
+            Adaptive(bad)
 
 
 def test_penalty_term_points_against_the_excess() -> None:
@@ -72,13 +72,13 @@ def test_penalty_term_points_against_the_excess() -> None:
 
 
 def test_rllib_and_paper_presets_follow_their_published_rules() -> None:
-    paper, rllib = Banded.preset("paper"), Banded.preset("rllib")
+    paper, rllib = Adaptive.preset("paper"), Adaptive.preset("rllib")
     for measured, by_paper, by_rllib in ((0.041, 2.0, 0.3), (0.031, 4.0, 0.3), (0.011, 2.0, 0.3), (0.009, 1.0, 0.15)):
         paper.adapt(measured, at_most(0.02))
         rllib.adapt(measured, at_most(0.02))
         assert (paper.value, rllib.value) == (pytest.approx(by_paper), pytest.approx(by_rllib))
     with pytest.raises(ValueError, match="name must be"):
-        Banded.preset("other")  # type: ignore[arg-type]
+        Adaptive.preset("other")  # type: ignore[arg-type]
 
 
 def test_dual_is_a_gradient_step_in_log_space() -> None:
@@ -107,8 +107,8 @@ def test_dual_with_a_proportional_term_rings_less() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda start: Banded(start),
-        lambda start: Banded.preset("rllib", start),
+        lambda start: Adaptive(start),
+        lambda start: Adaptive.preset("rllib", start),
         lambda start: Dual(start, rate=25.0),
         lambda start: Dual(start, rate=25.0, proportional=25.0),
     ],
@@ -127,7 +127,7 @@ def test_controllers_settle_a_plant_within_twenty_updates_without_ringing(make: 
     assert turns <= 1
 
 
-@pytest.mark.parametrize("make", [lambda: Banded(1.0), lambda: Dual(1.0, rate=10.0, proportional=3.0)])
+@pytest.mark.parametrize("make", [lambda: Adaptive(1.0), lambda: Dual(1.0, rate=10.0, proportional=3.0)])
 def test_no_coefficient_drifts_out_of_its_range_in_a_million_adversarial_steps(make: Any) -> None:
     coefficient, rng = make(), np.random.default_rng(0)
     extremes = [0.0, INF, float("nan"), 1e-300, 1e300, 0.02]
@@ -174,7 +174,7 @@ def test_annealed_over_one_step_and_after_a_warm_up() -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: Fixed(0.5), lambda: Banded(2.0), lambda: Dual(2.0, proportional=1.0), lambda: Annealed(0.0, 1.0, 100)],
+    [lambda: Fixed(0.5), lambda: Adaptive(2.0), lambda: Dual(2.0, proportional=1.0), lambda: Annealed(0.0, 1.0, 100)],
 )
 def test_every_coefficient_resumes_exactly(make: Any) -> None:
     first: Coefficient = make()

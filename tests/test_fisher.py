@@ -8,17 +8,17 @@ from torch import distributions as td
 
 from klrl.kl import fisher_vector_product, joint, kl
 from klrl.kl.divergence import _map_parameters, parameters_of
-from klrl.policies.distributions import Categoricals, DiagonalNormal
+from klrl.policies.distributions import DiagonalNormal, MultiCategorical
 
 
 def randn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def masked() -> Categoricals:
+def masked() -> MultiCategorical:
     logits = randn(5, 2, 3)
     logits[:, 0, 2] = float("-inf")
-    return Categoricals(logits)
+    return MultiCategorical(logits)
 
 
 FAMILIES: dict[str, Any] = {

@@ -22,7 +22,7 @@ from klrl.kl import (
     select,
     track,
 )
-from klrl.policies.distributions import Categoricals, DiagonalNormal
+from klrl.policies.distributions import DiagonalNormal, MultiCategorical
 
 INF = float("inf")
 
@@ -150,7 +150,7 @@ def test_probabilities_of_zero_are_taken_as_they_are() -> None:
 
 
 def test_our_distributions_are_registered_with_torch() -> None:
-    old, new = Categoricals(torch.randn(4, 2, 3)), Categoricals(torch.randn(4, 2, 3))
+    old, new = MultiCategorical(torch.randn(4, 2, 3)), MultiCategorical(torch.randn(4, 2, 3))
     assert torch.equal(td.kl_divergence(old, new), kl(old, new))
     assert torch.allclose(kl(old, new), categorical_kl(old.logits, new.logits).sum(-1))
 
@@ -252,12 +252,12 @@ def test_a_subsample_is_of_the_same_states_before_and_after() -> None:
 def test_report_ignores_rows_that_only_reset() -> None:
     old = td.Categorical(logits=torch.zeros(3, 2))
     new = td.Categorical(logits=torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 0.0]]))
-    assert measure(old, new, valid=torch.tensor([True, False, True])).max == 0.0
+    assert measure(old, new, mask=torch.tensor([True, False, True])).max == 0.0
     assert measure(old, new).max > 1.0
     assert measure(old, old, at_most(0.0)).of_limit == 0.0
     assert measure(old, new, at_most(0.0)).of_limit == INF
     with pytest.raises(ValueError, match="no valid state"):
-        measure(old, new, valid=torch.zeros(3, dtype=torch.bool))
+        measure(old, new, mask=torch.zeros(3, dtype=torch.bool))
 
 
 def test_report_writes_its_tags_and_quantiles() -> None:
@@ -270,7 +270,7 @@ def test_report_writes_its_tags_and_quantiles() -> None:
     assert (report.p50, report.p95, report.max) == tuple(float(ordered[i]) for i in (50, 95, 100))
     written: dict[str, float] = {}
     report.write(written.__setitem__)
-    assert {"kl/mean", "kl/max", "kl/p95", "kl/reverse", "kl/of_limit", "kl/coef", "kl/stop_epoch"} <= set(written)
+    assert {"kl/mean", "kl/max", "kl/p95", "kl/reverse", "kl/of_limit", "kl/coef", "kl/stopped_at"} <= set(written)
     assert {"kl/rolled_back", "entropy/mean", "kl/k1", "kl/k3", "kl/limit"} <= set(written)
 
 

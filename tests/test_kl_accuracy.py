@@ -13,7 +13,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from klrl.kl import categorical_kl, joint, kl
-from klrl.policies.distributions import Categoricals, DiagonalNormal
+from klrl.policies.distributions import DiagonalNormal, MultiCategorical
 
 mp.mp.dps = 50
 INF = float("inf")
@@ -95,7 +95,7 @@ def test_multidiscretes_padded_and_as_a_list(scale: float) -> None:
         for i, n in enumerate(sizes)
     )
     assert isinstance(exact, Tensor)
-    assert_exact(kl(Categoricals(old), Categoricals(new)), exact)
+    assert_exact(kl(MultiCategorical(old), MultiCategorical(new)), exact)
     parts = [joint([td.Categorical(logits=x[:, i, :n]) for i, n in enumerate(sizes)]) for x in (old, new)]
     logits = [[part.logits.double() for part in dist.parts] for dist in parts]  # type: ignore[attr-defined]
     exact = sum(
@@ -297,7 +297,7 @@ def test_gradients_and_second_derivatives_equal_finite_differences(spread: float
     for function, inputs in (
         (categorical_kl, pair(3, 4)),
         (lambda x, y: kl(td.Bernoulli(logits=x), td.Bernoulli(logits=y)), pair(5)),
-        (lambda x, y: kl(Categoricals(x), Categoricals(y)), pair(2, 2, 3)),
+        (lambda x, y: kl(MultiCategorical(x), MultiCategorical(y)), pair(2, 2, 3)),
         (normal, [a, s, b, t]),
         (diagonal, [a, s, b, t]),
         (beta, pair(3, 2)),

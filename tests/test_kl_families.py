@@ -24,7 +24,7 @@ from klrl.kl import (
     total_variation,
     track,
 )
-from klrl.policies.distributions import Categoricals
+from klrl.policies.distributions import MultiCategorical
 
 mp.mp.dps = 50
 ONE = torch.ones(1)
@@ -120,8 +120,8 @@ def test_autocast_rounds_nothing() -> None:
     [
         (kl, td.Normal(torch.zeros(2), 1.0), td.Laplace(torch.zeros(3), 1.0), "one shape"),
         (kl, td.Normal(torch.zeros(1), 1.0), td.Laplace(torch.zeros(3), 1.0), "one shape"),
-        (kl, Categoricals(torch.zeros(4, 2, 3)), Categoricals(torch.zeros(4, 2, 2)), "one shape"),
-        (kl, Categoricals(torch.zeros(4, 2, 3)), Categoricals(torch.zeros(4, 2, 1)), "one shape"),
+        (kl, MultiCategorical(torch.zeros(4, 2, 3)), MultiCategorical(torch.zeros(4, 2, 2)), "one shape"),
+        (kl, MultiCategorical(torch.zeros(4, 2, 3)), MultiCategorical(torch.zeros(4, 2, 1)), "one shape"),
         (js, td.Categorical(torch.ones(4, 2)), td.Bernoulli(0.5 * torch.ones(4)), "different families"),
         (renyi, td.Categorical(torch.ones(4, 2)), td.Bernoulli(0.5 * torch.ones(4)), "different families"),
         (renyi, td.Categorical(torch.ones(4, 2)), td.Categorical(torch.ones(4, 1)), "one shape"),

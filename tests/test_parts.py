@@ -10,7 +10,7 @@ from torch import distributions as td
 
 from klrl.kl import kl
 from klrl.kl.trust_region import project
-from klrl.policies.distributions import Categoricals, DiagonalNormal
+from klrl.policies.distributions import DiagonalNormal, MultiCategorical
 from klrl.policies.encoder import ObservationEncoder
 from klrl.policies.networks import MLP, Actor, Network
 from klrl.policies.parameters import FlatParameters
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def test_categoricals_agree_with_torch() -> None:
     torch.manual_seed(0)
     logits = torch.randn(6, 2, 3)
-    mine, theirs = Categoricals(logits), td.Independent(td.Categorical(logits=logits), 1)
+    mine, theirs = MultiCategorical(logits), td.Independent(td.Categorical(logits=logits), 1)
     action = theirs.sample()
     assert torch.allclose(mine.log_prob(action), theirs.log_prob(action))
     assert torch.allclose(mine.entropy(), theirs.entropy())
@@ -32,7 +32,7 @@ def test_categoricals_agree_with_torch() -> None:
 
 def test_forbidden_choices_have_no_entropy_and_no_gradient() -> None:
     logits = torch.tensor([[[0.0, 1.0, float("-inf")]]], requires_grad=True)
-    dist = Categoricals(logits)
+    dist = MultiCategorical(logits)
     (dist.entropy() + dist.log_prob(torch.tensor([[1]]))).sum().backward()
     assert logits.grad is not None
     assert bool(torch.isfinite(logits.grad).all())
@@ -61,8 +61,8 @@ def test_gradients_written_out_equal_autograd(family: str, direction: Any) -> No
     else:
         parameters = [torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)]
         mask = torch.tensor([[False, False, family == "padded"], [False] * 3])
-        new = Categoricals(parameters[0].masked_fill(mask, float("-inf")))
-        old = Categoricals(torch.randn(6, 2, 3).double().masked_fill(mask, float("-inf")))
+        new = MultiCategorical(parameters[0].masked_fill(mask, float("-inf")))
+        old = MultiCategorical(torch.randn(6, 2, 3).double().masked_fill(mask, float("-inf")))
         action = torch.randint(2, (6, 2))
     a, k, e = torch.randn(3, 6, dtype=torch.float64)
     divergence = kl(old, new) if direction == "forward" else kl(new, old)
@@ -209,7 +209,7 @@ def test_acting_in_numpy_samples_the_policy_that_is_learned(space: spaces.Space[
     dist = actor(encoder(obs))
     output = np.repeat(actor.network.mlp.on_host(obs), 40_000, axis=0)
     sample = torch.from_numpy(actor.act(output, np.random.default_rng(0)))
-    if isinstance(dist, Categoricals):
+    if isinstance(dist, MultiCategorical):
         frequency = torch.nn.functional.one_hot(sample, dist.logits.shape[-1]).float().mean(0)
         assert torch.allclose(frequency, dist.log_probs.exp()[0], atol=0.02)
     else:

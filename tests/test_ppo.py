@@ -11,13 +11,13 @@ from gymnasium import spaces
 from helpers import collect, train
 
 from klrl.agents.base import KLConfig
-from klrl.agents.on_policy import Batch, value_gradient
-from klrl.agents.ppo import PPO, PPOConfig, policy_gradient
+from klrl.agents.on_policy import Batch, value_loss
+from klrl.agents.ppo import PPO, PPOConfig, policy_loss
 from klrl.buffers.rollout import RolloutBuffer
 from klrl.envs.make import EnvConfig, make_vector
-from klrl.errors import NonFiniteError, UsageError
-from klrl.kl import Fixed, Penalty, at_most, freeze, kl
-from klrl.policies.distributions import Categoricals
+from klrl.errors import NonFiniteError
+from klrl.kl import KLLimit, at_most, kl
+from klrl.policies.distributions import MultiCategorical
 
 PROBE = PPOConfig(
     n_steps=32,
@@ -33,45 +33,57 @@ PROBE = PPOConfig(
 )
 
 
-def one_row(probability_new: float, advantage: float) -> tuple[Categoricals, Batch]:
+def one_row(probability_new: float, advantage: float) -> tuple[MultiCategorical, Batch]:
     """A batch of one state with two actions, the first taken; pi_old is uniform."""
-    old = Categoricals(torch.zeros(1, 1, 2))
+    old = MultiCategorical(torch.zeros(1, 1, 2))
     logit = math.log(probability_new / (1 - probability_new))
-    new = Categoricals(torch.tensor([[[logit, 0.0]]]))
+    new = MultiCategorical(torch.tensor([[[logit, 0.0]]], requires_grad=True))
     action = torch.zeros(1, 1, dtype=torch.int64)
     one = torch.ones(1)
     batch = Batch({}, old, action, old.log_prob(action), 0.5 * one, advantage * one, 2.0 * one, one)
     return new, batch
 
 
+def loss_of(
+    new: MultiCategorical, batch: Batch, config: PPOConfig | None = None, beta: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss, its surrogate part, and its gradient in the logits."""
+    config = config or PPOConfig()
+    limit = KLLimit(at_most(0.02), penalty="fixed", coef=beta, direction=config.kl.direction)
+    loss, surrogate = policy_loss(new, batch, limit, config)
+    return loss, surrogate, torch.autograd.grad(loss, new.logits)[0]
+
+
 def test_surrogate_matches_a_hand_computed_example() -> None:
-    new, batch = one_row(0.75, advantage=2.0)
-    loss, (to_logits,) = policy_gradient(new, batch, PPOConfig(), None)
-    assert loss.item() == pytest.approx(-1.5 * 2.0)
+    loss, surrogate, to_logits = loss_of(*one_row(0.75, advantage=2.0))
+    assert loss.item() == surrogate.item() == pytest.approx(-1.5 * 2.0)
     # d(-ratio * A) = -3 * (onehot - p) = -3 * (0.25, -0.25)
     assert to_logits.flatten().tolist() == pytest.approx([-0.75, 0.75])
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("clip_range", [0.0, 0.2])
-def test_the_gradient_is_that_of_the_loss_in_the_paper(clip_range: float, direction: Any) -> None:
+def test_the_loss_is_that_of_the_paper(clip_range: float, direction: Any) -> None:
     torch.manual_seed(0)
     logits = torch.randn(64, 2, 3, requires_grad=True)
-    new, old = Categoricals(logits), Categoricals(torch.randn(64, 2, 3))
+    new, old = MultiCategorical(logits), MultiCategorical(torch.randn(64, 2, 3))
     action, advantage, weight = old.sample(), torch.randn(64), torch.rand(64)
     config = PPOConfig(clip_range=clip_range, ent_coef=0.3, kl=KLConfig(direction=direction))
     batch = Batch({}, old, action, old.log_prob(action), weight, advantage, weight, weight)
-    ratio = torch.exp(new.log_prob(action) - old.log_prob(action))
+    # Of each row by itself, with torch's own categoricals, in float64.
+    p, q = (torch.softmax(x.double(), -1) for x in (old.logits, logits))
+    kls = (p * (p / q).log()).sum((1, 2)) if direction == "forward" else (q * (q / p).log()).sum((1, 2))
+    entropy = -(q * q.log()).sum((1, 2))
+    taken = [x.gather(-1, action.unsqueeze(-1)).prod(1).squeeze(-1) for x in (p, q)]
+    ratio = taken[1] / taken[0]
     surrogate = ratio * advantage
     if clip_range:
         surrogate = torch.minimum(surrogate, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
-    divergence = kl(old, new) if direction == "forward" else kl(new, old)
-    (weight @ (-surrogate + 3.0 * divergence - 0.3 * new.entropy())).backward()
-    with torch.no_grad():
-        loss, (to_logits,) = policy_gradient(new, batch, config, Penalty(at_most(0.02), Fixed(3.0)))
-    assert loss.item() == pytest.approx(-(weight @ surrogate).item(), rel=1e-5)
-    assert logits.grad is not None
-    assert torch.allclose(to_logits, logits.grad, atol=1e-5)
+    expected = weight.double() @ (-surrogate + 3.0 * kls - 0.3 * entropy)
+    loss, part, to_logits = loss_of(new, batch, config, beta=3.0)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert part.item() == pytest.approx(-(weight.double() @ surrogate).item(), rel=1e-5)
+    assert torch.allclose(to_logits, torch.autograd.grad(expected, logits)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -79,35 +91,41 @@ def test_the_gradient_is_that_of_the_loss_in_the_paper(clip_range: float, direct
     [(0.75, 1.0, 1.2, False), (0.75, -1.0, -1.5, True), (0.25, 1.0, 0.5, True), (0.25, -1.0, -0.8, False)],
 )
 def test_clipping_is_pessimistic(probability: float, advantage: float, expected: float, moves: bool) -> None:
-    new, batch = one_row(probability, advantage)
-    loss, (to_logits,) = policy_gradient(new, batch, PPOConfig(clip_range=0.2), None)
+    loss, _, to_logits = loss_of(*one_row(probability, advantage), PPOConfig(clip_range=0.2))
     assert loss.item() == pytest.approx(-expected, rel=1e-6)
     assert bool(to_logits.abs().sum() > 0) == moves
 
 
 def test_value_loss_matches_a_hand_computed_example() -> None:
     _, batch = one_row(0.5, 0.0)  # V_old 0.5, return 2
-    value = torch.tensor([1.0])
-    assert [x.item() for x in value_gradient(value, batch, 0.0)] == pytest.approx([1.0, -2.0])
-    assert [x.item() for x in value_gradient(value, batch, 0.1)] == pytest.approx([(0.6 - 2.0) ** 2, 0.0])
+    found = []
+    for clip_range_vf in (0.0, 0.1, 0.6):
+        value = torch.tensor([1.0], requires_grad=True)
+        loss = value_loss(value, batch, clip_range_vf)
+        found.append((loss.item(), torch.autograd.grad(loss, value)[0].item()))
+    assert found == [
+        pytest.approx((1.0, -2.0)),
+        pytest.approx(((0.6 - 2.0) ** 2, 0.0)),
+        pytest.approx((1.0, -2.0)),
+    ]
 
 
 def test_rows_that_only_reset_have_no_gradient() -> None:
-    old = Categoricals(torch.zeros(2, 1, 2))
+    old = MultiCategorical(torch.zeros(2, 1, 2))
     action = torch.zeros(2, 1, dtype=torch.int64)
     weight, one = torch.tensor([1.0, 0.0]), torch.ones(2)
     batch = Batch({}, old, action, old.log_prob(action), one, one, one, weight)
-    new = Categoricals(torch.ones(2, 1, 2))
-    _, (to_logits,) = policy_gradient(new, batch, PPOConfig(ent_coef=0.1), Penalty(at_most(1.0), Fixed(1.0)))
+    new = MultiCategorical(torch.ones(2, 1, 2, requires_grad=True))
+    _, _, to_logits = loss_of(new, batch, PPOConfig(ent_coef=0.1), beta=1.0)
     assert float(to_logits[0].abs().sum()) > 0.0
     assert float(to_logits[1].abs().sum()) == 0.0
-    assert value_gradient(2 * one, batch, 0.0)[1].tolist() == [2.0, 0.0]
+    value = (2 * one).requires_grad_()
+    assert torch.autograd.grad(value_loss(value, batch), value)[0].tolist() == [2.0, 0.0]
 
 
 def test_beta_changes_the_gradient() -> None:
     def gradient(beta: float) -> torch.Tensor:
-        new, batch = one_row(0.75, advantage=1.0)
-        return policy_gradient(new, batch, PPOConfig(), Penalty(at_most(0.02), Fixed(beta)))[1][0].flatten()
+        return loss_of(*one_row(0.75, advantage=1.0), beta=beta)[2].flatten()
 
     # d KL / d logits = softmax(new) - softmax(old) = (0.25, -0.25)
     assert torch.allclose(gradient(10.0) - gradient(0.0), torch.tensor([2.5, -2.5]), rtol=1e-5)
@@ -128,7 +146,7 @@ def test_project_keeps_kl_within_the_limit_after_every_update(direction: Any) ->
     config = PPOConfig(n_steps=64, batch_size=128, n_epochs=4, learning_rate=3e-3, kl=rules)
     for env_id in ("CartPole-v1", "Pendulum-v1"):
         _, reports = train(config, env_id, 15)
-        assert all(report.kl.bounded <= 0.003 for report in reports)
+        assert all(report.kl.limited <= 0.003 for report in reports)
         assert all(0.0 < report.kl.rolled_back < 1.0 and report.kl.attempted > 0.003 for report in reports[2:])
         assert np.mean([report.kl.of_limit for report in reports]) > 0.8, "and no further than needed"
 
@@ -139,11 +157,11 @@ def test_the_reported_kl_is_that_of_the_policy_afterwards() -> None:
     env = make_vector("CartPole-v1", 8, EnvConfig())
     buffer = agent.new_buffer(8)
     collect(agent, env, buffer, env.reset(seed=3)[0])
-    inputs = agent.encoder(buffer.obs[:-1])  # type: ignore[index]
-    before = freeze(agent.distribution(inputs))
+    inputs = agent.encoder(buffer.obs_before_steps())
+    before = agent.policy_at(inputs)
     report = agent.update(buffer)
     valid = torch.from_numpy(buffer.valid).flatten()
-    after = kl(before, agent.distribution(inputs))[valid]
+    after = kl(before, agent.policy_at(inputs))[valid]
     assert float(after.double().mean()) == pytest.approx(report.kl.mean, rel=1e-6)
     assert float(after.max()) == pytest.approx(report.kl.max, rel=1e-6)
 
@@ -156,25 +174,24 @@ def test_rollback_restores_policy_and_optimizer_bit_for_bit(check: Any) -> None:
     agent = PPO(env.single_observation_space, env.single_action_space, config)
     buffer = agent.new_buffer(8)
     collect(agent, env, buffer, env.reset(seed=0)[0])
-    policy, critic = agent.parameters.parts
-    before = agent.parameters.state_dict()
+    before, critic = agent.policy_params.state_dict(), agent.critic_params.flat.clone()
     report = agent.update(buffer)
     assert report.kl.rolled_back == 1.0
     assert report.kl.mean == 0.0
     assert report.kl.attempted > 1e-9
-    assert report.kl.stop_epoch == (0 if check == "update" else 1)
-    assert agent.parameters.steps[0] == 0 < agent.parameters.steps[1]
-    for name in ("vector", "first_moment", "second_moment"):
-        assert torch.equal(getattr(agent.parameters, name)[policy], before[name][policy])
-    assert not torch.equal(agent.parameters.vector[critic], before["vector"][critic]), "the critic goes on learning"
+    assert report.kl.stopped_at == (0 if check == "update" else 1)
+    assert float(agent.policy_params.count) == 0 < float(agent.critic_params.count)
+    for name, tensor in agent.policy_params.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert not torch.equal(agent.critic_params.flat, critic), "the critic goes on learning"
 
 
 def test_the_update_stops_on_the_exact_kl() -> None:
     loose = replace(PROBE, learning_rate=0.03, kl=KLConfig(target=0.01, penalty="none", stop=0.0))
     tight = replace(loose, kl=replace(loose.kl, stop=1.5, check="minibatch"))
     far, near = (train(config, "CartPole-v1", 1)[1][0].kl for config in (loose, tight))
-    assert far.stop_epoch == 0
-    assert near.stop_epoch == 1
+    assert far.stopped_at == 0
+    assert near.stopped_at == 1
     assert far.mean > near.mean > 0.015
 
 
@@ -185,10 +202,11 @@ def test_a_non_finite_gradient_stops_and_leaves_the_weights() -> None:
     buffer = agent.new_buffer(8)
     collect(agent, env, buffer, env.reset(seed=0)[0])
     buffer.reward[3, 2] = 1e30
-    before = agent.parameters.state_dict()
+    before = agent.state_dict()
     with pytest.raises(NonFiniteError, match="value_loss is inf in update 1"):
         agent.update(buffer)
-    assert torch.equal(agent.parameters.vector, before["vector"])
+    for part in ("policy", "critic"):
+        assert all(torch.equal(tensor, before[part][name]) for name, tensor in agent.state_dict()[part].items())
     assert agent.reward_scale is None or agent.reward_scale.count == 0
     buffer.reward[3, 2] = np.inf
     with pytest.raises(NonFiniteError, match="reward is inf in env 2 at step 3"):
@@ -204,7 +222,8 @@ def test_weights_that_are_not_finite_or_overflow_never_stay(rate: float, check: 
     collect(agent, env, buffer, env.reset(seed=0)[0])
     with pytest.raises(NonFiniteError, match=r"in update 1|nan"):
         agent.update(buffer)
-    assert bool(torch.isfinite(agent.parameters.vector).all())
+    assert bool(torch.isfinite(agent.policy_params.flat).all())
+    assert bool(torch.isfinite(agent.critic_params.flat).all())
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "kl"])
@@ -222,10 +241,23 @@ def test_learning_rate_schedules(schedule: Any) -> None:
     assert rates == pytest.approx(expected)
 
 
-def test_batch_size_must_divide_the_rollout() -> None:
-    agent = PPO(spaces.Box(-1, 1, (2,)), spaces.Discrete(2), PPOConfig(n_steps=128, batch_size=300))
-    with pytest.raises(UsageError, match=r"--batch-size 300 does not divide the rollout of 1024 rows .*; 256 would do"):
-        agent.new_buffer(8)
+def test_a_minibatch_that_is_shorter_than_the_others_counts_as_its_rows_say() -> None:
+    env = make_vector("CartPole-v1", 3, EnvConfig())
+    agent = PPO(env.single_observation_space, env.single_action_space, replace(PROBE, batch_size=40))
+    buffer = agent.new_buffer(3)
+    collect(agent, env, buffer, env.reset(seed=0)[0])
+    batch = agent.make_batch(buffer)
+    minibatches = batch.minibatches(40, np.random.default_rng(0))
+    assert [len(part.weight) for part in minibatches] == [40, 40, 16]
+    assert float(batch.weight.sum()) == pytest.approx(1.0)
+    rows = int(batch.mask.sum())
+    for part in minibatches:  # each estimates the mean over states
+        assert float(part.weight.sum()) == pytest.approx(float(part.mask.sum()) / rows * 96 / len(part.weight))
+    assert sorted(torch.cat([part.returns for part in minibatches]).tolist()) == sorted(batch.returns.tolist())
+    assert agent.update(buffer).kl.mean > 0
+
+
+def test_an_update_needs_a_full_rollout() -> None:
     with pytest.raises(ValueError, match="fill it"):
         PPO(spaces.Box(-1, 1, (2,)), spaces.Discrete(2), PROBE).update(
             RolloutBuffer(spaces.Box(-1, 1, (2,)), spaces.Discrete(2), 32, 8)

@@ -24,7 +24,7 @@ from klrl.envs.probes import OneStep
 from klrl.kl import kl
 from klrl.rundir import checkpoint
 from klrl.training.evaluation import FRESH_SEED, run_episodes
-from klrl.training.load import Trained, open_policy
+from klrl.training.load import LoadedPolicy, load_policy
 from klrl.training.run import RunConfig
 
 SMALL: dict[str, Any] = {"n_envs": 2, "n_steps": 64, "batch_size": 64, "n_epochs": 1, "quiet": True, "eval_every": 0}
@@ -91,7 +91,7 @@ def test_a_video_has_a_frame_for_each_state_as_the_environment_draws_it(run: str
     last = checkpoint.resolve(Path(run)).name
     assert paths == [Path(run, "videos", f"{last}-episode-{i}.mp4") for i in range(2)]
     assert sorted(Path(run, "videos").iterdir()) == paths
-    trained = open_policy(run)
+    trained = load_policy(run)
     envs = trained.make_envs(2, render_mode="rgb_array")
     expected: list[Any] = []
 
@@ -123,7 +123,7 @@ def test_an_overlay_is_written_in_the_corner_and_nowhere_else(run: str) -> None:
 
 
 def test_the_overlay_shows_entropy_action_and_kl_from_the_checkpoint_before(run: str) -> None:
-    before, this = (open_policy(path) for path in checkpoint.steps(Path(run, "checkpoints")))
+    before, this = (load_policy(path) for path in checkpoint.steps(Path(run, "checkpoints")))
     obs = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     old, new = (trained.agent.distribution(trained.agent.encoder(obs)) for trained in (before, this))
     for i, (entropy, action, moved) in enumerate(Overlay(this).lines(obs)):
@@ -137,7 +137,7 @@ def test_the_overlay_shows_entropy_action_and_kl_from_the_checkpoint_before(run:
 def test_the_entropy_of_a_squashed_policy_is_that_of_its_actions() -> None:
     space = spaces.Box(-1, 1, (2,), np.float32)
     agent = SAC(spaces.Box(-1, 1, (3,), np.float32), space)
-    overlay = Overlay(Trained("x", Path("x/step-1"), 1, agent, RunConfig(), "X-v0"))
+    overlay = Overlay(LoadedPolicy("x", Path("x/step-1"), 1, agent, RunConfig(), "X-v0"))
     obs = np.zeros((1, 3), np.float32)
     state = torch.get_rng_state()
     (first,), (again,) = overlay.lines(obs), overlay.lines(obs)
@@ -203,7 +203,7 @@ def test_what_draws_without_a_display_is_chosen_where_nothing_is_set(monkeypatch
     monkeypatch.setenv("SDL_VIDEODRIVER", "mine")
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: "lib" if name == "OSMesa" else None)
     seen: dict[str, str] = {}
-    monkeypatch.setattr("klrl.analysis.record.open_policy", lambda path, which: seen.update(os.environ))
+    monkeypatch.setattr("klrl.analysis.record.load_policy", lambda path, which: seen.update(os.environ))
     with pytest.raises(AttributeError):
         record("nowhere", RecordConfig())
     assert (seen["MUJOCO_GL"], seen["SDL_VIDEODRIVER"]) == ("osmesa", "mine")

@@ -180,7 +180,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "action", "observation"), CASES)
 def test_probes_are_solved_and_valued(name: str, action: str, observation: str) -> None:
-    config = replace(SMALL_SAC, target_entropy_share=0.05, target_entropy=-3.0, ent_coef=0.1)
+    config = replace(SMALL_SAC, target_entropy_fraction=0.05, target_entropy=-3.0, ent_coef=0.1)
     agent, reports = train_sac(config, f"klrl/{name}-v0", 700, action=action, observation=observation)
     probe: Any = gym.make(f"klrl/{name}-v0", action=action, observation=observation).unwrapped
     assert len(reports) >= 5
@@ -204,7 +204,7 @@ def test_probes_are_solved_and_valued(name: str, action: str, observation: str) 
 
 def test_an_image_probe_is_solved() -> None:
     config = replace(
-        SMALL_SAC, target_entropy_share=0.05, ent_coef=0.1, batch_size=16, buffer_size=500, learning_rate=1e-3
+        SMALL_SAC, target_entropy_fraction=0.05, ent_coef=0.1, batch_size=16, buffer_size=500, learning_rate=1e-3
     )
     agent, _ = train_sac(config, "klrl/RewardByBoth-v0", 150, action="discrete", observation="image")
     probe: Any = gym.make("klrl/RewardByBoth-v0", action="discrete", observation="image").unwrapped

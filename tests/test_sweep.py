@@ -17,6 +17,7 @@ import pytest
 import tomli_w
 from rich.console import Console
 
+from klrl.agents import registry
 from klrl.cli.main import main
 from klrl.errors import Interrupted, UsageError
 from klrl.rundir import checkpoint
@@ -76,7 +77,7 @@ def test_a_grid_has_every_combination_complete_and_named_by_what_was_set() -> No
         "hidden_sizes=16x16 kl.target=0.02",
     ]
     assert settings[0].name == "hidden_sizes=8,kl.target=0.01,total_timesteps=1000"
-    run, agent = resolve("ppo", "CartPole-v1", {"kl": {"target": 0.01}})
+    run, agent = resolve(registry.find("ppo"), "CartPole-v1", {"kl": {"target": 0.01}})
     assert settings[0].options["n_steps"] == agent.n_steps
     assert settings[0].options["kl"] == {**settings[0].options["kl"], "target": 0.01, "stop": agent.kl.stop}
     assert settings[0].options["n_envs"] == run.n_envs
@@ -213,18 +214,18 @@ def test_a_sweep_that_is_stopped_or_killed_goes_on_where_it_was(capsys: pytest.C
 
 
 def test_a_failing_trial_does_not_stop_the_others(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--set", *TINY[:3], "n_epochs=1", "eval_every=0", "--set", "batch_size=300,64"]
+    words = ["--set", *TINY[:3], "n_epochs=1", "eval_every=0", "lr_schedule=kl", "--set", "kl.target=0.0,0.02"]
     with pytest.raises(SystemExit) as stop:
         main(["sweep", "ppo", "CartPole-v1", "--seeds", "1", "--jobs", "2", *words])
     assert stop.value.code == 1
     out, err = capsys.readouterr()
-    reason = "--batch-size 300 does not divide the rollout of 128 rows"
-    assert "batch_size=300  seed 0  running\n" in out
-    assert f"batch_size=300  seed 0  failed  {reason}" in out
-    assert "batch_size=64   1 of 1" in out
+    reason = "--lr-schedule kl needs a --kl.target above 0"
+    assert "kl.target=0.0  seed 0  running\n" in out
+    assert f"kl.target=0.0  seed 0  failed  {reason}" in out
+    assert "kl.target=0.02  1 of 1" in out
     assert out.splitlines()[-1] == f"report      {FOLDER}/report.html"
     failed, summary = err.splitlines()
-    assert failed.startswith(f"klrl: batch_size=300 seed 0 failed: {reason}")
+    assert failed.startswith(f"klrl: kl.target=0.0 seed 0 failed: {reason}")
     assert summary == "klrl: 1 of 2 trials failed; the same command tries them again"
     (run,) = runs()
     assert 512 <= read_history(run).steps < 640

@@ -18,6 +18,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 import klrl
+from klrl.agents import registry
 from klrl.envs.make import EnvConfig, make_vector, preset, presets
 from klrl.envs.wrappers import next_step
 from klrl.errors import NonFiniteError, UsageError
@@ -37,7 +38,7 @@ SB3_TAGS = {
     "time/fps",
     "eval/mean_reward",
 }
-KL_TAGS = {f"kl/{x}" for x in ("mean", "max", "p95", "reverse", "of_limit", "coef", "stop_epoch", "rolled_back")}
+KL_TAGS = {f"kl/{x}" for x in ("mean", "max", "p95", "reverse", "of_limit", "coef", "stopped_at", "rolled_back")}
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_the_written_config_reruns_the_same_run(run: Run) -> None:
     assert options.pop("agent") == "ppo"
     assert options.pop("env_id") == "CartPole-v1"
     again = klrl.train("ppo", "CartPole-v1", **options)
-    assert torch.equal(again.agent.parameters.vector, run.agent.parameters.vector)  # type: ignore[attr-defined]
+    assert torch.equal(again.agent.policy_params.flat, run.agent.policy_params.flat)  # type: ignore[attr-defined]
     first, second = (
         [json.loads(line) for line in (one.folder / "metrics.jsonl").read_text().splitlines()] for one in (run, again)
     )
@@ -174,7 +175,7 @@ def test_a_nan_from_the_environment_stops_the_run_and_keeps_the_last_good_checkp
         klrl.train("ppo", factory, **options)
     (folder,) = Path("runs").iterdir()
     agent = klrl.load(folder)
-    assert bool(torch.isfinite(agent.parameters.vector).all())  # type: ignore[attr-defined]
+    assert bool(torch.isfinite(agent.policy_params.flat).all())  # type: ignore[attr-defined]
 
 
 def test_a_factory_trains_and_its_checkpoint_loads() -> None:
@@ -186,10 +187,11 @@ def test_options_are_layered_default_preset_given() -> None:
     assert preset("ppo", "CartPole-v1")["n_epochs"] == 10
     assert preset("ppo", "somewhere:CartPole-v1") == preset("ppo", "CartPole-v1")
     assert preset("ppo", "Unheard-v0") == {}
-    run, agent = resolve("ppo", "CartPole-v1", {"n_envs": 3, "kl": {"target": 0.5}})
+    run, agent = resolve(registry.find("ppo"), "CartPole-v1", {"n_envs": 3, "kl": {"target": 0.5}})
     assert (run.n_envs, agent.kl.target, agent.n_epochs) == (3, 0.5, 10)
-    for env_id in presets():
-        resolve("ppo", env_id, {})[1].check_rollout(resolve("ppo", env_id, {})[0].n_envs)
+    for env_id, tables in presets().items():
+        for name in tables:
+            resolve(registry.find(name), env_id, {})
 
 
 def test_steps_and_returns_leave_out_rows_that_only_reset() -> None:
@@ -266,7 +268,7 @@ def test_worker_processes_train_the_same_agent() -> None:
         klrl.train("ppo", "CartPole-v1", **{**QUICK, "total_timesteps": 500}, env={"vectorization": kind})
         for kind in ("sync", "async")
     )
-    assert torch.equal(in_process.agent.parameters.vector, in_workers.agent.parameters.vector)  # type: ignore[attr-defined]
+    assert torch.equal(in_process.agent.policy_params.flat, in_workers.agent.policy_params.flat)  # type: ignore[attr-defined]
 
 
 def test_folders_never_collide() -> None:

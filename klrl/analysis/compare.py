@@ -3,7 +3,6 @@
 A is old and B new: forward is KL(A||B). ``compare_policies`` measures; ``to_text``, ``to_json`` and ``draw`` show it.
 """
 
-import copy
 import json
 import math
 from collections.abc import Sequence
@@ -23,12 +22,12 @@ from klrl.envs.make import Imports
 from klrl.errors import NonFiniteError, UsageError, needs
 from klrl.kl import concatenate, js, kl, reverse_kl, select
 from klrl.kl.estimators import own_noise
-from klrl.policies.distributions import Categoricals
+from klrl.policies.distributions import MultiCategorical
 from klrl.policies.encoder import Observation
-from klrl.policies.networks import choices
-from klrl.policies.squashed import SquashedActor
+from klrl.policies.spaces import category_sizes
+from klrl.policies.squashed import SquashedHead, SquashedNormal
 from klrl.training.evaluation import FRESH_SEED, Evaluation, run_episodes
-from klrl.training.load import Trained, open_policy
+from klrl.training.load import LoadedPolicy, load_policy
 from klrl.training.loop import Envs
 
 _ENVS = 2  # few, so that long episodes are seen to their end
@@ -81,7 +80,7 @@ class StateComparison:
 class Comparison:
     """The result of ``compare_policies``. Of each pair, the first is A's and the second B's."""
 
-    policies: Sequence[Trained]
+    policies: Sequence[LoadedPolicy]
     config: CompareConfig
     env: str
     visited: Sequence[StateComparison]
@@ -98,37 +97,38 @@ def compare(a: str, b: str, config: CompareConfig) -> str:
         with needs("plot", "matplotlib"):
             from klrl.analysis.plots import figure_path
         path = figure_path(config.figure, "--figure")
-    found = compare_policies(open_policy(a, config.checkpoint), open_policy(b, config.checkpoint), config)
+    old, new = (load_policy(path, config.checkpoint, config.imports) for path in (a, b))
+    found = compare_policies(old, new, config)
     if config.figure:
         draw(found).savefig(path, dpi=150)
     return to_json(found) if config.json else to_text(found)
 
 
-def compare_policies(old: Trained, new: Trained, config: CompareConfig) -> Comparison:
+def compare_policies(old: LoadedPolicy, new: LoadedPolicy, config: CompareConfig) -> Comparison:
     """Run both policies in one environment and measure how they differ at the states of each, reproducibly by seed.
 
-    Raises UsageError for different spaces, for a normal and a squashed normal, and as ``Trained.make_envs``;
+    Raises UsageError for different spaces, for a normal and a squashed normal, and as ``LoadedPolicy.make_envs``;
     NonFiniteError where a policy is nan.
     """
     _check_alike(old, new)
-    agents, seed, imports = (old.agent, new.agent), config.seed + FRESH_SEED, (*new.config.imports, *config.imports)
+    agents, seed = (old.agent, new.agent), config.seed + FRESH_SEED
     visited, returns = [], []
     for agent in agents:
-        with closing(old.make_envs(min(_ENVS, config.steps), config.env, imports)) as envs:
+        with closing(old.make_envs(min(_ENVS, config.steps), config.env)) as envs:
             visited.append(compare_at(*agents, collect_states(agent, envs, config.steps, seed), config.seed))
-        with closing(old.make_envs(config.episodes, config.env, imports)) as envs:
+        with closing(old.make_envs(config.episodes, config.env)) as envs:
             returns.append(run_episodes(agent, envs, seed))
     return Comparison((old, new), config, config.env or old.env, visited, returns, _disagreements(agents, visited))
 
 
-def _check_alike(old: Trained, new: Trained) -> None:
+def _check_alike(old: LoadedPolicy, new: LoadedPolicy) -> None:
     for part in ("action_space", "observation_space"):
         mine, theirs = getattr(old.agent, part), getattr(new.agent, part)
         if mine != theirs:
             raise UsageError(
                 f"no KL between policies with different spaces: {part.replace('_', ' ')} {mine} and {theirs}"
             )
-    if len({isinstance(trained.agent.actor, SquashedActor) for trained in (old, new)}) == 2:
+    if len({isinstance(trained.agent.policy.head, SquashedHead) for trained in (old, new)}) == 2:
         raise UsageError(f"no closed-form KL between a normal and a squashed normal policy: {old.path} and {new.path}")
 
 
@@ -137,30 +137,25 @@ def collect_states(agent: Agent, envs: Envs, steps: int, seed: int) -> Observati
 
     Rows that only reset an environment are not among them. The agent's own random state is left alone.
     """
-    own = agent.rng, agent.noise
-    agent.rng, agent.noise = copy.deepcopy(own)
-    agent.rng.bit_generator.state = np.random.default_rng(seed).bit_generator.state
-    try:
-        obs, _ = envs.reset(seed=seed)
-        acting, count = np.ones(envs.num_envs, np.bool_), 0
-        states: list[Observation] = []
-        while count < steps:
-            count += acting.sum()
-            states.append(tree_map(lambda part, rows=acting: part[rows], obs))
-            obs, _, terminated, truncated, _ = envs.step(agent.env_action(agent.act(obs)))
-            acting = ~(terminated | truncated)
-    finally:
-        agent.rng, agent.noise = own
+    rng = np.random.default_rng(seed)
+    obs, _ = envs.reset(seed=seed)
+    acting, count = np.ones(envs.num_envs, np.bool_), 0
+    states: list[Observation] = []
+    while count < steps:
+        count += acting.sum()
+        states.append(tree_map(lambda part, rows=acting: part[rows], obs))
+        obs, _, terminated, truncated, _ = envs.step(agent.env_action(agent.act(obs, rng=rng)))
+        acting = ~(terminated | truncated)
     return tree_map(lambda *parts: np.concatenate(parts)[:steps], *states)
 
 
 def compare_at(old: Agent, new: Agent, obs: Observation, seed: int = 0) -> StateComparison:
     """Measure how two agents differ at the observations [S, *shape]. Raises NonFiniteError where a policy is nan."""
-    first, second = (agent.distribution(agent.encoder(obs)).map_parameters(Tensor.double) for agent in (old, new))
-    if isinstance(first, Categoricals) and first.event_shape != second.event_shape:
-        first, second = (_joined(dist, choices(old.action_space)) for dist in (first, second))
+    first, second = (_unsquashed(agent.distribution(obs)).map_parameters(Tensor.double) for agent in (old, new))
+    if isinstance(first, MultiCategorical) and first.event_shape != second.event_shape:
+        first, second = (_joined(dist, category_sizes(old.action_space)) for dist in (first, second))
     columns = [slice(i, i + 1) for i in range(first.event_shape[0])]
-    alone = [[dist.map_parameters(lambda p, i=i: p[:, i]) for dist in (first, second)] for i in columns]  # type: ignore[misc]
+    alone = [[dist.map_parameters(lambda p, i=i: p[:, i]) for dist in (first, second)] for i in columns]
     try:
         joint, js_stderr = divergences(first, second, seed)
         parts = [divergences(a, b, seed)[0] for a, b in alone]
@@ -169,14 +164,19 @@ def compare_at(old: Agent, new: Agent, obs: Observation, seed: int = 0) -> State
     return StateComparison(obs, (first, second), joint, js_stderr, torch.stack(parts))
 
 
-def _joined(dist: Any, sizes: Sequence[int]) -> Categoricals:
+def _unsquashed(dist: Any) -> Any:
+    """The normals before tanh, between which all divergences are the same and cancel less."""
+    return dist.base if isinstance(dist, SquashedNormal) else dist
+
+
+def _joined(dist: Any, sizes: Sequence[int]) -> MultiCategorical:
     """Independent categoricals as one over all joint actions, [B, 1, prod(sizes)], the last one running fastest."""
     if len(sizes) != dist.event_shape[0]:
         return dist
     table = dist.log_probs.new_zeros(len(dist.logits), 1)
     for i, size in enumerate(sizes):
         table = (table.unsqueeze(-1) + dist.log_probs[:, i, :size].unsqueeze(-2)).flatten(1)
-    return Categoricals(table.unsqueeze(1))
+    return MultiCategorical(table.unsqueeze(1))
 
 
 def divergences(old: Any, new: Any, seed: int = 0) -> tuple[Tensor, float]:
@@ -201,8 +201,8 @@ def _jensen_shannon(old: Any, new: Any) -> tuple[Tensor, Tensor]:
         return exact, torch.zeros_like(exact)
     except ValueError:
         samples = [dist.sample((_SAMPLES,)) for dist in (old, new)]
-    if isinstance(old, Categoricals):
-        old, new = (Categoricals(dist.logits.expand(_SAMPLES, *dist.logits.shape)) for dist in (old, new))
+    if isinstance(old, MultiCategorical):
+        old, new = (MultiCategorical(dist.logits.expand(_SAMPLES, *dist.logits.shape)) for dist in (old, new))
     t = torch.stack([torch.tanh((old.log_prob(x) - new.log_prob(x)) / 2) for x in samples])  # 2w - 1
     terms = 0.5 * (torch.xlogy(1 + t, 1 + t) + torch.xlogy(1 - t, 1 - t)).clamp_min(0.0)
     return terms.mean((0, 1)), terms.var(1).sum(0) / (4 * _SAMPLES)
@@ -237,7 +237,7 @@ def _disagreements(agents: Sequence[Agent], visited: Sequence[StateComparison]) 
 
 def _likely_actions(agent: Agent, dist: Any, obs: Observation) -> list[dict[str, Any]]:
     columns: dict[str, Any] = {"action": agent.env_action(agent.act(obs, deterministic=True))}
-    if isinstance(dist, Categoricals):
+    if isinstance(dist, MultiCategorical):
         columns["probability"] = dist.log_prob(dist.mode).exp()
     else:
         columns |= {"mean": dist.mean, "std": dist.log_std.exp()}

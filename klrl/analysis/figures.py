@@ -42,7 +42,7 @@ def kl_trajectory(run: History) -> Figure | None:
 
 
 def _marks(axes: Axes, run: History, height: Any) -> None:
-    step, undone, stopped = run["step"], run["kl/rolled_back"] > 0, run["kl/stop_epoch"] > 0
+    step, undone, stopped = run["step"], run["kl/rolled_back"] > 0, run["kl/stopped_at"] > 0
     reached = np.where(np.isfinite(run["kl/attempted"]), run["kl/attempted"], height)
     for rows, marker, label in ((stopped & ~undone, "v", "stopped early"), (undone, "x", "undone or moved back, from")):
         if rows.any():

@@ -13,21 +13,17 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from gymnasium.vector import SyncVectorEnv, VectorWrapper
-from torch import distributions as td
 
-from klrl.agents.base import Agent
 from klrl.analysis.video import Frame, Video, draw_text, find_encoder
 from klrl.config import Count, PositiveInt, Range
 from klrl.envs.make import Imports
 from klrl.errors import UsageError
-from klrl.kl import kl, mc_entropy
-from klrl.kl.estimators import own_noise
-from klrl.policies.distributions import Categoricals
+from klrl.kl import kl
+from klrl.policies.distributions import MultiCategorical
 from klrl.policies.encoder import Observation
-from klrl.policies.squashed import SquashedActor
 from klrl.rundir import checkpoint
 from klrl.training.evaluation import FRESH_SEED, run_episodes
-from klrl.training.load import Trained, open_policy
+from klrl.training.load import LoadedPolicy, load_policy
 from klrl.training.loop import Envs
 
 
@@ -63,7 +59,7 @@ def record(path: str, config: RecordConfig) -> list[Path]:
     find_encoder()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_without_display())
-        trained = open_policy(path, config.checkpoint)
+        trained = load_policy(path, config.checkpoint, config.imports)
         folder = Path(config.output or _run_folder(trained) / "videos")
         names = [f"{trained.folder.name}-episode-{i}.mp4" for i in range(config.episodes)]
         envs = stack.enter_context(contextlib.closing(_make_envs(trained, config)))
@@ -77,30 +73,24 @@ def record(path: str, config: RecordConfig) -> list[Path]:
 class Overlay:
     """Lines about a policy at a state: its entropy, its likeliest action, and its KL from the checkpoint before."""
 
-    def __init__(self, trained: Trained) -> None:
+    def __init__(self, trained: LoadedPolicy) -> None:
         self.agent = trained.agent
         kept = checkpoint.steps(trained.folder.parent)
         earlier = [path for path in kept if checkpoint.step_of(path) < trained.step]
-        self.before = open_policy(earlier[-1]) if earlier else None
+        self.before = load_policy(earlier[-1]) if earlier else None
 
     def lines(self, obs: Observation) -> list[list[str]]:
         """The lines to show for each of the states ``obs`` [B, *shape]."""
-        policy = _policy(self.agent, obs)
-        parts = [[f"entropy {entropy:.3f} nats" for entropy in self._entropy(policy)]]
-        if isinstance(policy, Categoricals):
+        policy = self.agent.distribution(obs)
+        parts = [[f"entropy {entropy:.3f} nats" for entropy in policy.entropy().tolist()]]
+        if isinstance(policy, MultiCategorical):
             actions = self.agent.env_action(policy.mode.numpy())
             chances = policy.log_probs.amax(-1).sum(-1).exp().tolist()
             parts.append([f"likeliest action {a}, p {p:.3f}" for a, p in zip(actions, chances, strict=True)])
         if self.before is not None:
-            moved = kl(_policy(self.before.agent, obs), policy).tolist()
+            moved = kl(self.before.agent.distribution(obs), policy).tolist()
             parts.append([f"KL(step {self.before.step:,}||this) {x:.4f} nats" for x in moved])
         return [list(lines) for lines in zip(*parts, strict=True)]
-
-    def _entropy(self, policy: Any) -> list[float]:
-        if not isinstance(self.agent.actor, SquashedActor):
-            return policy.entropy().tolist()
-        with own_noise():  # the same for each frame, so that the estimate does not flicker
-            return mc_entropy(td.TransformedDistribution(policy, [td.TanhTransform()])).value.tolist()
 
 
 class VideoRecorder(VectorWrapper):
@@ -154,26 +144,22 @@ class VideoRecorder(VectorWrapper):
             raise UsageError(f"the environment cannot be rendered here: {text}{needs}") from None
 
 
-def _policy(agent: Agent, obs: Observation) -> Any:
-    return agent.distribution(agent.encoder(obs))
-
-
-def _run_folder(trained: Trained) -> Path:
+def _run_folder(trained: LoadedPolicy) -> Path:
     """The run's folder; for a checkpoint outside of one, the folder that it lies in."""
     parent = trained.folder.parent
     return parent.parent if parent.name == "checkpoints" else parent
 
 
-def _make_envs(trained: Trained, config: RecordConfig) -> Envs:
+def _make_envs(trained: LoadedPolicy, config: RecordConfig) -> Envs:
     """Make the environments as evaluation does, but in this process and with frames."""
     here = replace(trained, config=replace(trained.config, env=replace(trained.config.env, vectorization="sync")))
-    probe = here.make_envs(1, config.env_id, config.imports)
+    probe = here.make_envs(1, config.env_id)
     modes = probe.metadata.get("render_modes") or []
     probe.close()
     if "rgb_array" not in modes:
         offered = f"renders only as {', '.join(modes)}" if modes else "renders nothing"
         raise UsageError(f"{config.env_id or trained.env} cannot be recorded, which takes rgb_array: it {offered}")
-    return here.make_envs(config.episodes, config.env_id, config.imports, render_mode="rgb_array")
+    return here.make_envs(config.episodes, config.env_id, render_mode="rgb_array")
 
 
 @contextlib.contextmanager

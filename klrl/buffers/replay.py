@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
+from klrl.buffers.protocol import Buffer, led_to
 from klrl.errors import NonFiniteError, UsageError
 from klrl.policies.encoder import Inputs, ObservationEncoder
 
@@ -20,7 +22,7 @@ Rows = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Transitions:
-    """B transitions: what was seen, done and earned, and what was seen n steps later."""
+    """B transitions: what was before, done and earned, and what was before n steps later."""
 
     inputs: Inputs
     action: Tensor
@@ -28,19 +30,19 @@ class Transitions:
     reward: Tensor
     """[B]: the discounted sum of the n rewards."""
     discount: Tensor
-    """[B]: gamma^n, or 0 where the episode terminated; a truncated one goes on from what was seen last."""
+    """[B]: gamma^n, or 0 where the episode terminated; a truncated one goes on from what was before last."""
     next_inputs: Inputs
 
 
-class ReplayBuffer:
+class ReplayBuffer(Buffer):
     """The last ``capacity`` transitions, sampled uniformly. A full buffer overwrites its oldest.
 
     A transition's numbers lie side by side in one float32 row, so that a sample is one gather: 4 * (2F + d + 2) bytes
     for F observation features and d action dimensions, and twice its bytes for each image. With ``folder`` they lie in
     files there that are mapped into memory and vanish with the process, for buffers larger than memory.
 
-    Under NEXT_STEP autoreset a row that only resets its environment is not stored, and the observation after an
-    episode's last step is the true final one. With ``n_step`` above 1, an episode's end cuts the sum short.
+    Under NEXT_STEP autoreset, the default, a row that only resets its environment is not stored, and the observation
+    after an episode's last step is the true final one. With ``n_step`` above 1, an episode's end cuts the sum short.
     """
 
     def __init__(
@@ -52,7 +54,10 @@ class ReplayBuffer:
         gamma: float,
         n_step: int = 1,
         folder: str = "",
+        autoreset: AutoresetMode | str = AutoresetMode.NEXT_STEP,
     ) -> None:
+        """``autoreset``: the environments' ``metadata["autoreset_mode"]``."""
+        self.autoreset = AutoresetMode(autoreset)
         self.capacity, self.n_envs, self.gamma, self.n_step = capacity, n_envs, gamma, n_step
         self.encoder = ObservationEncoder(observation_space, torch.device("cpu"), normalize=False)
         features = self.encoder.features
@@ -63,22 +68,27 @@ class ReplayBuffer:
             f"image {key}": _storage((2, capacity, *shape), np.uint8, folder)
             for key, shape in self.encoder.images.items()
         }
-        self.size, self.steps, self.rows_added, self.written = 0, 0, 0, 0
+        self.size, self.steps, self.vector_steps, self.written = 0, 0, 0, 0
         self._ended: npt.NDArray[np.bool_] = np.zeros(n_envs, np.bool_)
         # Of each environment, the steps whose sum of n rewards is not complete: inputs, action, reward.
         self._pending: list[list[tuple[dict[str, Any], Any, float]]] = [[] for _ in range(n_envs)]
 
-    def add(self, obs: Any, action: Any, reward: Any, terminated: Any, truncated: Any, next_obs: Any) -> None:
-        """Take one step of all N environments: obs, next_obs [N, *shape] or dicts of such, action [N, d], others [N].
+    def add(
+        self, obs: Any, action: Any, reward: Any, terminated: Any, truncated: Any, next_obs: Any, final_obs: Any = None
+    ) -> None:
+        """Take one step of all N environments.
 
-        Raises NonFiniteError naming the environment where an observation or reward is not finite.
+        Raises NonFiniteError naming the environment where an observation or reward is not finite, and ValueError where
+        ``final_obs`` does not go with the autoreset mode.
         """
-        seen, then = ({k: v.numpy() for k, v in self.encoder(x).items()} for x in (obs, next_obs))
+        ended = np.asarray(terminated) | np.asarray(truncated)
+        reached = led_to(self.autoreset, next_obs, ended, final_obs)
+        before, after = ({k: v.numpy() for k, v in self.encoder(x).items()} for x in (obs, reached))
         with np.errstate(over="ignore"):
             reward = np.asarray(reward).astype(np.float32)
         for name, values in (
-            ("observation", seen.get("vector")),
-            ("observation", then.get("vector")),
+            ("observation", before.get("vector")),
+            ("observation", after.get("vector")),
             ("reward", reward[:, None]),
         ):
             if values is not None and not np.isfinite(values).all():
@@ -87,69 +97,65 @@ class ReplayBuffer:
         valid = np.flatnonzero(~self._ended)
         if self.n_step == 1:
             discount = self.gamma * (1.0 - np.asarray(terminated, np.float32))
-            self._write(_pick(seen, valid), action[valid], reward[valid], discount[valid], _pick(then, valid))
+            self._write(_pick(before, valid), action[valid], reward[valid], discount[valid], _pick(after, valid))
         else:
             for env in map(int, valid):
-                copies = {key: part[env].copy() for key, part in seen.items()}
+                copies = {key: part[env].copy() for key, part in before.items()}
                 self._pending[env].append((copies, action[env].copy(), float(reward[env])))
                 done = bool(terminated[env] or truncated[env])
                 while len(self._pending[env]) == self.n_step or (done and self._pending[env]):
-                    self._write_first(env, bool(terminated[env]), _pick(then, env))
+                    self._write_first(env, bool(terminated[env]), _pick(after, env))
         self.steps += len(valid)
-        self.rows_added += len(valid) > 0
-        self._ended = np.asarray(terminated) | np.asarray(truncated)
+        self.vector_steps += len(valid) > 0
+        self._ended = ended & (self.autoreset is AutoresetMode.NEXT_STEP)
 
     def rows(self, start: int) -> dict[str, Tensor]:
-        """The transitions from the ``start``-th ever written, oldest first, for ``put_rows``."""
         index = np.arange(start, self.written) % self.capacity
         images = {key: torch.from_numpy(np.ascontiguousarray(part[:, index])) for key, part in self._images.items()}
         return {"rows": torch.from_numpy(self._rows[index]), **images}
 
     def put_rows(self, start: int, rows: dict[str, Tensor]) -> None:
-        """Store what ``rows`` gave. Raises ValueError where it is of other spaces."""
         index = np.arange(start, start + len(rows["rows"])) % self.capacity
         self._rows[index] = rows["rows"].numpy()
         for key, images in self._images.items():
             images[:, index] = rows[key].numpy()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the transitions, which ``rows`` gives."""
         pending: dict[str, Any] = {}
         for env, steps in enumerate(self._pending):
-            for i, (seen, action, reward) in enumerate(steps):
-                copies = {key: torch.from_numpy(part) for key, part in seen.items()}
-                pending[f"{env} {i}"] = {"seen": copies, "action": torch.from_numpy(action), "reward": reward}
-        counts = {name: getattr(self, name) for name in ("size", "steps", "rows_added", "written")}
+            for i, (before, action, reward) in enumerate(steps):
+                copies = {key: torch.from_numpy(part) for key, part in before.items()}
+                pending[f"{env} {i}"] = {"before": copies, "action": torch.from_numpy(action), "reward": reward}
+        counts = {name: getattr(self, name) for name in ("size", "steps", "vector_steps", "written")}
         return {**counts, "ended": self._ended.tolist(), "pending": pending}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict``'s result."""
-        for name in ("size", "steps", "rows_added", "written"):
+        for name in ("size", "steps", "vector_steps", "written"):
             setattr(self, name, state[name])
         self._ended = np.array(state["ended"], np.bool_)
         self._pending = [[] for _ in range(self.n_envs)]
         for place, step in state["pending"].items():
-            seen = {key: part.numpy() for key, part in step["seen"].items()}
-            self._pending[int(place.split()[0])].append((seen, step["action"].numpy(), step["reward"]))
+            before = {key: part.numpy() for key, part in step["before"].items()}
+            self._pending[int(place.split()[0])].append((before, step["action"].numpy(), step["reward"]))
 
     def forget_unfinished(self) -> None:
-        """Drop the steps whose n rewards are not complete, as the environments begin anew."""
+        """Drop the steps whose n rewards are not complete."""
         self._ended = np.zeros(self.n_envs, np.bool_)
         self._pending = [[] for _ in range(self.n_envs)]
 
     def check_finite(self) -> None:
-        """Nothing to find: ``add`` refuses what is not finite."""
+        """Find nothing: ``add`` refuses what is not finite."""
 
-    def _write_first(self, env: int, terminated: bool, then: dict[str, Any]) -> None:
-        """Complete the oldest pending step of an environment, as the latest one leads to ``then``."""
+    def _write_first(self, env: int, terminated: bool, after: dict[str, Any]) -> None:
+        """Complete the oldest pending step of an environment, as the latest one leads to ``after``."""
         pending = self._pending[env]
         total = sum(self.gamma**i * reward for i, (_, _, reward) in enumerate(pending))
         discount = 0.0 if terminated else self.gamma ** len(pending)
-        seen, action, _ = pending.pop(0)
-        one = {key: part[None] for key, part in seen.items()}
-        self._write(one, action[None], [total], [discount], {key: part[None] for key, part in then.items()})
+        before, action, _ = pending.pop(0)
+        one = {key: part[None] for key, part in before.items()}
+        self._write(one, action[None], [total], [discount], {key: part[None] for key, part in after.items()})
 
-    def _write(self, seen: dict[str, Any], action: Any, reward: Any, discount: Any, then: dict[str, Any]) -> None:
+    def _write(self, before: dict[str, Any], action: Any, reward: Any, discount: Any, after: dict[str, Any]) -> None:
         count = len(action)
         if count == 0:
             return
@@ -159,17 +165,17 @@ class ReplayBuffer:
         else:
             index = (start + np.arange(count)) % self.capacity
         parts = (
-            seen.get("vector"),
+            before.get("vector"),
             action,
             np.asarray(reward)[:, None],
             np.asarray(discount)[:, None],
-            then.get("vector"),
+            after.get("vector"),
         )
         for column, part in zip(self._columns, parts, strict=True):
             if part is not None:
                 self._rows[index, column] = part
         for key, images in self._images.items():
-            images[0, index], images[1, index] = seen[key], then[key]
+            images[0, index], images[1, index] = before[key], after[key]
         self.written += count
         self.size = min(self.size + count, self.capacity)
 
@@ -179,8 +185,8 @@ class ReplayBuffer:
             raise ValueError("the replay buffer is empty")
         index = rng.integers(self.size, size=batch_size)
         rows = torch.from_numpy(self._rows[index]).to(device)
-        seen, action, reward, discount, then = (rows[:, column] for column in self._columns)
-        inputs, next_inputs = ({"vector": part} if self.encoder.features else {} for part in (seen, then))
+        before, action, reward, discount, after = (rows[:, column] for column in self._columns)
+        inputs, next_inputs = ({"vector": part} if self.encoder.features else {} for part in (before, after))
         for key, images in self._images.items():
             inputs[key], next_inputs[key] = (torch.from_numpy(part[index]).to(device) for part in images)
         return Transitions(inputs, action, reward.squeeze(-1), discount.squeeze(-1), next_inputs)

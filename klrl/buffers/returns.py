@@ -12,31 +12,32 @@ Bools = npt.NDArray[np.bool_]
 def gae(
     reward: Floats,
     value: Floats,
+    next_value: Floats,
     terminated: Bools,
-    truncated: Bools,
+    ended: Bools,
     gamma: float,
     gae_lambda: float,
 ) -> tuple[Floats, Floats]:
-    """Generalised advantage estimates and the returns (advantage + value) that a critic regresses on.
+    """Generalised advantage estimates and the returns (advantage + value) that a critic regresses on, each [T, N].
 
-    reward, terminated, truncated: [T, N]. value: [T + 1, N], of the observation before each step and after the last.
-    Under Gymnasium's NEXT_STEP autoreset, value[t + 1] is that of the true observation after step t even where an
-    episode ended there, so a truncated episode bootstraps from its final value and a terminated one does not.
+    All arguments are [T, N]. value: of the observation before each step; next_value: of the one that the step led to,
+    which is the last of its episode where that ended, so a truncated episode bootstraps from its final value and a
+    terminated one does not. ended: terminated or truncated.
     Rows that only reset an environment get a number too; the caller masks them out.
 
         delta_t = r_t + gamma * V(s_{t+1}) * (1 - terminated_t) - V(s_t)
-        A_t = delta_t + gamma * lambda * (1 - terminated_t) * (1 - truncated_t) * A_{t+1}
+        A_t = delta_t + gamma * lambda * (1 - ended_t) * A_{t+1}
 
     Source: Schulman et al. (2016), equation 16.
     """
-    delta = reward + gamma * value[1:] * ~terminated - value[:-1]
-    decay = (gamma * gae_lambda) * ~(terminated | truncated)
+    delta = reward + gamma * next_value * ~terminated - value
+    decay = (gamma * gae_lambda) * ~ended
     advantage = np.zeros_like(delta)
     following = np.zeros_like(delta[0])
     for t in range(len(delta) - 1, -1, -1):
         following = delta[t] + decay[t] * following
         advantage[t] = following
-    return advantage.astype(np.float32), (advantage + value[:-1]).astype(np.float32)
+    return advantage.astype(np.float32), (advantage + value).astype(np.float32)
 
 
 class RewardScale:

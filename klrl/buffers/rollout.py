@@ -1,24 +1,29 @@
-"""Buffers hold what the environment said, and nothing that an agent believes about it."""
+"""The rollout buffer: T steps of N environments, for on-policy agents."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
 
+from klrl.buffers.protocol import Buffer, led_to
 from klrl.errors import NonFiniteError
 from klrl.policies.encoder import Observation
 
 _FACTS = ("action", "reward", "terminated", "truncated", "valid")
 
 
-class RolloutBuffer:
-    """T steps of N environments under Gymnasium's NEXT_STEP autoreset.
+class RolloutBuffer(Buffer):
+    """T steps of N environments.
 
-    ``obs`` has T + 1 rows: row t is what the agent saw before step t, row T what it sees next. A row whose
-    predecessor ended an episode only resets its environment (its action is ignored, its reward is 0): ``valid`` is
-    False there, and obs[t + 1] of the step that ended the episode is the true final observation.
+    ``obs`` has T + 1 rows: row t is what the agent saw before step t, row T what it sees next. Under Gymnasium's
+    NEXT_STEP autoreset, the default, a row whose predecessor ended an episode only resets its environment (its action
+    is ignored, its reward is 0): ``valid`` is False there, and obs[t + 1] of the step that ended the episode is the
+    true final observation. Under SAME_STEP and DISABLED ``obs`` shows the next episode there, and the final
+    observations of truncated episodes are kept apart.
     """
 
     def __init__(
@@ -27,8 +32,10 @@ class RolloutBuffer:
         action_space: spaces.Space[Any],
         n_steps: int,
         n_envs: int,
+        autoreset: AutoresetMode | str = AutoresetMode.NEXT_STEP,
     ) -> None:
-        self.n_steps, self.n_envs = n_steps, n_envs
+        """``autoreset``: the environments' ``metadata["autoreset_mode"]``."""
+        self.n_steps, self.n_envs, self.autoreset = n_steps, n_envs, AutoresetMode(autoreset)
         self.obs = _empty(observation_space, (n_steps + 1, n_envs))
         self.action = action_storage(action_space, (n_steps, n_envs))
         self.reward: npt.NDArray[np.float32] = np.zeros((n_steps, n_envs), np.float32)
@@ -36,6 +43,8 @@ class RolloutBuffer:
         self.truncated: npt.NDArray[np.bool_] = np.zeros((n_steps, n_envs), np.bool_)
         self.valid: npt.NDArray[np.bool_] = np.ones((n_steps, n_envs), np.bool_)
         self._ended: npt.NDArray[np.bool_] = np.zeros(n_envs, np.bool_)
+        self._finals: dict[tuple[int, int], Any] = {}
+        self._shown = False  # whether obs holds what the environments showed last
         self.filled = 0
 
     @property
@@ -43,45 +52,77 @@ class RolloutBuffer:
         return self.filled == self.n_steps
 
     def add(
-        self,
-        obs: Any,
-        action: npt.NDArray[Any],
-        reward: npt.NDArray[Any],
-        terminated: npt.NDArray[Any],
-        truncated: npt.NDArray[Any],
-        next_obs: Any,
+        self, obs: Any, action: Any, reward: Any, terminated: Any, truncated: Any, next_obs: Any, final_obs: Any = None
     ) -> None:
         """Append one step of all N environments; a full buffer starts over.
 
-        obs, next_obs: [N, *shape], or a dict of such; action: as the agent's ``act`` gave it; the others: [N].
-        Raises ValueError where ``action`` has another shape.
+        Raises ValueError where ``action`` has another shape, and where the observations are not those that the
+        autoreset mode would show.
         """
-        if self.full:
-            self.filled = 0
-        t = self.filled
         if action.shape != self.action.shape[1:]:
             raise ValueError(f"action has shape {action.shape}, the buffer holds {self.action.shape[1:]} a step")
+        ended = terminated | truncated
+        reached = led_to(self.autoreset, next_obs, ended, final_obs)
+        if self._ended.any() and self._shown:
+            self._check_continues(obs)
+        if self.full:
+            self.filled, self._finals = 0, {}
+        t = self.filled
         _store(self.obs, t, obs)
         _store(self.obs, t + 1, next_obs)
-        self.action[t] = action
-        self.reward[t] = reward
-        self.terminated[t] = terminated
-        self.truncated[t] = truncated
+        self.action[t], self.reward[t] = action, reward
+        self.terminated[t], self.truncated[t] = terminated, truncated
         self.valid[t] = ~self._ended
-        self._ended = self.terminated[t] | self.truncated[t]
-        self.filled = t + 1
+        if self.autoreset is AutoresetMode.NEXT_STEP:
+            self._ended = ended  # only then the next step resets, and nothing else
+        else:
+            for env in np.flatnonzero(truncated & ~terminated):
+                self._finals[t, int(env)] = {key: np.array(part[env]) for key, part in _parts(reached)}
+        self.filled, self._shown = t + 1, True
+
+    def _check_continues(self, obs: Any) -> None:
+        for (_, stored), (_, part) in zip(_parts(self.obs), _parts(obs), strict=True):
+            shown = np.asarray(part)[self._ended].astype(stored.dtype)
+            if not np.array_equal(stored[self.filled][self._ended], shown, equal_nan=stored.dtype.kind == "f"):
+                raise ValueError(
+                    "an episode ended, and the next step begins elsewhere, which autoreset 'NextStep' does not: make "
+                    "the buffer with autoreset='Disabled' where you reset by hand, with 'SameStep' where a step does"
+                )
+
+    def values_of_next(self, value: Any, value_at: Callable[[Any], Any]) -> npt.NDArray[np.float32]:
+        """The value of what each step led to, [T, N], from that of every row of ``obs``, [T + 1, N].
+
+        ``value_at``: values [K] of observations [K, ...], for final observations that are not among the rows.
+        """
+        following = np.array(value[1:])
+        if self._finals:
+            parts = {key: np.stack([final[key] for final in self._finals.values()]) for key, _ in _parts(self.obs)}
+            steps, envs = zip(*self._finals, strict=True)
+            following[steps, envs] = value_at(parts.get("", parts))
+        return following
+
+    def obs_before_steps(self) -> Observation:
+        """Observations [T, N, ...]: what the agent saw before each step."""
+        return {key: part[:-1] for key, part in self.obs.items()} if isinstance(self.obs, dict) else self.obs[:-1]
 
     def state_dict(self) -> dict[str, Any]:
         """What an unfinished rollout holds; of a full one, only what the next begins with."""
         filled = 0 if self.full else self.filled
         facts = {name: torch.from_numpy(getattr(self, name)[:filled].copy()) for name in _FACTS if filled}
         obs = {key: torch.from_numpy(part[: filled + 1].copy()) for key, part in _parts(self.obs)} if filled else {}
-        return {"filled": filled, "ended": self._ended.tolist(), "facts": facts, "obs": obs}
+        finals = {
+            f"{t} {env}": {key: torch.from_numpy(part) for key, part in final.items()}
+            for (t, env), final in self._finals.items()
+            if t < filled
+        }
+        return {"filled": filled, "ended": self._ended.tolist(), "facts": facts, "obs": obs, "finals": finals}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict``'s result."""
         self.filled = filled = state["filled"]
-        self._ended = np.array(state["ended"], np.bool_)
+        self._ended, self._shown = np.array(state["ended"], np.bool_), filled > 0
+        for place, final in state["finals"].items():
+            t, env = map(int, place.split())
+            self._finals[t, env] = {key: part.numpy() for key, part in final.items()}
         for name, rows in state["facts"].items():
             getattr(self, name)[:filled] = rows.numpy()
         for key, part in _parts(self.obs):
@@ -89,8 +130,7 @@ class RolloutBuffer:
                 part[: filled + 1] = state["obs"][key].numpy()
 
     def forget_unfinished(self) -> None:
-        """Begin anew, as the environments do."""
-        self.filled = 0
+        self.filled, self._finals = 0, {}
         self._ended[:] = False
 
     def check_finite(self) -> None:

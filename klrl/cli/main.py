@@ -8,7 +8,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,7 +90,7 @@ def _train(arguments: list[str]) -> None:
     from klrl.agents import registry
 
     if help_wanted and (not arguments or arguments[0].startswith("-")):
-        arguments = [next(iter(registry.AGENTS)), *arguments]
+        arguments = [registry.names()[0], *arguments]
     names = [word for word in arguments[:2] if not word.startswith("-")]
     if not names or (len(names) < 2 and not help_wanted):
         raise UsageError("train needs an agent and an env: klrl train ppo CartPole-v1")
@@ -99,12 +99,14 @@ def _train(arguments: list[str]) -> None:
     from klrl.training.run import RunConfig, resolve, run_training
 
     agent, env, options = names[0], (names[1] if len(names) == 2 else None), arguments[len(names) :]
-    _, config_class = registry.find(agent)
     files = option_values(options, "--config")
     saved = _read_config(files[-1], agent) if files else {}
-    run_config, agent_config = resolve(agent, env, saved)
-    for package in [*run_config.imports, *option_values(options, "--import")]:
+    networks = [name.partition(":")[0] for name in option_values(options, "--network")]
+    for package in [*saved.get("imports", ()), *option_values(options, "--import"), *networks]:
         import_module(package, f"--import {package}")
+    agent_class = registry.find(agent)
+    config_class = agent_class.Config
+    run_config, agent_config = resolve(agent_class, env, saved)
     if env is not None:
         check(env)
 
@@ -118,7 +120,8 @@ def _train(arguments: list[str]) -> None:
 
     given = parse(TrainOptions, options, f"klrl train {agent} {env or 'ENV'}")
     run = build(RunConfig, to_dict(given.run))
-    run_training(agent, env or "", run, build(config_class, to_dict(given.agent)))
+    run = replace(run, imports=(*run.imports, *(name for name in networks if name not in run.imports)))
+    run_training(agent_class, env or "", run, build(config_class, to_dict(given.agent)))
 
 
 def _resume(arguments: list[str]) -> None:
@@ -175,11 +178,11 @@ def _eval(arguments: list[str]) -> None:
         arguments, 1, "eval needs a run folder or checkpoint: klrl eval runs/ppo-CartPole-v1-0-...", 1
     )
     from klrl.training.evaluation import FRESH_SEED, EvalConfig, run_episodes
-    from klrl.training.load import open_policy
+    from klrl.training.load import load_policy
 
     given = parse_config(EvalConfig, words, "klrl eval RUN")
-    trained = open_policy("".join(names), given.checkpoint)
-    envs = trained.make_envs(given.episodes, given.env_id, given.imports)
+    trained = load_policy("".join(names), given.checkpoint, given.imports)
+    envs = trained.make_envs(given.episodes, given.env_id)
     score = run_episodes(trained.agent, envs, trained.config.seed + FRESH_SEED, not given.stochastic)
     envs.close()
     env = given.env_id or trained.env

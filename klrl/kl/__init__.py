@@ -1,28 +1,32 @@
 """KL and entropy of policies: exact divergences, control of coefficients, tracking of updates. Needs only torch."""
 
 from klrl.kl.closed_form import categorical_kl, normal_kl
-from klrl.kl.comparisons import cross_entropy, entropy, jeffreys, js, pinsker, renyi, total_variation
-from klrl.kl.control import Annealed, Banded, Bound, Coefficient, Dual, Fixed, Penalty, at_least, at_most
+from klrl.kl.comparisons import cross_entropy, entropy, jeffreys, js, pinsker_bound, renyi, total_variation
+from klrl.kl.control import Adaptive, Annealed, Bound, Coefficient, Dual, Fixed, Penalty, at_least, at_most
 from klrl.kl.divergence import NoClosedFormError, Product, concatenate, freeze, joint, kl, reverse_kl, select
 from klrl.kl.estimators import Estimate, StateEstimates, kl_estimate, mc_entropy, mc_kl
 from klrl.kl.fisher import fisher_vector_product
-from klrl.kl.tracking import Direction, KLReport, Tracked, measure, track
+from klrl.kl.limit import RULES, KLLimit, Move
+from klrl.kl.measure import Direction, KLReport, measure, state_mean
+from klrl.kl.tracking import track
 
 __all__ = [
+    "RULES",
+    "Adaptive",
     "Annealed",
-    "Banded",
     "Bound",
     "Coefficient",
     "Direction",
     "Dual",
     "Estimate",
     "Fixed",
+    "KLLimit",
     "KLReport",
+    "Move",
     "NoClosedFormError",
     "Penalty",
     "Product",
     "StateEstimates",
-    "Tracked",
     "at_least",
     "at_most",
     "categorical_kl",
@@ -40,10 +44,11 @@ __all__ = [
     "mc_kl",
     "measure",
     "normal_kl",
-    "pinsker",
+    "pinsker_bound",
     "renyi",
     "reverse_kl",
     "select",
+    "state_mean",
     "total_variation",
     "track",
 ]

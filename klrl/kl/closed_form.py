@@ -51,16 +51,16 @@ def sum_last(x: Tensor) -> Tensor:
     return x @ x.new_ones(x.shape[-1])
 
 
-def exact_log_probs(logits: Tensor) -> Tensor:
+def log_probs_64(logits: Tensor) -> Tensor:
     """Normalised log-probabilities in float64, shape [..., n]."""
     # By hand, as torch.log_softmax takes several times as long on rows as short as an action space.
     x = logits.to(torch.float64, copy=True)
-    if not ordinary(x):
+    if not exp_is_safe(x):
         x = x - x.amax(dim=-1, keepdim=True)
     return x.sub_(sum_last(x.exp()).log().unsqueeze(-1))
 
 
-def ordinary(x: Tensor) -> bool:
+def exp_is_safe(x: Tensor) -> bool:
     """Whether e^x is safe to take of every element; False where one is nan."""
     if not x.numel():
         return True
@@ -79,10 +79,10 @@ def categorical_kl(logits_old: Tensor, logits_new: Tensor) -> Tensor:
 
 
 def categorical_kl_of(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """The same without gradients, from each side's ``exact_log_probs``, which a loop of measurements computes once."""
+    """The same without gradients, from each side's ``log_probs_64``, which a loop of measurements computes once."""
     # Few arrays, used again: on a batch of thousands, fresh memory costs as much as the arithmetic.
     x = log_q - log_p
-    safe = ordinary(x)
+    safe = exp_is_safe(x)
     terms = torch.expm1(x).sub_(x)
     p = torch.exp(log_p, out=x)
     terms *= p  # p * phi(log q/p); their sum is the KL, as that of q - p is 0
@@ -95,7 +95,7 @@ def categorical_kl_of(log_p: Tensor, log_q: Tensor) -> Tensor:
 class _CategoricalKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_old: Tensor, logits_new: Tensor) -> Tensor:
-        log_p, log_q = exact_log_probs(logits_old), exact_log_probs(logits_new)
+        log_p, log_q = log_probs_64(logits_old), log_probs_64(logits_new)
         ctx.save_for_backward(logits_old, logits_new, log_p, log_q)
         return categorical_kl_of(log_p, log_q).to(logits_new.dtype)
 
@@ -103,15 +103,26 @@ class _CategoricalKL(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         logits_old, logits_new, log_p, log_q = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is asked for: it needs the way from the logits
-            log_p, log_q = exact_log_probs(logits_old), exact_log_probs(logits_new)
-        grad, p = grads[0].unsqueeze(-1), log_p.exp()
+            log_p, log_q = log_probs_64(logits_old), log_probs_64(logits_new)
+        grad = grads[0].unsqueeze(-1)
         to_old = to_new = None
-        if ctx.needs_input_grad[0]:  # p * (log p - log q - KL), where sum p * (log p - log q) = KL
-            ratio = torch.where(p < _NO_MASS, 0.0, log_p - log_q)
-            to_old = (p * (ratio - (p * ratio).sum(dim=-1, keepdim=True))).to(logits_old.dtype) * grad
+        if ctx.needs_input_grad[0]:
+            to_old = categorical_kl_to_old(log_p, log_q).to(logits_old.dtype) * grad
         if ctx.needs_input_grad[1]:
-            to_new = (log_q.exp() - p).to(logits_new.dtype) * grad
+            to_new = categorical_kl_to_new(log_p, log_q).to(logits_new.dtype) * grad
         return to_old, to_new
+
+
+def categorical_kl_to_new(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """d KL(p || q) / d logits of q, [..., n]: q - p."""
+    return log_q.exp() - log_p.exp()
+
+
+def categorical_kl_to_old(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """d KL(p || q) / d logits of p, [..., n]: p * (log p - log q - KL), where sum p * (log p - log q) = KL."""
+    p = log_p.exp()
+    ratio = torch.where(p <= _NO_MASS, 0.0, log_p - log_q)
+    return p * (ratio - (p * ratio).sum(dim=-1, keepdim=True))
 
 
 def normal_kl(mean_old: Tensor, log_std_old: Tensor, mean_new: Tensor, log_std_new: Tensor) -> Tensor:
@@ -120,8 +131,33 @@ def normal_kl(mean_old: Tensor, log_std_old: Tensor, mean_new: Tensor, log_std_n
     The four tensors have one shape, and so has the result.
     Source: the standard form log(s_new/s_old) + (s_old^2 + d^2)/(2 s_new^2) - 1/2, regrouped so that it cannot cancel.
     """
-    z = (mean_new - mean_old) * torch.exp(-log_std_new)
-    return torch.addcmul(phi(2.0 * (log_std_old - log_std_new)), z, z).mul_(0.5)
+    result: Tensor = _NormalKL.apply(mean_old, log_std_old, mean_new, log_std_new)  # type: ignore[no-untyped-call]
+    return result
+
+
+def normal_kl_gradient(
+    mean_old: Tensor, log_std_old: Tensor, mean_new: Tensor, log_std_new: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``normal_kl``'s derivatives in mean_new (in mean_old it is minus that), log_std_new and log_std_old."""
+    inverse_std = torch.exp(-log_std_new)
+    z = (mean_new - mean_old) * inverse_std
+    growth = torch.expm1(2 * (log_std_old - log_std_new))
+    return z * inverse_std, -torch.addcmul(growth, z, z), growth
+
+
+class _NormalKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mean_old: Tensor, log_std_old: Tensor, mean_new: Tensor, log_std_new: Tensor) -> Tensor:
+        ctx.save_for_backward(mean_old, log_std_old, mean_new, log_std_new)
+        z = (mean_new - mean_old) * torch.exp(-log_std_new)
+        return torch.addcmul(phi(2 * (log_std_old - log_std_new)), z, z).mul_(0.5)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        to_mean, to_log_std, to_log_std_old = normal_kl_gradient(*ctx.saved_tensors)
+        gradients = (-to_mean, to_log_std_old, to_mean, to_log_std)
+        needed = zip(gradients, ctx.needs_input_grad, strict=True)
+        return tuple(grads[0] * gradient if wanted else None for gradient, wanted in needed)
 
 
 def normal_kl_of_scale(mean_old: Tensor, std_old: Tensor, mean_new: Tensor, std_new: Tensor) -> Tensor:

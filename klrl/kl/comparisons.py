@@ -6,24 +6,34 @@ ValueError that names it.
 """
 
 import math
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch import distributions as td
 
-from klrl.kl.closed_form import categorical_kl_of, exact_log_probs
+from klrl.kl.closed_form import categorical_kl_of, log_probs_64
 from klrl.kl.divergence import (
     NoClosedFormError,
     Product,
+    Tabular,
     Units,
-    explain_nan,
     in_units,
     kl,
     logits_of,
     name_of,
+    raise_nan,
     same_shape,
 )
+
+
+@runtime_checkable
+class LogScaled(Protocol):
+    """A diagonal normal of one's own, by its mean and the logarithm of its standard deviation."""
+
+    loc: Tensor
+    log_std: Tensor
+
 
 _MOST_OUTCOMES = 65_536  # of a joint discrete distribution that is written out
 
@@ -76,7 +86,7 @@ def total_variation(old: td.Distribution, new: td.Distribution) -> Tensor:
     return _checked(value, old, new).to(torch.get_default_dtype())
 
 
-def pinsker(divergence: Tensor) -> Tensor:
+def pinsker_bound(divergence: Tensor) -> Tensor:
     """The most total variation that a KL in nats allows, elementwise: min(1, sqrt(KL / 2)). Source: Pinsker (1960)."""
     return (divergence / 2).sqrt().clamp_max(1.0)
 
@@ -93,7 +103,7 @@ def renyi(old: td.Distribution, new: td.Distribution, alpha: float, units: Units
         return in_units(kl(old, new), units)
     logits = _same_family(old, new)
     if logits is not None:
-        log_p, log_q = (exact_log_probs(x) for x in logits)
+        log_p, log_q = (log_probs_64(x) for x in logits)
         p, x = log_p.exp(), log_q - log_p
         # sum p^a q^(1-a) - 1, with its first order taken out: p * expm1(x) sums to minus new's mass where old has none.
         terms = p * (torch.expm1((1 - alpha) * x) - (1 - alpha) * torch.expm1(x))
@@ -117,7 +127,7 @@ def renyi(old: td.Distribution, new: td.Distribution, alpha: float, units: Units
 
 def _checked(value: Tensor, old: td.Distribution, new: td.Distribution) -> Tensor:
     if bool(value.isnan().any()):
-        explain_nan(old, new)
+        raise_nan(old, new)
     return value
 
 
@@ -149,14 +159,14 @@ def _log_probs(dist: td.Distribution) -> Tensor | None:
         return torch.stack(padded, dim=-2) if len(known) == len(parts) else None
     if isinstance(base, td.Bernoulli | td.Categorical):
         return logits_of(base)
-    return base.logits if hasattr(base, "exact_log_probs") else None  # klrl's Categoricals
+    return base.logits if isinstance(base, Tabular) else None
 
 
 def _normal(dist: td.Distribution, other: td.Distribution) -> tuple[Tensor, Tensor]:
     base = _base(dist)
     if isinstance(base, td.Normal):
         return base.loc.double(), base.scale.double().log()
-    if hasattr(base, "log_std"):
+    if isinstance(base, LogScaled):
         return base.loc.double(), base.log_std.double()
     raise ValueError(f"no closed form between {name_of(dist)} and {name_of(other)}")
 
@@ -173,7 +183,7 @@ def _tables(old: td.Distribution, new: td.Distribution) -> list[Tensor]:
         raise ValueError(f"no closed form between {name_of(old)} and {name_of(new)}: both must be discrete")
     tables = []
     for dist, logits in zip((old, new), both, strict=True):
-        log_p = exact_log_probs(logits)
+        log_p = log_probs_64(logits)
         parts = log_p.flatten(len(dist.batch_shape), -2) if log_p.dim() > len(dist.batch_shape) + 1 else None
         if parts is not None:
             if parts.shape[-1] ** parts.shape[-2] > _MOST_OUTCOMES:

@@ -1,8 +1,8 @@
 """A measured scalar has a bound, and a coefficient answers the excess.
 
-``Bound`` says what should hold, a coefficient (``Fixed``, ``Banded``, ``Dual``, ``Annealed``) moves once per update in
-answer to what was measured, and ``Penalty`` puts the two into a loss. PPO's beta and its KL-driven learning rate are
-both ``Banded``; a temperature held by an entropy at least so large is a ``Dual``.
+``Bound`` says what should hold, a coefficient (``Fixed``, ``Adaptive``, ``Dual``, ``Annealed``) moves once per update
+in answer to what was measured, and ``Penalty`` puts the two into a loss. PPO's beta and its KL-driven learning rate are
+both ``Adaptive``; a temperature held by an entropy at least so large is a ``Dual``.
 """
 
 import math
@@ -76,8 +76,8 @@ class Fixed:
         self.value = state["value"]
 
 
-class Banded:
-    """Times ``factor`` above ``limit * high``, times ``shrink`` (1 / factor) below ``limit * low``, in [least, most].
+class Adaptive:
+    """Times ``factor`` above ``limit * high``, times ``shrink`` (1 / factor) below ``limit * low``, within a range.
 
     The default is PPO's adaptive KL penalty (Schulman et al. 2017, section 4: factor 2 outside 1.5). With a factor
     below 1 the same rule drives a learning rate: smaller when the KL was too large.
@@ -92,21 +92,21 @@ class Banded:
         shrink: float | None = None,
         low: float = 1 / 1.5,
         high: float = 1.5,
-        least: float = 1e-4,
-        most: float = 1e4,
+        minimum: float = 1e-4,
+        maximum: float = 1e4,
     ) -> None:
-        _positive("least", least)
-        if not (least <= value <= most < math.inf):
-            raise ValueError(f"value must lie within [{least}, {most}], got {value}")
+        _positive("minimum", minimum)
+        if not (minimum <= value <= maximum < math.inf):
+            raise ValueError(f"value must lie within [{minimum}, {maximum}], got {value}")
         if not (0.0 < low <= high):
             raise ValueError(f"low and high must satisfy 0 < low <= high, got {low} and {high}")
         self.factor, self.low, self.high = _positive("factor", factor), low, high
         self.shrink = 1 / self.factor if shrink is None else _positive("shrink", shrink)
-        self._range = (math.log(least), math.log(most))
+        self._range = (math.log(minimum), math.log(maximum))
         self._log_value = math.log(value)
 
     @classmethod
-    def preset(cls, name: Literal["paper", "rllib"], value: float | None = None) -> "Banded":
+    def preset(cls, name: Literal["paper", "rllib"], value: float | None = None) -> "Adaptive":
         """The published rules: "paper" doubles or halves outside 1.5 (Schulman et al. 2017, section 4), from 1; "rllib"
         takes 1.5 times above 2 limits and half below half a limit (Ray RLlib's ``kl_coeff`` update), from 0.2.
 
@@ -140,7 +140,7 @@ class Banded:
 
 
 class Dual:
-    """Gradient ascent on the logarithm of a Lagrange multiplier: log value += rate * excess, within [least, most].
+    """Gradient ascent on the logarithm of a Lagrange multiplier: log value += rate * excess, within a range.
 
     The dual step of a bound, in log space so that the multiplier stays positive. With ``at_least(H)`` it is SAC's
     temperature (Haarnoja et al. 2018b, section 5). ``proportional`` above 0 adds a term in the excess's change, the
@@ -154,15 +154,15 @@ class Dual:
         *,
         rate: float = 0.1,
         proportional: float = 0.0,
-        least: float = 1e-6,
-        most: float = 1e6,
+        minimum: float = 1e-6,
+        maximum: float = 1e6,
     ) -> None:
-        _positive("least", least)
-        if not (least <= value <= most < math.inf):
-            raise ValueError(f"value must lie within [{least}, {most}], got {value}")
+        _positive("minimum", minimum)
+        if not (minimum <= value <= maximum < math.inf):
+            raise ValueError(f"value must lie within [{minimum}, {maximum}], got {value}")
         self.rate = _positive("rate", rate)
         self.proportional = _positive("proportional", proportional, zero_allowed=True)
-        self._range = (math.log(least), math.log(most))
+        self._range = (math.log(minimum), math.log(maximum))
         self._log_value = math.log(value)
         self._last_excess: float | None = None
 

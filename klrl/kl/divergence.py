@@ -11,7 +11,7 @@ forbid (logit -inf) drop out. KL >= 0 always and KL(p||p) = 0 exactly.
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,23 @@ from klrl.kl import closed_form
 
 D = TypeVar("D", bound=td.Distribution)
 Units = Literal["nats", "bits"]
+
+
+@runtime_checkable
+class Parametric(Protocol):
+    """A distribution of one's own that can be frozen, indexed and joined as torch's are."""
+
+    def map_parameters(self, function: Callable[[Tensor], Tensor]) -> Self: ...
+
+
+@runtime_checkable
+class Tabular(Protocol):
+    """A discrete distribution of one's own, as logits [*batch, *parts, n] of independent parts; -inf forbids."""
+
+    logits: Tensor
+
+    @property
+    def log_probs_64(self) -> Tensor: ...
 
 
 def kl(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Tensor:
@@ -41,11 +58,11 @@ def kl(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Ten
     """
     value = _kl(old, new)
     if math.isnan(value.detach().sum()):  # no KL is -inf, so only a nan makes their sum one
-        explain_nan(old, new)
+        raise_nan(old, new)
     return in_units(value, units)
 
 
-def explain_nan(old: td.Distribution, new: td.Distribution) -> None:
+def raise_nan(old: td.Distribution, new: td.Distribution) -> None:
     """Raise the ValueError that says why the divergence of the two is nan."""
     for side, dist in (("old", old), ("new", new)):
         with contextlib.suppress(NotSupportedError):
@@ -166,7 +183,7 @@ def concatenate(dists: list[D]) -> D:
 
 
 def _map_parameters(dist: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if hasattr(dist, "map_parameters"):
+    if isinstance(dist, Parametric):
         return dist.map_parameters(function)
     if isinstance(dist, td.Independent):
         return td.Independent(_map_parameters(dist.base_dist, function), dist.reinterpreted_batch_ndims)
@@ -271,9 +288,13 @@ def same_shape(old: td.Distribution, new: td.Distribution) -> None:
             f"old and new must have one shape: {name_of(old)} has batch {tuple(old.batch_shape)} and event "
             f"{tuple(old.event_shape)}, {name_of(new)} has {tuple(new.batch_shape)} and {tuple(new.event_shape)}"
         )
-    choices = [tuple(getattr(dist, "param_shape", ())) for dist in (old, new)]
+    choices = [tuple(d.logits.shape) if isinstance(d, Tabular) else _choices(d) for d in (old, new)]
     if type(old) is type(new) and choices[0] != choices[1]:
         raise ValueError(f"old and new must have one shape: their parameters have {choices[0]} and {choices[1]}")
+
+
+def _choices(dist: td.Distribution) -> tuple[int, ...]:
+    return tuple(dist.param_shape) if isinstance(dist, td.Categorical) else ()
 
 
 def name_of(dist: object) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from klrl.kl.divergence import explain_nan
+from klrl.kl.divergence import raise_nan
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def mc_kl(old: td.Distribution, new: td.Distribution, n: int = 256) -> StateEsti
         x = (_log_prob(new, sample) - old.log_prob(sample)).double()
         terms = torch.expm1(x) - x
         if bool(terms.isnan().any()):
-            explain_nan(old, new)
+            raise_nan(old, new)
         return _over_samples(terms)
 
 

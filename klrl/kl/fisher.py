@@ -4,7 +4,7 @@ What a natural gradient needs of the policy's distribution (Amari 1998). In the 
 nearly so, and its product with a vector costs as much as a log-probability.
 """
 
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,11 +13,18 @@ from torch import distributions as td
 from klrl.kl.divergence import name_of, parameters_of
 
 
+@runtime_checkable
+class KnowsFisher(Protocol):
+    """A distribution of one's own that knows its Fisher information, as ``fisher_vector_product`` below."""
+
+    def fisher_vector_product(self, *vectors: Tensor) -> tuple[Tensor, ...]: ...
+
+
 def fisher_vector_product(dist: td.Distribution, *vectors: Tensor) -> tuple[Tensor, ...]:
     """F v per state, in the distribution's parameters: one vector of each parameter's shape in, one out.
 
-    Parameters, in order: logits of a Categorical or Bernoulli; loc and scale of a Normal, loc and log_std of a
-    ``DiagonalNormal``; loc and scale_tril of a MultivariateNormal; concentration1 and concentration0 of a Beta.
+    Parameters, in order: logits of a Categorical or Bernoulli; loc and scale of a Normal; loc and scale_tril of a
+    MultivariateNormal; concentration1 and concentration0 of a Beta; of a class with a method of this name, its own.
     Independent, and a transform of a base distribution, have their base's.
 
     Raises ValueError for another family, for probabilities in place of logits, and for vectors that do not fit.
@@ -27,10 +34,10 @@ def fisher_vector_product(dist: td.Distribution, *vectors: Tensor) -> tuple[Tens
     shapes = [tuple(parameter.shape) for parameter in parameters_of(dist)]
     if [tuple(vector.shape) for vector in vectors] != shapes:
         raise ValueError(f"{name_of(dist)} has parameters of shapes {shapes}, got {[tuple(v.shape) for v in vectors]}")
-    if hasattr(dist, "exact_log_probs") or isinstance(dist, td.Categorical | td.Bernoulli):
+    if isinstance(dist, KnowsFisher):
+        return dist.fisher_vector_product(*vectors)
+    if isinstance(dist, td.Categorical | td.Bernoulli):
         return (_discrete(dist, *vectors),)
-    if hasattr(dist, "log_std"):
-        return vectors[0] * torch.exp(-2 * dist.log_std), 2 * vectors[1]
     if isinstance(dist, td.Normal):
         return vectors[0] / dist.scale**2, 2 * vectors[1] / dist.scale**2
     if isinstance(dist, td.MultivariateNormal):
@@ -40,13 +47,16 @@ def fisher_vector_product(dist: td.Distribution, *vectors: Tensor) -> tuple[Tens
     raise ValueError(f"the Fisher information of {name_of(dist)} is not known in closed form")
 
 
-def _discrete(dist: Any, vector: Tensor) -> Tensor:
-    if getattr(dist, "_param", None) is not None and dist._param is dist.__dict__.get("probs"):
+def _discrete(dist: td.Categorical | td.Bernoulli, vector: Tensor) -> Tensor:
+    if dist._param is dist.__dict__.get("probs"):
         raise ValueError(f"{name_of(dist)} was given by probabilities: give it logits, in whose space F is bounded")
     if isinstance(dist, td.Bernoulli):
         return vector * torch.sigmoid(dist.logits) * torch.sigmoid(-dist.logits)
-    # klrl's own keep their normalised log-probabilities, and softmax is slow on rows as short as an action space.
-    p = dist.log_probs.exp() if hasattr(dist, "log_probs") else torch.softmax(dist.logits, dim=-1)
+    return softmax_fisher(torch.softmax(dist.logits, dim=-1), vector)
+
+
+def softmax_fisher(p: Tensor, vector: Tensor) -> Tensor:
+    """(diag(p) - p p^T) v over the last dimension: the Fisher information of probabilities p in their logits."""
     return p * (vector - (p * vector).sum(-1, keepdim=True))
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 _ESCALATIONS = 5  # how often the damping may be raised tenfold before a step is given up
-_RESIDUAL = 1e-5  # conjugate gradient ends where the residual is this share of the gradient
+_RESIDUAL = 1e-5  # conjugate gradient ends where the residual is this fraction of the gradient
 _FLAT = 1e-12  # curvature along a unit vector below which there is none
 
 
-class Solution(NamedTuple):
+class CGResult(NamedTuple):
     """What ``conjugate_gradient`` found; x is the best so far where it met no positive curvature."""
 
     x: Tensor
@@ -26,7 +26,7 @@ class Solution(NamedTuple):
     """Whether A was positive along every direction tried."""
 
 
-def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, max_steps: int) -> Solution:
+def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, max_steps: int) -> CGResult:
     """Solve A x = b for a symmetric positive A, given as ``product`` (v to A v), in float64.
 
     Ends after ``max_steps`` products, at a residual of 1e-5, or where the curvature v^T A v is not positive.
@@ -39,13 +39,13 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, max_steps
         moved = product(direction)
         curvature = float(direction @ moved)
         if not curvature > _FLAT * float(direction @ direction):  # also where it is nan
-            return Solution(x, math.sqrt(squared / whole), steps, False)
+            return CGResult(x, math.sqrt(squared / whole), steps, False)
         steps += 1
         x.add_(direction, alpha=squared / curvature)
         residual.sub_(moved, alpha=squared / curvature)
         before, squared = squared, float(residual @ residual)
         direction.mul_(squared / before).add_(residual)
-    return Solution(x, math.sqrt(squared / whole), steps, True)
+    return CGResult(x, math.sqrt(squared / whole), steps, True)
 
 
 class NaturalStep(NamedTuple):
@@ -80,10 +80,10 @@ def natural_step(
     return None
 
 
-class Searched(NamedTuple):
+class LineSearch(NamedTuple):
     """Where a line search ended."""
 
-    share: float
+    fraction: float
     """Of the step that was taken; 0 where none was acceptable, and the weights are the old ones."""
     improvement: float
     kl: float
@@ -100,51 +100,51 @@ def line_search(
     limit: float,
     max_trials: int,
     shrink: float = 0.8,
-) -> Searched:
+) -> LineSearch:
     """Move ``weights`` [P] in place along ``step``, as far as improves the objective and keeps KL within ``limit``.
 
-    ``measure`` returns the improvement and the KL at the current weights. A share of the step that improves nothing is
-    shrunk by ``shrink``; one whose KL is too large, to where the square law puts it just inside, which is often a much
-    smaller cut. Where no trial is accepted the weights are restored bit for bit.
+    ``measure`` returns the improvement and the KL at the current weights. A fraction of the step that improves nothing
+    is shrunk by ``shrink``; one whose KL is too large, to where the square law puts it just inside, which is often a
+    much smaller cut. Where no trial is accepted the weights are restored bit for bit.
     """
     old = weights.clone()
-    share, first_kl, rejected = 1.0, math.nan, "no_improvement"
+    fraction, first_kl, rejected = 1.0, math.nan, "no_improvement"
     for trial in range(max_trials):
-        weights.copy_(old + share * step)
+        weights.copy_(old + fraction * step)
         improvement, divergence = measure()
         first_kl = divergence if trial == 0 else first_kl
         if not (math.isfinite(improvement) and math.isfinite(divergence)):
-            rejected, share = "nonfinite", share * shrink**3
+            rejected, fraction = "nonfinite", fraction * shrink**3
         elif divergence > limit:
-            rejected, share = "kl", share * max(0.5, math.sqrt(0.96 * limit / divergence))
+            rejected, fraction = "kl", fraction * max(0.5, math.sqrt(0.96 * limit / divergence))
         elif improvement > 0.0:
-            return Searched(share, improvement, divergence, first_kl, "")
+            return LineSearch(fraction, improvement, divergence, first_kl, "")
         else:
-            rejected, share = "no_improvement", share * shrink
+            rejected, fraction = "no_improvement", fraction * shrink
     weights.copy_(old)
-    return Searched(0.0, 0.0, 0.0, first_kl, rejected)
+    return LineSearch(0.0, 0.0, 0.0, first_kl, rejected)
 
 
-def project(weights: Tensor, old: Tensor, kl_at: Callable[[], float], limit: float, reached: float) -> float:
-    """Move ``weights`` (in place) back along the line old -> weights until ``kl_at()`` is within ``limit``.
+def project(place: Callable[[float], None], kl_at: Callable[[], float], limit: float, reached: float) -> float:
+    """Move a policy back along the line old -> new weights until ``kl_at()`` is within ``limit``.
 
-    weights, old: [P]. ``kl_at`` measures the KL at the current ``weights``; ``reached`` is what it was on entry.
-    KL grows about as the square of the distance, which says where to try next between the largest share known to be
+    ``place(f)`` sets the weights to old + f * (new - old), at 0 to the old ones bit for bit; ``kl_at`` measures the KL
+    there; ``reached`` is what it was at 1, where the weights are on entry.
+    KL grows about as the square of the distance, which says where to try next between the largest fraction known to be
     inside and the smallest known to be outside. The search ends at 90 % of the limit, or after 12 trials at the
-    largest share found inside: 0, the old weights bit for bit, where there was none. Returns that share.
+    largest fraction found inside: 0 where there was none. Returns that fraction.
     """
-    new = weights.clone()
-    inside, outside, share, measured = 0.0, 1.0, 1.0, reached
+    inside, outside, fraction, measured = 0.0, 1.0, 1.0, reached
     for _ in range(12):
-        guess = share * math.sqrt(0.98 * limit / measured) if 0.0 < measured < math.inf else 0.0
-        share = guess if inside < guess < outside else (inside + outside) / 2
-        torch.lerp(old, new, share, out=weights)
+        guess = fraction * math.sqrt(0.98 * limit / measured) if 0.0 < measured < math.inf else 0.0
+        fraction = guess if inside < guess < outside else (inside + outside) / 2
+        place(fraction)
         measured = kl_at()
         if measured > limit or math.isnan(measured):
-            outside = share
+            outside = fraction
             continue
-        inside = share
+        inside = fraction
         if measured > 0.9 * limit:
             break
-    weights.copy_(torch.lerp(old, new, inside) if inside > 0.0 else old)
+    place(inside)
     return inside

@@ -25,7 +25,7 @@ class ObservationEncoder:
 
     def __init__(self, space: spaces.Space[Any], device: torch.device, normalize: bool) -> None:
         check_observation_space(space)
-        self.device = device
+        self.space, self.device = space, device
         self._keyed = isinstance(space, spaces.Dict)
         # Sorted: equal Dict spaces may list their keys in another order, and the weights must not depend on that.
         parts = sorted(space.spaces.items()) if isinstance(space, spaces.Dict) else [("", space)]
@@ -39,7 +39,7 @@ class ObservationEncoder:
         self._scaled = torch.tensor(scaled, dtype=torch.bool, device=device)
         self.normalize = normalize and bool(self._scaled.any())
         self.plain = isinstance(space, spaces.Box) and not self.images and space.dtype != np.uint8
-        """Whether the observation is one vector of numbers, so that ``on_host`` applies."""
+        """Whether the observation is one vector of numbers, so that ``to_numpy`` applies."""
         self.count = 0.0
         self.mean = torch.zeros(self.features, device=device)
         self.var = torch.ones(self.features, device=device)
@@ -53,19 +53,25 @@ class ObservationEncoder:
             inputs["vector"] = ((vector - self.mean) * self._inverse_std).clamp_(-_LIMIT, _LIMIT)
         return inputs
 
-    def on_host(self, obs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """The "vector" of Box observations [B, *shape] alone, in NumPy: ``__call__`` without torch's cost per call."""
+    def to_numpy(self, obs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Encode Box observations [B, *shape] as the "vector" alone, in NumPy, without torch's cost per call."""
         vector = obs.reshape(len(obs), -1).astype(np.float32, copy=False)
         if not self.normalize:
             return vector
-        mean, inverse_std = self._host
+        mean, inverse_std = self._numpy
         return np.clip((vector - mean) * inverse_std, -_LIMIT, _LIMIT)
 
-    def update(self, obs: Observation, valid: Tensor) -> None:
-        """Take the observations [..., *space.shape] for which ``valid`` [B] is true into the running statistics."""
+    def zeros(self, rows: int) -> Inputs:
+        """Inputs of ``rows`` observations that are all zero."""
+        vector = {"vector": torch.zeros(rows, self.features, device=self.device)} if self.features else {}
+        shapes = {f"image {key}": shape for key, shape in self.images.items()}
+        return vector | {k: torch.zeros(rows, *s, dtype=torch.uint8, device=self.device) for k, s in shapes.items()}
+
+    def update(self, obs: Observation, mask: Tensor) -> None:
+        """Take the observations [..., *space.shape] for which ``mask`` [B] is true into the running statistics."""
         if not self.normalize:
             return
-        batch = self._encode(obs)["vector"][valid].double()
+        batch = self._encode(obs)["vector"][mask].double()
         count = float(len(batch))
         if count == 0:
             return
@@ -89,7 +95,7 @@ class ObservationEncoder:
 
     def _refresh(self) -> None:
         self._inverse_std = torch.rsqrt(self.var + 1e-8)
-        self._host = (self.mean.cpu().numpy(), self._inverse_std.cpu().numpy())
+        self._numpy = (self.mean.cpu().numpy(), self._inverse_std.cpu().numpy())
 
     def _encode(self, obs: Observation) -> Inputs:
         inputs: Inputs = {}
@@ -108,6 +114,17 @@ class ObservationEncoder:
         if vectors:
             inputs["vector"] = vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=-1)
         return inputs
+
+
+def replace_rows(obs: Any, others: Any, rows: Any) -> Any:
+    """A copy of observations [N, *shape] with the given rows taken from ``others``, which has one for each of N."""
+    if isinstance(obs, dict):
+        per_key = others if isinstance(others, dict) else {k: [o and o[k] for o in others] for k in obs}
+        return {key: replace_rows(part, per_key[key], rows) for key, part in obs.items()}
+    obs = np.array(obs)
+    for row in rows:
+        obs[row] = others[row]
+    return obs
 
 
 def _features(space: spaces.Space[Any]) -> int:

@@ -1,97 +1,161 @@
-"""Modules' weights as views of one vector, with Adam on that vector.
+"""A module's weights as views of one vector, with Adam on that vector.
 
 Snapshot, rollback, projection, the gradient's norm and the optimizer's step are then one operation each instead of
 one per weight tensor, which for the small networks of control tasks is most of an update's time.
 """
 
-import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_TENSORS = ("vector", "first_moment", "second_moment")
+from klrl.errors import UsageError
+
+_TENSORS = ("flat", "first_moment", "second_moment", "count")
+BETAS = (0.9, 0.999)  # of Adam, as everywhere
+
+
+Push = Callable[[Tensor], tuple[Tensor, ...]]
+Pull = Callable[[Sequence[Tensor]], Tensor]
 
 
 class FlatParameters:
-    """The modules' parameters as views of ``vector``, their gradients as views of ``grad``, and an Adam state.
+    """The module's parameters as views of ``flat`` [P], and an Adam state beside it, all tensors.
 
-    ``parts[i]`` is where the i-th module lies in the vector. The modules keep working as before; move them to their
-    device first, since a later ``module.to(...)`` would cut the views.
-    Adam is Kingma and Ba (2015), algorithm 1, and equals torch.optim.Adam with the same betas and eps.
+    The module remains an ordinary one: ``sync`` takes in what others did to it. Parameters with ``requires_grad`` False
+    do not move. Adam is Kingma and Ba (2015), algorithm 1, and equals torch.optim.Adam with the same eps.
     """
 
-    def __init__(self, *modules: nn.Module, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-5) -> None:
-        sizes = [sum(p.numel() for p in module.parameters()) for module in modules]
-        self.modules = modules
-        self.parts = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
-        parameters = [p for module in modules for p in module.parameters()]
-        self.vector = torch.cat([p.detach().flatten() for p in parameters])
-        self.grad = torch.zeros_like(self.vector)
-        self.first_moment = torch.zeros_like(self.vector)
-        self.second_moment = torch.zeros_like(self.vector)
-        self.steps = [0] * len(modules)
-        self.betas, self.eps = betas, eps
-        start = 0
-        for p in parameters:
-            end = start + p.numel()
-            p.data = self.vector[start:end].view(p.shape)
-            p.grad = self.grad[start:end].view(p.shape)
-            start = end
+    def __init__(self, module: nn.Module, name: str, eps: float = 1e-5) -> None:
+        """``name``: how the module is called in an error."""
+        self.module, self.name, self.eps = module, name, eps
+        self.parameters = dict(module.named_parameters())
+        self.flat = torch.cat([p.detach().flatten() for p in self.parameters.values()])
+        self.first_moment, self.second_moment = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        self.count = torch.zeros((), device=self.flat.device)
+        self.frozen: Tensor | None = None
+        self.sync()
 
-    def like(self, vector: Tensor, part: int) -> dict[Tensor, Tensor]:
-        """``vector``, of the size of module ``part``, as views of its pieces, one for each of that module's weights."""
-        parameters = list(self.modules[part].parameters())
-        pieces = torch.split(vector, [p.numel() for p in parameters])
-        return {p: piece.view(p.shape) for p, piece in zip(parameters, pieces, strict=True)}
+    def sync(self) -> None:
+        """Take in what was done to the module since: weights that were moved, copied, replaced or frozen.
 
-    def zero_grad(self) -> None:
-        """Set the gradient to 0, in place: autograd then accumulates into the views."""
-        self.grad.zero_()
+        An optimizer of one's own, ``load_state_dict``, a deep copy, pickle and a new layer of the same shape all go on
+        from the weights that they left. Raises UsageError that names the parameter where shape, number, dtype or device
+        are others.
+        """
+        now, views = dict(self.module.named_parameters()), self.unflatten(self.flat)
+        if now.keys() != self.parameters.keys():
+            odd = sorted(now.keys() ^ self.parameters.keys())[0]
+            raise UsageError(f"{self.name}.{odd} was added or removed after the agent was made: make a new agent")
+        for name, parameter in now.items():
+            view = views[name]
+            for what in ("shape", "dtype", "device"):
+                mine, theirs = getattr(view, what), getattr(parameter, what)
+                if mine != theirs:
+                    raise UsageError(f"{self.name}.{name} has {what} {theirs}, and was made with {mine}")
+            if parameter.data_ptr() != view.data_ptr():
+                view.copy_(parameter.detach())
+                parameter.data = view
+        self.parameters = now
+        frozen = [not p.requires_grad for p in now.values()]
+        if any(frozen):
+            sizes = torch.tensor([p.numel() for p in now.values()])
+            self.frozen = torch.tensor(frozen).repeat_interleave(sizes).to(self.flat.device)
+            self.first_moment[self.frozen] = self.second_moment[self.frozen] = 0.0
+        else:
+            self.frozen = None
 
-    def clip_grad(self, max_norm: float) -> Tensor:
-        """Scale the gradient down to ``max_norm`` where it is longer; returns its norm before, a scalar tensor."""
-        norm = torch.linalg.vector_norm(self.grad)
-        self.grad.mul_((max_norm / (norm + 1e-6)).clamp_max(1.0))
-        return norm
+    @property
+    def optimizer(self) -> list[Tensor]:
+        """Adam's state."""
+        return [self.first_moment, self.second_moment, self.count]
 
-    def adam_step(self, learning_rate: float, only: int | None = None) -> None:
-        """One step of Adam along ``grad``, of module ``only`` alone where given."""
-        self.steps = [count + (only in (None, i)) for i, count in enumerate(self.steps)]
-        if only is not None:
-            self._adam(self.parts[only], self.steps[only], learning_rate)
-            return
-        # The parts differ in their count, and so in their bias correction, once one of them was restored alone.
-        together = len(set(self.steps)) == 1
-        for part, count in [(slice(None), self.steps[0])] if together else zip(self.parts, self.steps, strict=True):
-            self._adam(part, count, learning_rate)
+    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        """A vector [P] as views of its pieces, in the shapes of the parameters that bear their names."""
+        pieces = torch.split(flat, [p.numel() for p in self.parameters.values()])
+        return {name: piece.view(p.shape) for (name, p), piece in zip(self.parameters.items(), pieces, strict=True)}
 
-    def _adam(self, part: slice, count: int, learning_rate: float) -> None:
-        beta1, beta2 = self.betas
-        grad, first, second = self.grad[part], self.first_moment[part], self.second_moment[part]
-        first.lerp_(grad, 1 - beta1)
-        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        # Both bias corrections are folded into the step and into eps, which saves a pass over the vector.
-        correction1, correction2 = 1 - beta1**count, math.sqrt(1 - beta2**count)
-        # Dead units leave exact zeros, whose square roots take twenty times as long; 1e-37 is lost beside eps.
-        denominator = second.add(1e-37).sqrt_().add_(self.eps * correction2)
-        self.vector[part].addcdiv_(first, denominator, value=-learning_rate * correction2 / correction1)
+    def adam_step(self, gradient: Tensor, learning_rate: Tensor) -> None:
+        """One step of Adam along ``gradient`` [P]; ``learning_rate``: a scalar tensor on the same device."""
+        self.count.add_(1)
+        if self.frozen is not None:
+            gradient = gradient.masked_fill(self.frozen, 0.0)
+        torch._fused_adam_(
+            [self.flat],
+            [gradient],
+            [self.first_moment],
+            [self.second_moment],
+            [],
+            [self.count],
+            lr=learning_rate,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            weight_decay=0.0,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of weights and optimizer state, for ``restore`` and ``load_state_dict``."""
-        return {**{name: getattr(self, name).clone() for name in _TENSORS}, "steps": list(self.steps)}
+        self.sync()
+        return {name: getattr(self, name).clone() for name in _TENSORS}
 
-    def restore(self, before: dict[str, Any], only: int | None = None) -> None:
-        """Weights and optimizer as ``state_dict`` gave them, bit for bit; of module ``only`` alone where given."""
-        for i in range(len(self.parts)) if only is None else [only]:
-            part = self.parts[i]
-            for name in _TENSORS:
-                getattr(self, name)[part] = before[name][part]
-            self.steps[i] = before["steps"][i]
+    def restore(self, before: dict[str, Any]) -> None:
+        """Put weights and optimizer back, bit for bit, as ``state_dict`` gave them."""
+        for name in _TENSORS:
+            getattr(self, name).copy_(before[name])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where the number of weights differs."""
-        fits = all(state[name].shape == self.vector.shape for name in _TENSORS)
-        if not fits or len(state["steps"]) != len(self.parts):
-            raise ValueError(f"the network has {self.vector.numel()} weights, the saved one {state['vector'].numel()}")
+        """Continue from ``state_dict``'s result. Raises ValueError where the number of weights differs."""
+        self.sync()
+        if any(state[name].shape != getattr(self, name).shape for name in _TENSORS):
+            raise ValueError(f"the network has {self.flat.numel()} weights, the saved one {state['flat'].numel()}")
         self.restore(state)
+
+
+def gradients(
+    outputs: Tensor | Sequence[Tensor],
+    *groups: FlatParameters,
+    weighted: Sequence[Tensor] | None = None,
+    retain_graph: bool = False,
+) -> Tensor:
+    """d outputs / d weights of all ``groups`` as one vector, zero where a weight is frozen or has no part in them.
+
+    ``outputs``: a scalar, or tensors with a gradient for each in ``weighted``.
+    """
+    weights = [p for group in groups for p in group.parameters.values()]
+    wanted = [p for p in weights if p.requires_grad]
+    if not wanted:
+        return torch.cat([torch.zeros_like(group.flat) for group in groups])
+    found = torch.autograd.grad(outputs, wanted, weighted, retain_graph=retain_graph, allow_unused=True)
+    known = dict(zip(map(id, wanted), found, strict=True))
+    parts = [(p, known.get(id(p))) for p in weights]
+    return torch.cat([(torch.zeros_like(p) if part is None else part).flatten() for p, part in parts])
+
+
+def jacobian(outputs: Sequence[Tensor], group: FlatParameters) -> tuple[Push, Pull]:
+    """The Jacobian J of ``outputs`` in the weights, from the graph that they carry, as two functions.
+
+    The first takes a direction [P] in weight space to J v, one tensor for each output; the second takes a gradient for
+    each output to J^T g, [P].
+    """
+    weights = {name: p for name, p in group.parameters.items() if p.requires_grad}
+    with torch.enable_grad():
+        # J^T u is linear in u, and the transpose of that map is J.
+        probes = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+        pulled = torch.autograd.grad(outputs, list(weights.values()), probes, create_graph=True)
+
+    def push(direction: Tensor) -> tuple[Tensor, ...]:
+        pieces = group.unflatten(direction)
+        return torch.autograd.grad(pulled, probes, [pieces[name] for name in weights], retain_graph=True)
+
+    return push, lambda weighted: gradients(outputs, group, weighted=weighted, retain_graph=True)
+
+
+def clip_(gradient: Tensor, max_norm: float) -> Tensor:
+    """Scale ``gradient`` [P] down to ``max_norm``, in place, where it is longer; its norm before, a scalar tensor."""
+    norm = torch.linalg.vector_norm(gradient)
+    gradient.mul_((max_norm / (norm + 1e-6)).clamp_max(1.0))
+    return norm

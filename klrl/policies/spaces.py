@@ -3,11 +3,12 @@
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from gymnasium import spaces
 
 from klrl.errors import UsageError
 
-_MOST_JOINT = 4096
+_MAX_JOINT = 4096
 _UNBOUNDED = 1e9  # bounds further apart stand for "no bounds", as float32's largest numbers often do
 
 
@@ -27,19 +28,34 @@ def check_action_space(space: spaces.Space[Any]) -> None:
         )
 
 
+def is_bounded(space: spaces.Box) -> npt.NDArray[np.bool_]:
+    """Which of a Box's numbers have bounds, [*shape]: those so far apart that they stand for none do not count."""
+    return space.high.astype(np.float64) - space.low < _UNBOUNDED
+
+
 def check_bounded(space: spaces.Box) -> None:
     """Raise UsageError unless every bound of the action space is finite, as those of a squashed policy must be."""
-    if not ((space.high.astype(np.float64) - space.low) < _UNBOUNDED).all():
+    if not is_bounded(space).all():
         raise UsageError(
             f"action space {space} has infinite bounds, and SAC's actions are bounded: "
             "gymnasium.wrappers.TransformAction(env, lambda action: action, Box(-1, 1, shape)) gives it finite ones"
         )
 
 
+def category_sizes(space: spaces.Space[Any]) -> list[int]:
+    """How many choices each categorical of a Discrete, MultiDiscrete or MultiBinary space has."""
+    if isinstance(space, spaces.Discrete):
+        return [int(space.n)]
+    if isinstance(space, spaces.MultiDiscrete):
+        return [int(n) for n in space.nvec.flatten()]
+    assert space.shape is not None
+    return [2] * int(np.prod(space.shape))
+
+
 def check_joint(space: spaces.Space[Any], actions: int) -> None:
     """Raise UsageError where the space has more joint actions than a network can put a value on, one by one."""
-    if actions > _MOST_JOINT:
-        raise UsageError(f"action space {space} has {actions:,} joint actions: SAC takes at most {_MOST_JOINT:,}")
+    if actions > _MAX_JOINT:
+        raise UsageError(f"action space {space} has {actions:,} joint actions: SAC takes at most {_MAX_JOINT:,}")
 
 
 def check_observation_space(space: spaces.Space[Any]) -> None:

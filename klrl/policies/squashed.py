@@ -1,91 +1,120 @@
-"""What SAC needs beside the other networks: two critics evaluated as one, an actor whose noise depends on the state."""
+"""The policy of SAC for a Box: tanh of a normal whose mean and standard deviation both depend on the state."""
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from torch import Tensor, nn
+from torch import distributions as td
 
-from klrl.policies.distributions import DiagonalNormal
-from klrl.policies.encoder import Inputs, ObservationEncoder
-from klrl.policies.networks import Activation, Array, Network, Tangent, Torso
+from klrl.policies.distributions import LOG_SQRT_TWO_PI, DiagonalNormal
+from klrl.policies.networks import Array
+from klrl.policies.spaces import check_bounded
 
 _LOG_STD = (-20.0, 2.0)  # where the logarithm of the standard deviation is cut off, as in SB3
+_NODES = torch.linspace(-8.0, 8.0, 129)  # in standard deviations: the trapezoidal rule for the entropy
 
 
-class TwinCritic(nn.Module):
-    """Two critics Q(s, a) of one shape, their weights stacked, so that each layer is one product: to [2, B, outputs].
+class SquashedNormal(td.Distribution):
+    """The joint of tanh(u_i) for independent normals u_i, from their means and log_stds, each [B, d].
 
-    ``action_width`` 0: discrete actions, one output for each. The convolutions of image observations are shared.
+    Actions are in (-1, 1)^d. tanh is invertible, so KL and Fisher information are those of the normals, ``base``.
     """
 
-    def __init__(
-        self,
-        encoder: ObservationEncoder,
-        action_width: int,
-        hidden_sizes: Sequence[int],
-        outputs: int,
-        rng: torch.Generator,
-    ) -> None:
-        super().__init__()
-        self.torso = Torso(encoder, rng)
-        sizes = [self.torso.width + action_width, *hidden_sizes, outputs]
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for a, b in pairwise(sizes):
-            bound = 1 / math.sqrt(a)  # torch's own initialisation of a linear layer
-            self.weights.append(nn.Parameter((2 * torch.rand(2, a, b, generator=rng) - 1) * bound))
-            self.biases.append(nn.Parameter((2 * torch.rand(2, 1, b, generator=rng) - 1) * bound))
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (torch's own declaration)
+    has_rsample = True
 
-    def forward(self, inputs: Inputs, *action: Tensor) -> Tensor:
-        return self._layers(self.torso(inputs, *action))[-1]
+    def __init__(self, mean: Tensor, log_std: Tensor) -> None:
+        self.base = DiagonalNormal(mean, log_std)
+        self.loc, self.log_std = mean, log_std
+        super().__init__(mean.shape[:-1], mean.shape[-1:], validate_args=False)
 
-    def linearize(
-        self, inputs: Inputs, *action: Tensor
-    ) -> tuple[Tensor, Callable[[Tensor], None], Callable[[Tensor], Tensor]]:
-        """The values [2, B, outputs] as data, and two functions of a gradient with respect to them.
+    def map_parameters(self, function: Callable[[Tensor], Tensor]) -> "SquashedNormal":
+        return SquashedNormal(function(self.loc), function(self.log_std))
 
-        The first adds the gradient in the weights to their ``.grad``; the second returns that in the action, [B, d],
-        and leaves the weights alone.
+    def fisher_vector_product(self, to_mean: Tensor, to_log_std: Tensor) -> tuple[Tensor, Tensor]:
+        """F v for a direction in the normals' mean and log_std, each [B, d]."""
+        return self.base.fisher_vector_product(to_mean, to_log_std)
+
+    def squash(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The action tanh(mean + std * noise) and its log-density, [B, d] and [B], with gradients in the parameters.
+
+        log p = log N(u) - sum log(1 - tanh(u)^2). Source: Haarnoja et al. (2018b), appendix C.
         """
-        images = bool(self.torso.image_keys)
-        with torch.set_grad_enabled(images):
-            seen = self.torso(inputs, *action)
-        layers = self._layers(seen.detach())
+        u = torch.addcmul(self.loc, self.log_std.exp(), noise)
+        log_normal = -0.5 * noise.square() - self.log_std - LOG_SQRT_TWO_PI
+        return torch.tanh(u), (log_normal - _log_slope(u)).sum(-1)
 
-        def pull(grad: Tensor) -> None:
-            for i in range(len(self.weights) - 1, -1, -1):
-                weight, bias = self.weights[i], self.biases[i]
-                bias.grad += grad.sum(1, keepdim=True)
-                weight.grad.baddbmm_(layers[i].mT, grad)
-                if i > 0 or images:
-                    grad = _back(grad, weight)
-                if i > 0:
-                    grad = torch.ops.aten.threshold_backward(grad, layers[i], 0.0)
-            if images:
-                seen.backward(grad.sum(0))
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log pi(a|s), shape [B]; -inf outside (-1, 1)."""
+        u = torch.atanh(value)
+        density = self.base.log_prob(u) - _log_slope(u).sum(-1)
+        return torch.where((value.abs() < 1).all(-1), density, float("-inf"))
 
-        def to_action(grad: Tensor) -> Tensor:
-            for i in range(len(self.weights) - 1, 0, -1):
-                grad = torch.ops.aten.threshold_backward(_back(grad, self.weights[i]), layers[i], 0.0)
-            return (grad @ self.weights[0][:, -action[0].shape[-1] :].mT).sum(0)
+    def entropy(self) -> Tensor:
+        """Joint differential entropy in nats, shape [B]: the normals' plus E[log(1 - tanh(u)^2)], by quadrature."""
+        nodes = _NODES.to(self.loc)
+        weights = torch.exp(-0.5 * nodes.square())
+        u = self.loc.unsqueeze(-1) + self.log_std.exp().unsqueeze(-1) * nodes
+        return self.base.entropy() + (_log_slope(u) @ (weights / weights.sum())).sum(-1)
 
-        return layers[-1], pull, to_action
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Actions of shape [*sample_shape, B, d], with gradients in the parameters."""
+        return torch.tanh(self.base.rsample(sample_shape))
 
-    def _layers(self, x: Tensor) -> list[Tensor]:
-        """Each layer's input, the first [2, B, F], and the output at the end."""
-        layers = [x.expand(2, *x.shape)]
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, layers[-1], weight)
-            layers.append(x.relu_() if i < len(self.weights) - 1 else x)
-        return layers
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Actions of shape [*sample_shape, B, d]."""
+        return torch.tanh(self.base.sample(sample_shape))
+
+    @property
+    def mode(self) -> Tensor:
+        """The action that is taken without noise: tanh of the normals' means."""
+        return torch.tanh(self.loc)
 
 
-def _back(grad: Tensor, weight: Tensor) -> Tensor:
-    """A layer's gradient in its input; the product of a column and a row is faster as that of two numbers each."""
-    return grad * weight.mT if grad.shape[-1] == 1 else grad @ weight.mT
+def _log_slope(u: Tensor) -> Tensor:
+    """log(1 - tanh(u)^2), as 2 (log 2 - u - softplus(-2u)), which does not saturate."""
+    return 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
+
+
+@td.register_kl(SquashedNormal, SquashedNormal)  # type: ignore[no-untyped-call, untyped-decorator]
+def _kl_squashed_normal(old: SquashedNormal, new: SquashedNormal) -> Tensor:
+    return td.kl_divergence(old.base, new.base)
+
+
+class SquashedHead(nn.Module):
+    """A Box with finite bounds: outputs [B, 2d], means and log_stds, to a ``SquashedNormal``."""
+
+    def __init__(self, space: spaces.Box) -> None:
+        check_bounded(space)
+        super().__init__()
+        self.space = space
+        self.dimensions = int(np.prod(space.shape))
+        self.size = 2 * self.dimensions
+
+    def forward(self, output: Tensor) -> SquashedNormal:
+        mean, log_std = output.tensor_split(2, dim=-1)
+        return SquashedNormal(mean, log_std.clamp(*_LOG_STD))
+
+    def sample(self, output: Array, rng: Any) -> Array:
+        """Actions [B, d] in [-1, 1]."""
+        mean, log_std = output[:, : self.dimensions], output[:, self.dimensions :]
+        if rng is None:
+            return np.tanh(mean)
+        noise = rng.standard_normal(mean.shape, dtype=np.float32)
+        return np.tanh(mean + noise * np.exp(log_std.clip(*_LOG_STD)))
+
+    def to_env(self, action: Array) -> Array:
+        """Actions [N, d] in [-1, 1] scaled to the bounds, [N, *space.shape]."""
+        low, high = self.space.low, self.space.high
+        scaled = low + (action.reshape(len(action), *self.space.shape) + 1) / 2 * (high - low)
+        return scaled.clip(low, high).astype(self.space.dtype)
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
 
 class CorrelatedNoise:
@@ -100,72 +129,24 @@ class CorrelatedNoise:
         self.last: Array | None = None
 
     def standard_normal(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
-        """The next noise; it begins anew where ``shape`` is not that of the last."""
+        """Draw the next noise; it begins anew where ``shape`` is not that of the last."""
         noise: Array = self.rng.standard_normal(shape, dtype=dtype)
         if self.correlation > 0 and self.last is not None and self.last.shape == shape:
             noise = self.correlation * self.last + math.sqrt(1 - self.correlation**2) * noise
         self.last = noise
         return noise
 
+    def standard_exponential(self, shape: tuple[int, ...]) -> Array:
+        """Draw independent exponential noise, which discrete actions take."""
+        return self.rng.standard_exponential(shape)
+
+    def uniform(self, shape: tuple[int, ...]) -> Array:
+        """Draw the next noise and send it through the normal's distribution function: uniform on -1 to 1."""
+        result: Array = torch.erf(torch.from_numpy(self.standard_normal(shape)) / math.sqrt(2)).numpy()
+        return result
+
     def state_dict(self) -> dict[str, Any]:
         return {"last": None if self.last is None else torch.from_numpy(self.last)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.last = None if state["last"] is None else state["last"].numpy()
-
-    def uniform(self, shape: tuple[int, ...]) -> Array:
-        """The next noise through the normal's distribution function: uniform on -1 to 1."""
-        result: Array = torch.erf(torch.from_numpy(self.standard_normal(shape)) / math.sqrt(2)).numpy()
-        return result
-
-
-class SquashedActor(nn.Module):
-    """The policy of a Box: tanh of a normal whose mean and log std are both functions of the state.
-
-    ``head`` gives the normal, whose KL is the policy's, as tanh is invertible. Actions are in (-1, 1).
-    """
-
-    def __init__(
-        self,
-        encoder: ObservationEncoder,
-        dimensions: int,
-        hidden_sizes: Sequence[int],
-        activation: Activation,
-        rng: torch.Generator,
-    ) -> None:
-        super().__init__()
-        self.network = Network(encoder, hidden_sizes, 2 * dimensions, activation, 1.0, rng)
-        self.dimensions = dimensions
-
-    def forward(self, inputs: Inputs) -> DiagonalNormal:
-        return self.head(self.network(inputs))
-
-    def head(self, output: Tensor) -> DiagonalNormal:
-        """The network's outputs [B, 2d] as a normal before tanh."""
-        mean, log_std = output.tensor_split(2, dim=-1)
-        return DiagonalNormal(mean, log_std.clamp(*_LOG_STD))
-
-    def linearize(
-        self, inputs: Inputs
-    ) -> tuple[DiagonalNormal, Callable[[Tangent], tuple[Tensor, ...]], Callable[[Tensor, Tensor], None]]:
-        """The normal as data, with its Jacobian in the weights as two functions, as ``Actor.linearize`` has it."""
-        output, push, pull = self.network.linearize(inputs)
-        log_std = output[:, self.dimensions :]
-        inside = (log_std >= _LOG_STD[0]) & (log_std <= _LOG_STD[1])
-
-        def pushforward(tangent: Tangent) -> tuple[Tensor, ...]:
-            to_mean, to_log_std = push(tangent).tensor_split(2, dim=-1)
-            return to_mean, to_log_std * inside
-
-        def pullback(to_mean: Tensor, to_log_std: Tensor) -> None:
-            pull(torch.cat([to_mean, to_log_std * inside], dim=-1))
-
-        return self.head(output), pushforward, pullback
-
-    def act(self, output: Array, rng: CorrelatedNoise | None) -> Array:
-        """Actions [B, d] in [-1, 1] from the network's outputs, sampled with ``rng``, or tanh of the mean."""
-        mean, log_std = output[:, : self.dimensions], output[:, self.dimensions :]
-        if rng is None:
-            return np.tanh(mean)
-        noise: Any = rng.standard_normal(mean.shape, dtype=np.float32)
-        return np.tanh(mean + noise * np.exp(log_std.clip(*_LOG_STD)))

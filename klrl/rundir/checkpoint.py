@@ -5,6 +5,7 @@ every file against the manifest before it reads one, and never runs code: there 
 rows are written once, beside the checkpoints: each manifest names the files that hold those it needs.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,11 +22,13 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from klrl.errors import UsageError
+from klrl.errors import EnvironmentFailedError, UsageError
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _MAX_JSON_BYTES = 64 * 1024 * 1024
 _TEMPORARY = ".writing-"
+_FORMAT = 2
+_WRITERS = {1: "klrl 0.1.0, whose runs this version does not read: pip install klrl==0.1.0, or train anew"}
 # What reading altered files raises.
 _DAMAGE = (
     OSError,
@@ -64,32 +67,45 @@ def save(
     checkpoint of the same step is replaced. ``saved_rows``: the entries of the files that already hold some of
     ``rows``; brought up to date. Raises OSError where the disk does not take it; others stay valid.
     """
-    target = folder / f"step-{step:012d}"
-    temporary = folder / f"{_TEMPORARY}{target.name}-{os.getpid()}"
     entries = [] if rows is None else _save_rows(folder, rows, saved_rows or [])
+    target = folder / f"step-{step:012d}"
+    aside = folder / f"{_TEMPORARY}old-{target.name}-{os.getpid()}"
+    _write_folder(target, aside, {"step": step, "score": score, "state": state}, entries)
+    if saved_rows is not None:
+        saved_rows[:] = entries
+    return target
+
+
+def write(target: Path, state: dict[str, Any]) -> Path:
+    """Write ``state`` alone to the folder ``target``, which is new or was written so. Raises UsageError otherwise."""
+    if target.exists() and not (target / _MANIFEST).is_file():
+        raise UsageError(f"{target} exists and was not written by klrl: name a new folder")
+    aside = target.with_name(f"{_TEMPORARY}old-{target.name}-{os.getpid()}")
+    _write_folder(target, aside, {"step": 0, "score": None, "state": state}, [])
+    shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def _write_folder(target: Path, aside: Path, content: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    """Write a checkpoint's files beside ``target`` and rename them into place; what is there goes ``aside`` first."""
+    temporary = target.with_name(f"{_TEMPORARY}{target.name}-{os.getpid()}")
     tensors: dict[str, Tensor] = {}
-    plain = _split(state, "", tensors)
-    files = {
-        _TENSORS: save_tensors(tensors),
-        _STATE: json.dumps({"step": step, "score": score, "state": plain}).encode(),
-    }
+    plain = {**content, "state": _split(content["state"], "", tensors)}
+    files = {_TENSORS: save_tensors(tensors), _STATE: json.dumps(plain).encode()}
     sums = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()}
-    files[_MANIFEST] = _sealed({"format": 1, "files": sums, "rows": entries})
+    files[_MANIFEST] = _sealed({"format": _FORMAT, "files": sums, "rows": entries})
     try:
         temporary.mkdir(parents=True)
         for name, data in files.items():
             _write(temporary / name, data)
         _sync(temporary)
         if target.exists():
-            os.rename(target, folder / f"{_TEMPORARY}old-{target.name}-{os.getpid()}")
+            os.rename(target, aside)
         os.rename(temporary, target)
-        _sync(folder)
+        _sync(target.parent)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if saved_rows is not None:
-        saved_rows[:] = entries
-    return target
 
 
 def _save_rows(folder: Path, rows: Rows, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -122,8 +138,10 @@ def load(path: Path, with_rows: bool = False) -> dict[str, Any]:
     try:
         raw = _read(path / _MANIFEST, _MAX_JSON_BYTES)
         manifest = json.loads(raw)
-        if manifest["format"] != 1 or _sealed(manifest) != raw:
+        if _sealed(manifest) != raw:
             raise UsageError(f"checkpoint {path} is damaged: {_MANIFEST} is not as it was written")
+        if manifest["format"] != _FORMAT:
+            raise UsageError(f"checkpoint {path} was written by {_WRITERS.get(manifest['format'], 'a later klrl')}")
         sums = {name: manifest["files"][name] for name in (_TENSORS, _STATE)}
         data = {name: _verified(path / name, entry) for name, entry in sums.items()}
         content = json.loads(data[_STATE])
@@ -166,6 +184,17 @@ def newest(path: Path, which: str = "last", with_rows: bool = False) -> tuple[Pa
         return candidate, content
     assert complaint is not None
     raise complaint
+
+
+@contextlib.contextmanager
+def refusing_misfits(source: Path) -> Iterator[None]:
+    """Raise UsageError where a checkpoint's content, used in the block, is not what this version writes."""
+    try:
+        yield
+    except (UsageError, EnvironmentFailedError):
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as problem:
+        raise UsageError(f"checkpoint {source} does not fit this version of klrl: {problem}") from None
 
 
 def clean(folder: Path) -> None:

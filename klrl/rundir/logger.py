@@ -42,21 +42,21 @@ _LAYOUT = {
 class Logger:
     """A writer of each update's metrics: one TensorBoard event that holds all of them, and one line of JSON.
 
-    ``go_on_at``: the step from which a resumed run writes; what lies there from before is dropped, in both.
+    ``resume_step``: the step from which a resumed run writes; what lies there from before is dropped, in both.
     """
 
-    def __init__(self, folder: Path, hparams: dict[str, Any], go_on_at: int | None = None) -> None:
+    def __init__(self, folder: Path, hparams: dict[str, Any], resume_step: int | None = None) -> None:
         self._start = time.time()
-        if go_on_at is not None:
-            self._start -= _cut(folder / "metrics.jsonl", go_on_at)
+        if resume_step is not None:
+            self._start -= _cut(folder / "metrics.jsonl", resume_step)
             # TensorBoard reads files in the order of their names, which begin with the second.
             while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
                 time.sleep(0.05)
         self._events = EventFileWriter(str(folder))
         self._lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        if go_on_at is not None:
+        if resume_step is not None:
             start = SessionLog(status=SessionLog.START)
-            self._events.add_event(Event(wall_time=time.time(), step=go_on_at, session_log=start))
+            self._events.add_event(Event(wall_time=time.time(), step=resume_step, session_log=start))
             return
         self._add(Summary(value=[_layout_summary()]), 0)
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hparams.items()}

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from klrl.agents import registry
 from klrl.config import flatten, merge, to_dict
 from klrl.errors import UsageError
 from klrl.training.run import resolve
@@ -68,7 +69,7 @@ def expand(agent: str, env: str, choices: Mapping[str, Sequence[Any]], imports: 
             for key in reversed(path.split(".")):
                 part = {key: part}
             options = merge(options, part)
-        run, own = resolve(agent, env, options)
+        run, own = resolve(registry.find(agent), env, options)
         options = {"agent": agent, "env_id": env, **to_dict(run), **to_dict(own)}
         texts = {key: f"{key}={_text(flatten(options).get(key, chosen[key]))}" for key in sorted(choices)}
         name = file_name(",".join(texts.values()) or "default")

@@ -50,18 +50,18 @@ def run_episodes(
 ) -> Evaluation:
     """The first episode of each environment, so that short ones do not count twice.
 
-    Sampled actions do not disturb the agent's own random state. An episode that goes on for 27,000 steps is cut off.
+    Sampled actions follow from ``seed`` and leave the agent's own random state alone. An episode that goes on for
+    27,000 steps is cut off.
     ``check`` is called at each step and may raise.
     """
-    rng_state = agent.rng.bit_generator.state
+    rng = None if deterministic else np.random.default_rng(seed)
     obs, _ = envs.reset(seed=seed)
     returns, lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs, np.int64)
     running = np.ones(envs.num_envs, np.bool_)
     while running.any() and lengths.max() < _MOST_EVAL_STEPS:
         check()
-        obs, reward, terminated, truncated, _ = envs.step(agent.env_action(agent.act(obs, deterministic)))
+        obs, reward, terminated, truncated, _ = envs.step(agent.env_action(agent.act(obs, deterministic, rng)))
         returns += reward * running
         lengths += running
         running &= ~(terminated | truncated)
-    agent.rng.bit_generator.state = rng_state
     return Evaluation(float(returns.mean()), float(returns.std()), returns.tolist(), lengths.tolist())

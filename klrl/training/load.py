@@ -9,14 +9,14 @@ from klrl.agents import registry
 from klrl.agents.base import Agent
 from klrl.envs.make import import_module, make_vector, registered
 from klrl.errors import UsageError
-from klrl.policies import spaces
+from klrl.policies.networks import OwnNetwork, named_network
 from klrl.rundir import checkpoint
 from klrl.training.loop import Envs
-from klrl.training.run import RunConfig, config_of, fitting
+from klrl.training.run import RunConfig, config_of
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedPolicy:
     """An agent as a checkpoint holds it."""
 
     path: str
@@ -29,13 +29,11 @@ class Trained:
     env: str
     """The environment it was trained on."""
 
-    def make_envs(self, count: int, env: str = "", imports: Iterable[str] = (), **kwargs: Any) -> Envs:
+    def make_envs(self, count: int, env: str = "", **kwargs: Any) -> Envs:
         """``count`` environments with the run's arguments and ``kwargs``: its own id, or ``env``.
 
         Raises UsageError for an id that is not known here, and for one with other spaces than the agent's.
         """
-        for package in [*self.config.imports, *imports]:
-            import_module(package, f"--import {package}")
         if not env and not registered(self.env):
             raise UsageError(
                 f"{self.path} was trained on {self.env!r}, which is no env id here: name one, or --import its package"
@@ -50,24 +48,40 @@ class Trained:
         return envs
 
 
-def load(path: str | Path, which: Literal["last", "best"] = "last") -> Agent:
-    """The agent of a run folder or checkpoint, with its normaliser, on the CPU.
+def load(
+    path: str | Path,
+    which: Literal["last", "best"] = "last",
+    agent: type[Agent] | None = None,
+    network: OwnNetwork | None = None,
+) -> Agent:
+    """The agent of a run folder or checkpoint, or one that ``Agent.save`` wrote, with its normaliser, on the CPU.
 
-    Raises UsageError where ``path`` is neither, or where a file is missing, truncated or altered.
+    ``agent``, ``network``: the class and network of a run that was given such, where they are not imported already.
+    Raises UsageError where ``path`` is no such thing, or where a file is missing, truncated or altered.
     """
-    return open_policy(path, which).agent
+    return load_policy(path, which, None, agent, network).agent
 
 
-def open_policy(path: str | Path, which: str = "last") -> Trained:
-    """The policy of a run folder or checkpoint, as ``load``."""
+def load_policy(
+    path: str | Path,
+    which: str = "last",
+    imports: Iterable[str] | None = (),
+    agent: type[Agent] | None = None,
+    network: OwnNetwork | None = None,
+) -> LoadedPolicy:
+    """The policy of a run folder or checkpoint, as ``load``, once ``imports`` and the run's own packages are imported.
+
+    ``imports`` None: import nothing.
+    """
     source, content = checkpoint.newest(Path(path), which)
-    with fitting(source):
-        options, state = content["state"]["options"], content["state"]["agent"]
-        config, agent_config = config_of(options)
-        agent_class, _ = registry.find(options["agent"])
-        observation_space, action_space = (
-            spaces.from_json(content["state"][key]) for key in ("observation_space", "action_space")
-        )
-        agent: Agent = agent_class(observation_space, action_space, agent_config, "cpu", config.seed)
-        agent.load_state_dict(state)
-        return Trained(str(path), source, content["step"], agent, config, options["env_id"])
+    with checkpoint.refusing_misfits(source):
+        options = content["state"]["options"]
+        if imports is not None:
+            for package in [*options.get("imports", ()), *imports]:
+                import_module(package, f"--import {package}")
+        agent_class = agent or registry.find(options["agent"])
+        config, _ = config_of(agent_class, options)
+        if network is None and config.network:
+            network = named_network(config.network)
+        loaded = agent_class.from_state(content["state"], network=network)
+        return LoadedPolicy(str(path), source, content["step"], loaded, config, options.get("env_id", ""))

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
+from gymnasium.vector import VectorEnv
 
-from klrl.agents.base import Agent, Report, State
-from klrl.buffers.replay import ReplayBuffer
+from klrl.agents.base import Agent, State, UpdateResult
+from klrl.buffers.protocol import Buffer
+from klrl.envs.make import can_replay
 from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, SkippedUpdateError
-from klrl.policies import spaces
 from klrl.rundir import checkpoint
 from klrl.rundir.logger import Console, Logger
 from klrl.training.episodes import Episodes
@@ -50,7 +50,7 @@ class Loop:
     """What a run consists of. ``run`` goes on from wherever it stands."""
 
     agent: Agent
-    buffer: Any
+    buffer: Buffer
     envs: Envs
     episodes: Episodes
     make_envs: Callable[[int], Envs]
@@ -82,7 +82,7 @@ class Loop:
         self.per_state = state["per_state"]
         self.buffer.load_state_dict(state["buffer"])
         self.obs, _ = self.envs.reset(seed=self.seed)
-        if not isinstance(self.envs.unwrapped, SyncVectorEnv | AsyncVectorEnv):
+        if not can_replay(self.envs):
             self.console.warn("this environment's episodes cannot be replayed: they begin anew")
             self.buffer.forget_unfinished()
             self.episodes.forget_unfinished()
@@ -143,13 +143,13 @@ class Loop:
         figures["time/collect_share"] = 1 - learning / seconds
         return figures
 
-    def _until_report(self) -> tuple[Report, float]:
+    def _until_report(self) -> tuple[UpdateResult, float]:
         """Step and update until there is a report; it, and the seconds that the updates took."""
         progress, learning = self.progress, 0.0
-        report: Report | None = None
+        report: UpdateResult | None = None
         while report is None:
             self.signals.check()
-            if self.finished and (report := self.agent.flush(self.buffer)) is not None:
+            if self.finished and (report := self.agent.finish_window(self.buffer)) is not None:
                 self.provisional = report.kl.rolled_back == 0
                 break
             action = self.agent.act(self.obs)
@@ -165,7 +165,7 @@ class Loop:
             if "restarted" in info:
                 self._warn(info["restarted"][info["_restarted"]])
             self.obs = next_obs
-            if self.agent.due(self.buffer):
+            if self.agent.ready(self.buffer):
                 due = time.perf_counter()
                 try:
                     report = self.agent.update(self.buffer, progress.began / self.total)
@@ -233,9 +233,8 @@ class Loop:
         if self.provisional:
             progress |= {"figures": None, "updates": self.progress.updates - 1}
         state = {
+            **self.agent.description(),
             "options": self.options,
-            "observation_space": spaces.to_json(self.agent.observation_space),
-            "action_space": spaces.to_json(self.agent.action_space),
             "agent": self.agent.state_dict(),
             "loop": {
                 "progress": progress,
@@ -247,16 +246,15 @@ class Loop:
                 "complete": self.finished and score is not None,
             },
         }
-        rows = self.buffer if isinstance(self.buffer, ReplayBuffer) else None
         folder = self.folder / "checkpoints"
         checkpoint.save(
-            folder, self.episodes.steps, state, None if score is None else score.mean, rows, self.saved_rows
+            folder, self.episodes.steps, state, None if score is None else score.mean, self.buffer, self.saved_rows
         )
         checkpoint.prune(folder)
         self._saved_at, self._saved_time = self.episodes.steps, time.monotonic()
 
 
-def go_on_at(state: State) -> int:
+def resume_step(state: State) -> int:
     """The step from which a loop that is restored from ``state`` logs."""
     progress = state["progress"]
     return int(progress["logged"]) + 1 if progress["figures"] is None else int(state["episodes"]["steps"])

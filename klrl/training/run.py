@@ -18,14 +18,15 @@ from klrl.agents import registry
 from klrl.agents.base import Agent
 from klrl.config import Count, PositiveInt, Seed, build, field_types, flatten, merge, suggest, to_dict
 from klrl.envs.make import EnvConfig, EnvFactory, env_name, import_module, make_vector, preset, registered
-from klrl.errors import EnvironmentFailedError, Interrupted, UsageError
+from klrl.errors import Interrupted, UsageError
 from klrl.policies import spaces
+from klrl.policies.networks import OwnNetwork, name_of_network, named_network
 from klrl.rundir import checkpoint
 from klrl.rundir.folder import locked, make_folder, replace_file
 from klrl.rundir.logger import Console, Logger
 from klrl.training.episodes import Episodes
 from klrl.training.evaluation import FRESH_SEED, Evaluation, run_episodes
-from klrl.training.loop import Loop, go_on_at
+from klrl.training.loop import Loop, resume_step
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class RunConfig:
     """Print a line for each update, not only for each tenth of the run."""
     imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
     """Packages to import first, for the environments they register."""
+    network: str = ""
+    """A network of one's own in place of hidden layers, module:Class: an nn.Module from inputs to features [B, F] that
+    is made with the observation space."""
     env: EnvConfig = field(default_factory=EnvConfig)
 
 
@@ -87,24 +91,32 @@ class Run:
             envs.close()
 
 
-def train(agent: str, env: str | EnvFactory, /, **config: Any) -> Run:
-    """Train ``agent`` ("ppo") on ``env`` and return the run.
+def train(
+    agent: str | type[Agent], env: str | EnvFactory, /, *, network: str | OwnNetwork | None = None, **config: Any
+) -> Run:
+    """Train ``agent`` ("ppo", or a subclass of klrl.Agent) on ``env`` and return the run.
 
     env: a Gymnasium id, or a function that returns a new environment. ``config``: the command line's options as
     keywords, groups as dicts: ``train("ppo", "CartPole-v1", n_envs=8, kl={"target": 0.02})``. An id's preset applies
-    underneath them.
+    underneath them. ``network``: one's own, from inputs to features [B, F]: an nn.Module, or a class that is called
+    with the observation space.
 
     Raises UsageError (a ValueError) for bad input, before anything is written, and NonFiniteError where training met
     a nan or infinity; the run's checkpoints then stay.
     """
-    run_config, agent_config = resolve(agent, env, config)
-    return run_training(agent, env, run_config, agent_config)
+    agent_class = registry.find(agent) if isinstance(agent, str) else agent
+    if network is not None:
+        config["network"] = network if isinstance(network, str) else name_of_network(network)
+    run_config, agent_config = resolve(agent_class, env, config)
+    return run_training(agent_class, env, run_config, agent_config, None if isinstance(network, str) else network)
 
 
-def resolve(agent: str, env: str | EnvFactory | None, options: Mapping[str, Any]) -> tuple[RunConfig, Any]:
+def resolve(
+    agent_class: type[Agent], env: str | EnvFactory | None, options: Mapping[str, Any]
+) -> tuple[RunConfig, Any]:
     """Defaults, then the preset, then ``options``: the run's config and the agent's."""
-    _, config_class = registry.find(agent)
-    flat = merge({} if env is None else preset(agent, env), options)
+    config_class = agent_class.Config
+    flat = merge({} if env is None else preset(agent_class.name(), env), options)
     mine, theirs = field_types(RunConfig), field_types(config_class)
     for key in flat:
         if key not in mine and key not in theirs:
@@ -113,12 +125,19 @@ def resolve(agent: str, env: str | EnvFactory | None, options: Mapping[str, Any]
     return run_config, build(config_class, {k: v for k, v in flat.items() if k in theirs})
 
 
-def resume(path: str | Path, env: EnvFactory | None = None, total_timesteps: int = 0) -> Run:
+def resume(
+    path: str | Path,
+    env: EnvFactory | None = None,
+    total_timesteps: int = 0,
+    agent: type[Agent] | None = None,
+    network: OwnNetwork | None = None,
+) -> Run:
     """Go on with the run in folder ``path``, in that folder, as if it had not stopped.
 
-    From its newest whole checkpoint; rows logged after that are dropped. ``env``: the factory, of a run that was given
-    one. ``total_timesteps``: a new total, in place of the run's own; more than are done. Raises UsageError where it is
-    still running, where no checkpoint is whole, and where its steps are done.
+    From its newest whole checkpoint; rows logged after that are dropped. ``env``, ``agent``, ``network``: the factory,
+    class and network of a run that was given such. ``total_timesteps``: a new total, in place of the run's own; more
+    than are done. Raises UsageError where it is still running, where no checkpoint is whole, and where its steps are
+    done.
     """
     folder = Path(path)
     checkpoint.resolve(folder)
@@ -127,12 +146,13 @@ def resume(path: str | Path, env: EnvFactory | None = None, total_timesteps: int
     with locked(folder):
         checkpoint.clean(folder / "checkpoints")
         source, content = checkpoint.newest(folder, with_rows=True)
-        with fitting(source):
+        with checkpoint.refusing_misfits(source):
             options, state = content["state"]["options"], content["state"]["loop"]
-            config, agent_config = config_of(options)
-            name, target, done = options["agent"], env or options["env_id"], state["episodes"]["steps"]
-        for package in config.imports:
-            import_module(package, f"--import {package}")
+            for package in options["imports"]:
+                import_module(package, f"--import {package}")
+            agent_class = agent or registry.find(options["agent"])
+            config, agent_config = config_of(agent_class, options)
+            target, done = env or options["env_id"], state["episodes"]["steps"]
         if isinstance(target, str) and not registered(target):
             raise UsageError(f"{path} was trained on {target!r}, which is no env id here: give klrl.resume its factory")
         if total_timesteps:
@@ -141,29 +161,37 @@ def resume(path: str | Path, env: EnvFactory | None = None, total_timesteps: int
             config = replace(config, total_timesteps=total_timesteps)
         if state["complete"] and config.total_timesteps <= done:
             raise UsageError(f"{path} has its {config.total_timesteps:,} steps; --total-timesteps N trains it further")
-        return _run(name, target, config, agent_config, folder, (source, content))
+        return _run(agent_class, target, config, agent_config, network, folder, (source, content))
 
 
-def run_training(name: str, env: str | EnvFactory, config: RunConfig, agent_config: Any) -> Run:
+def run_training(
+    agent_class: type[Agent],
+    env: str | EnvFactory,
+    config: RunConfig,
+    agent_config: Any,
+    network: OwnNetwork | None = None,
+) -> Run:
     """Train as configured: ``train`` after its options were resolved."""
-    registry.find(name)
     if config.quiet and config.verbose:
         raise UsageError("--quiet and --verbose contradict each other: give one of them")
     for package in config.imports:
         import_module(package, f"--import {package}")
-    return _run(name, env, config, agent_config)
+    return _run(agent_class, env, config, agent_config, network)
 
 
 def _run(
-    name: str,
+    agent_class: type[Agent],
     env: str | EnvFactory,
     config: RunConfig,
     agent_config: Any,
+    network: OwnNetwork | None,
     folder: Path | None = None,
     saved: tuple[Path, dict[str, Any]] | None = None,
 ) -> Run:
     """Train in a new folder, or go on in ``folder``, whose lock is held, from the checkpoint and content ``saved``."""
-    agent_class, _ = registry.find(name)
+    name = agent_class.name()
+    if network is None and config.network:
+        network = named_network(config.network)
     device = pick_device(config.device, lambda: images_of(env, config.env))
     options = {"agent": name, "env_id": env_name(env), **to_dict(config), **to_dict(agent_config)}
     try:
@@ -174,20 +202,21 @@ def _run(
     episodes, positions = Episodes(config.n_envs), []
     with contextlib.ExitStack() as stack:
         if saved is not None:
-            with fitting(saved[0]):
+            with checkpoint.refusing_misfits(saved[0]):
                 state = saved[1]["state"]["loop"]
                 shown = {key: part.numpy() for key, part in state["obs"].items()}
                 positions = episodes.load_state_dict(state["episodes"], shown.get("", shown))
         envs = stack.enter_context(contextlib.closing(make_vector(env, config.n_envs, config.env, positions)))
         stack.enter_context(_process_settings(config))
         spaces.check_observation_space(envs.single_observation_space)
-        agent = agent_class(envs.single_observation_space, envs.single_action_space, agent_config, device, config.seed)
+        spaces_of = envs.single_observation_space, envs.single_action_space
+        agent = agent_class(*spaces_of, agent_config, device, config.seed, network)
         buffer = agent.new_buffer(config.n_envs)
         step = None
         if saved is not None:
-            with fitting(saved[0]):
+            with checkpoint.refusing_misfits(saved[0]):
                 _restore(agent, buffer, *saved)
-                step = go_on_at(state)
+                step = resume_step(state)
         if folder is None:
             folder = make_folder(config.run_dir, f"{name}-{env_name(env)}-{config.seed}")
             stack.enter_context(locked(folder))
@@ -212,7 +241,7 @@ def _run(
             logger,
         )
         if saved is not None:
-            with fitting(saved[0]):
+            with checkpoint.refusing_misfits(saved[0]):
                 loop.restore(state)
             loop.saved_rows = saved[1]["rows"]
         try:
@@ -264,20 +293,9 @@ def _restore(agent: Agent, buffer: Any, source: Path, content: dict[str, Any]) -
         buffer.put_rows(start, rows)
 
 
-@contextlib.contextmanager
-def fitting(source: Path) -> Iterator[None]:
-    """What a checkpoint's content is refused with where it is not what this version writes."""
-    try:
-        yield
-    except (UsageError, EnvironmentFailedError):
-        raise
-    except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as problem:
-        raise UsageError(f"checkpoint {source} does not fit this version of klrl: {problem}") from None
-
-
-def config_of(options: Mapping[str, Any]) -> tuple[RunConfig, Any]:
+def config_of(agent_class: type[Agent], options: Mapping[str, Any]) -> tuple[RunConfig, Any]:
     """The run's and the agent's config from the options in a checkpoint."""
-    return resolve(options["agent"], None, {k: v for k, v in options.items() if k not in ("agent", "env_id")})
+    return resolve(agent_class, None, {k: v for k, v in options.items() if k not in ("agent", "env_id")})
 
 
 def pick_device(wanted: str, has_images: Any) -> str:

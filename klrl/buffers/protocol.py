@@ -1,0 +1,59 @@
+"""What a buffer is to agents, the training loop and checkpoints, and which observation a step led to."""
+
+from typing import Any, Protocol
+
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from torch import Tensor
+
+from klrl.policies.encoder import replace_rows
+
+
+class Buffer(Protocol):
+    """Steps of ``n_envs`` environments: what they said, and nothing that an agent thinks of it."""
+
+    n_envs: int
+    size: int = 0
+    """Rows that it holds and that a checkpoint keeps in files of their own, as they are many."""
+    written: int = 0
+    """Such rows that were ever written; the last ``size`` are held."""
+
+    def add(
+        self, obs: Any, action: Any, reward: Any, terminated: Any, truncated: Any, next_obs: Any, final_obs: Any = None
+    ) -> None:
+        """Take one step of all N environments: obs and next_obs [N, *shape] or dicts of such; action as the agent's
+        ``act`` gave it; the others [N]. ``final_obs``: see ``led_to``."""
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteError naming field, environment and step of what was added and is not finite."""
+
+    def forget_unfinished(self) -> None:
+        """Drop what was begun and cannot be ended, as the environments begin anew."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the rows."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``'s result."""
+
+    def rows(self, start: int) -> dict[str, Tensor]:
+        """The rows from the ``start``-th ever written, oldest first, for ``put_rows``."""
+        return {}
+
+    def put_rows(self, start: int, rows: dict[str, Tensor]) -> None:
+        """Store what ``rows`` gave. Raises ValueError where it is of other spaces."""
+        if rows:
+            raise ValueError("this buffer keeps no rows of its own")
+
+
+def led_to(mode: AutoresetMode, next_obs: Any, ended: Any, final_obs: Any) -> Any:
+    """The observations [N, ...] that a step led to, whatever its environments do at an episode's end.
+
+    NEXT_STEP shows the final observation and resets in the next step; DISABLED shows it and is reset by hand; both are
+    ``next_obs``. SAME_STEP has reset already, and gives the final ones apart, in ``info["final_obs"]``.
+    Raises ValueError where ``final_obs`` is missing, or given where there is none.
+    """
+    if (mode is AutoresetMode.SAME_STEP) != (final_obs is not None) and np.any(ended):
+        missing = "give final_obs=info['final_obs']" if final_obs is None else "no final_obs goes with it"
+        raise ValueError(f"an episode ended, and the buffer was made with autoreset {mode.value!r}: {missing}")
+    return next_obs if final_obs is None else replace_rows(next_obs, final_obs, np.flatnonzero(ended))

@@ -1,0 +1,227 @@
+"""``KLLimit``: how far an update may move a policy, what holds it back, and what happens where it went too far."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch import distributions as td
+
+from klrl.kl.control import Adaptive, Bound, Coefficient, Fixed, Penalty, at_most
+from klrl.kl.divergence import NoClosedFormError, freeze, kl, reverse_kl
+from klrl.kl.measure import Direction, KLReport, measure, state_mean
+from klrl.kl.trust_region import project
+
+Check = Literal["update", "epoch", "minibatch"]
+Overshoot = Literal["keep", "rollback", "project"]
+Rule = Literal["adaptive", "fixed", "none"]
+
+
+def _adaptive(value: float, bound: Bound, high: float) -> Coefficient:
+    if math.isinf(bound.limit):  # no limit, nothing to answer
+        return Fixed(0.0)
+    return Adaptive(max(value, 1e-4), high=high, minimum=1e-4, maximum=max(value, 1e4))
+
+
+# The coefficient of each rule, from its first value, the bound that it answers and the upper edge of its band.
+RULES: dict[str, Callable[[float, Bound, float], Coefficient]] = {
+    "adaptive": _adaptive,
+    "fixed": lambda value, bound, high: Fixed(value),
+    "none": lambda value, bound, high: Fixed(0.0),
+}
+
+
+class KLLimit:
+    """A bound on the mean KL of an update, in nats, and everything that enforces it.
+
+    - during the update: ``term``, a penalty beside the loss, whose coefficient follows ``penalty``: a name in
+      ``RULES``, started at ``coef``, or a ``Coefficient`` of one's own; and ``Move.exceeded``, which says when to
+      stop: once the KL is above ``stop`` times the limit (0: never), measured where ``check`` says;
+    - after it: ``on_overshoot`` keeps an update that ends above the limit, takes it back ("rollback"), or moves it back
+      along its own line to the boundary ("project"); then the coefficient adapts to what the update had reached.
+
+    ``direction``: forward bounds KL(old || new), reverse KL(new || old). ``device``: where ``beta`` lies.
+
+        with limit.update(lambda: policy(obs), weights=list(policy.parameters())) as move:
+            for epoch in range(10):
+                train_one_epoch(limit)
+                if move.exceeded():
+                    break
+        print(move.report.mean)
+
+    Raises ValueError for a rule that is not known.
+    """
+
+    def __init__(
+        self,
+        bound: Bound | None = None,
+        *,
+        direction: Direction = "forward",
+        penalty: Rule | Coefficient = "adaptive",
+        coef: float = 1.0,
+        stop: float = 1.5,
+        check: Check = "epoch",
+        on_overshoot: Overshoot = "keep",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.bound = at_most(math.inf) if bound is None else bound
+        self.direction, self.stop, self.check, self.on_overshoot = direction, stop, check, on_overshoot
+        if isinstance(penalty, str):
+            if penalty not in RULES:
+                raise ValueError(f"penalty must be one of {', '.join(RULES)}, got {penalty!r}")
+            # Where an overshoot is taken back, no update ends above the limit: the limit itself is the upper edge.
+            penalty = RULES[penalty](coef, self.bound, 1.5 if on_overshoot == "keep" else 1.0)
+        self.penalty = Penalty(self.bound, penalty)
+        self.penalises = not (isinstance(penalty, Fixed) and penalty.value == 0)
+        self.beta = torch.tensor(penalty.value, device=device)
+        """The coefficient as a float32 scalar: a tensor, so that a compiled step reads what it now is."""
+
+    def term(self, old: td.Distribution, new: td.Distribution) -> Tensor | float:
+        """beta * KL of each state, [B], to be added to a loss; 0 where nothing penalises."""
+        return self.beta * self.kl(old, new) if self.penalises else 0.0
+
+    def kl(self, old: td.Distribution, new: td.Distribution) -> Tensor:
+        """The KL that the limit is about, [B]. Raises ValueError as ``klrl.kl.kl`` does."""
+        return kl(old, new) if self.direction == "forward" else reverse_kl(old, new)
+
+    def begin(
+        self,
+        policy: Callable[[], td.Distribution],
+        weights: Tensor | Sequence[Tensor] = (),
+        mask: Tensor | None = None,
+        *,
+        optimizer: Sequence[Tensor] = (),
+        actions: Tensor | None = None,
+        old: td.Distribution | None = None,
+    ) -> "Move":
+        """Begin an update that ``Move.end`` ends; ``update`` is the same around a block.
+
+        ``policy()``: the policy at a fixed batch of B states, as it now is. ``weights``: what it depends on, to be
+        taken back in place, and ``optimizer``: what "rollback" restores beside it. ``mask``: bool [B], the states that
+        count. ``actions``: one for each state, drawn from the old policy, for the estimates k1 and k3. ``old``: the
+        policy at the beginning, where it is known already.
+        """
+        return Move(self, policy, weights, mask, optimizer, actions, old)
+
+    @contextmanager
+    def update(
+        self, policy: Callable[[], td.Distribution], weights: Tensor | Sequence[Tensor] = (), *args: Any, **more: Any
+    ) -> Iterator["Move"]:
+        """Hold the update in the block. Takes what ``begin`` takes; if the block raises, nothing is measured."""
+        move = self.begin(policy, weights, *args, **more)
+        yield move
+        move.end()
+
+    def adapt(self, reached: float) -> None:
+        """Let the coefficient answer what an update reached."""
+        self.penalty.adapt(reached)
+        self.beta.fill_(self.penalty.coefficient.value)
+
+    def state_dict(self) -> dict[str, float]:
+        return self.penalty.coefficient.state_dict()
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.penalty.coefficient.load_state_dict(state)
+        self.beta.fill_(self.penalty.coefficient.value)
+
+
+class Move:
+    """An update that is under way: how far it went, and its ``report`` once it has ended."""
+
+    def __init__(
+        self,
+        limit: KLLimit,
+        policy: Callable[[], td.Distribution],
+        weights: Tensor | Sequence[Tensor],
+        mask: Tensor | None,
+        optimizer: Sequence[Tensor],
+        actions: Tensor | None,
+        old: td.Distribution | None,
+    ) -> None:
+        self.limit, self.policy, self.mask, self.actions = limit, policy, mask, actions
+        self.weights = [weights] if isinstance(weights, Tensor) else list(weights)
+        self.restored = [*self.weights, *optimizer]
+        if limit.on_overshoot != "keep" and not self.weights:
+            raise ValueError(f"on_overshoot {limit.on_overshoot!r} takes weights back: give them")
+        with torch.no_grad():
+            self.old = freeze(policy()) if old is None else old
+            self.old_log_prob = None if actions is None else self.old.log_prob(actions)
+        self.before = [] if limit.on_overshoot == "keep" else [tensor.detach().clone() for tensor in self.restored]
+        self.log_ratio: Tensor | None = None
+        """log new(a) - log old(a) of ``actions``, [B], at the last measurement."""
+        self.stopped_at = 0
+        self._report: KLReport | None = None
+
+    @torch.no_grad()
+    def kl(self, new: td.Distribution | None = None) -> float:
+        """The mean of the limited KL so far, of ``new`` where it is given; infinite where the policy is not finite."""
+        new = self.policy() if new is None else new
+        try:
+            return float(state_mean(self.limit.kl(self.old, new), self.mask))
+        except NoClosedFormError:
+            return measure(self.old, new, mask=self.mask, direction=self.limit.direction).limited
+        except ValueError:
+            return math.inf
+
+    def exceeded(self, when: Check | None = None, at: int = 1) -> bool:
+        """Whether the update is to stop, as its KL is above ``stop`` times the limit.
+
+        ``when``: what has just ended; measured only where the limit's ``check`` is that, or where none is given.
+        ``at``: the epoch or step, for the report.
+        """
+        limit = self.limit
+        if when not in (None, limit.check) or limit.stop == 0 or math.isinf(limit.bound.limit):
+            return False
+        if limit.bound.scaled(limit.stop).holds(self.kl()):
+            return False
+        self.stopped_at = at
+        return True
+
+    @torch.no_grad()
+    def check(self) -> KLReport:
+        """Measure the move so far, as if the update ended here."""
+        new = self.policy()
+        if self.actions is not None and self.old_log_prob is not None:
+            self.log_ratio = new.log_prob(self.actions) - self.old_log_prob
+        limit = self.limit
+        return measure(self.old, new, limit.bound, log_ratio=self.log_ratio, mask=self.mask, direction=limit.direction)
+
+    @torch.no_grad()
+    def end(self) -> KLReport:
+        """Measure the update, take back what overshot, measure again, and adapt the coefficient.
+
+        Raises ValueError where the new policy has no KL, as its parameters are not finite; nothing adapts then.
+        """
+        limit, report, kept = self.limit, self.check(), 1.0
+        reached, coefficient = report.limited, limit.penalty.coefficient.value
+        if limit.on_overshoot != "keep" and not limit.bound.holds(reached):
+            kept = self._take_back(reached)
+            report = self.check()
+        limit.adapt(reached)
+        self._report = replace(
+            report, attempted=reached, rolled_back=1 - kept, coefficient=coefficient, stopped_at=self.stopped_at
+        )
+        return self._report
+
+    def _take_back(self, reached: float) -> float:
+        if self.limit.on_overshoot == "rollback":
+            for tensor, before in zip(self.restored, self.before, strict=True):
+                tensor.copy_(before)
+            return 0.0
+        reached_weights = [weight.detach().clone() for weight in self.weights]
+
+        def place(fraction: float) -> None:
+            for weight, old, new in zip(self.weights, self.before, reached_weights, strict=False):
+                weight.copy_(torch.lerp(old, new, fraction) if fraction > 0 else old)
+
+        return project(place, self.kl, self.limit.bound.limit, reached)
+
+    @property
+    def report(self) -> KLReport:
+        """The finished update's KLReport. Raises RuntimeError inside the block, where nothing is measured yet."""
+        if self._report is None:
+            raise RuntimeError("the update has not ended: read the report after the with block, or call check()")
+        return self._report

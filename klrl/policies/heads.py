@@ -1,0 +1,113 @@
+"""Heads: from a network's outputs to a distribution, to sampled actions, and to what the environment takes."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from klrl.policies.distributions import DiagonalNormal, MultiCategorical
+from klrl.policies.networks import Array
+from klrl.policies.policy import Head
+from klrl.policies.spaces import category_sizes, check_joint, is_bounded
+
+
+class CategoricalHead(nn.Module):
+    """Discrete, MultiDiscrete and MultiBinary actions: logits [B, sum of sizes] to a ``MultiCategorical``."""
+
+    def __init__(self, space: spaces.Space[Any]) -> None:
+        super().__init__()
+        self.space = space
+        sizes = category_sizes(space)
+        self.size = sum(sizes)
+        self.shape = (len(sizes), max(sizes))
+        # Where the sizes differ, every categorical is padded to the largest with forbidden choices.
+        self.padded = len(set(sizes)) > 1
+        starts = np.cumsum([0, *sizes[:-1]])
+        index = [[start + min(i, n - 1) for i in range(max(sizes))] for start, n in zip(starts, sizes, strict=True)]
+        self.index = nn.Buffer(torch.tensor(index).flatten())
+        self.padding = nn.Buffer(torch.tensor([[i >= n for i in range(max(sizes))] for n in sizes]))
+
+    def forward(self, output: Tensor) -> MultiCategorical:
+        if not self.padded:
+            return MultiCategorical(output.view(-1, *self.shape))
+        logits = output[:, self.index].view(-1, *self.shape)
+        return MultiCategorical(logits.masked_fill(self.padding, float("-inf")))
+
+    def sample(self, output: Array, rng: Any) -> Array:
+        """Actions [B, k], counted from 0."""
+        logits = output[:, self.index.cpu().numpy()] if self.padded else output
+        logits = logits.reshape(-1, *self.shape)
+        if self.padded:
+            logits = np.where(self.padding.cpu().numpy(), -np.inf, logits)
+        if rng is not None:  # the Gumbel-max rule: -log of an exponential is a standard Gumbel
+            logits = logits - np.log(rng.standard_exponential(logits.shape))
+        return logits.argmax(axis=-1)
+
+    def to_env(self, action: Array) -> Array:
+        """Actions [N, k] as the environment counts and shapes them, [N, *space.shape]."""
+        shaped = action.reshape(len(action), *(self.space.shape or ()))
+        if isinstance(self.space, spaces.MultiBinary):
+            return shaped.astype(self.space.dtype)
+        return shaped + self.space.start  # type: ignore[attr-defined]
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+class JointCategoricalHead(CategoricalHead):
+    """The same spaces as one categorical over all joint actions, each a number from 0: logits [B, product of sizes]."""
+
+    def __init__(self, space: spaces.Space[Any]) -> None:
+        self.sizes = category_sizes(space)
+        check_joint(space, math.prod(self.sizes))
+        super().__init__(spaces.Discrete(math.prod(self.sizes)))
+        self.parts = CategoricalHead(space)
+
+    def to_env(self, action: Array) -> Array:
+        return self.parts.to_env(np.stack(np.unravel_index(action[:, 0], self.sizes), axis=-1))
+
+
+class NormalHead(nn.Module):
+    """Box actions: means [B, d] to a ``DiagonalNormal`` with one standard deviation for all states.
+
+    Actions are scaled to the bounds where these are finite: the output 0 is the middle, 1 the upper bound, so that one
+    initial standard deviation suits every environment. KL does not depend on that scale.
+    """
+
+    def __init__(self, space: spaces.Box, log_std_init: float = 0.0) -> None:
+        super().__init__()
+        self.space = space
+        low, high = (np.asarray(x, np.float64).flatten() for x in (space.low, space.high))
+        bounded, half = is_bounded(space).flatten(), (high - low) / 2
+        self._center = np.where(bounded, (high + low) / 2, 0.0).astype(np.float32)
+        self._scale = np.where(bounded & (half > 0), half, 1.0).astype(np.float32)
+        self.center, self.scale = nn.Buffer(torch.from_numpy(self._center)), nn.Buffer(torch.from_numpy(self._scale))
+        self.log_std = nn.Parameter(log_std_init + self.scale.log())
+        self.size = len(low)
+
+    def forward(self, output: Tensor) -> DiagonalNormal:
+        mean = torch.addcmul(self.center, output, self.scale)
+        return DiagonalNormal(mean, self.log_std.expand_as(mean))
+
+    def sample(self, output: Array, rng: Any) -> Array:
+        mean = self._center + output * self._scale
+        if rng is None:
+            return mean
+        return mean + rng.standard_normal(mean.shape, dtype=np.float32) * np.exp(self.log_std.detach().cpu().numpy())
+
+    def to_env(self, action: Array) -> Array:
+        """Actions [N, d] clipped to the bounds, [N, *space.shape]; their density is that of the unclipped action."""
+        shaped = action.reshape(len(action), *self.space.shape)
+        return np.clip(shaped, self.space.low, self.space.high).astype(self.space.dtype, copy=False)
+
+    def metrics(self) -> dict[str, float]:
+        """The mean standard deviation, in half ranges where the space is bounded."""
+        return {"train/std": float((self.log_std.detach().exp() / self.scale).mean())}
+
+
+def make_head(space: spaces.Space[Any], log_std_init: float = 0.0) -> Head:
+    """The head that suits an action space."""
+    return NormalHead(space, log_std_init) if isinstance(space, spaces.Box) else CategoricalHead(space)

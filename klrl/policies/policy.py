@@ -1,0 +1,58 @@
+"""``Policy``: from observations to a distribution over actions, and to actions."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from klrl.policies.encoder import Inputs, Observation, ObservationEncoder
+from klrl.policies.networks import Array, Network
+
+
+class Head(Protocol):
+    """From a network's outputs to a distribution, to actions, and to what the environment takes; an nn.Module."""
+
+    size: int
+    """How many outputs it takes."""
+
+    def __call__(self, output: Tensor) -> Any:
+        """The distribution that outputs [B, size] stand for."""
+
+    def sample(self, output: Array, rng: Any) -> Array:
+        """Actions [B, d] for outputs [B, size], sampled with ``rng``, or the mode where it is None; in NumPy, where a
+        handful of numbers costs less than torch's calls."""
+
+    def to_env(self, action: Array) -> Array:
+        """Actions [N, d] as the environment takes them, [N, *space.shape]."""
+
+    def metrics(self) -> dict[str, float]:
+        """What is worth logging of the head's own weights."""
+
+
+class Policy(nn.Module):
+    """An encoder, a network from what it gives to outputs, and a head from those to a distribution.
+
+    It knows its spaces: whoever has it asks for distributions and actions, and never for a space's kind.
+    """
+
+    head: Head
+
+    def __init__(self, encoder: ObservationEncoder, network: nn.Module, head: Head) -> None:
+        super().__init__()
+        self.encoder, self.network, self.head = encoder, network, head
+
+    def forward(self, inputs: Inputs) -> Any:
+        """The distribution at encoded observations."""
+        return self.head(self.network(inputs))
+
+    def act(self, obs: Observation, rng: Any) -> Array:
+        """Actions for observations [N, *shape], as buffers hold them; with the mode where ``rng`` is None."""
+        encoder, parts = self.encoder, self._modules  # looking a module's modules up costs a microsecond each
+        network: Any = parts["network"]
+        head: Any = parts["head"]
+        if type(network) is Network and encoder.plain and encoder.device.type == "cpu":
+            output = network._modules["mlp"].forward_numpy(encoder.to_numpy(obs))
+        else:
+            with torch.inference_mode():
+                output = network(encoder(obs)).cpu().numpy()
+        return head.sample(output, rng)
