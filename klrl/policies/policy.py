@@ -51,7 +51,8 @@ class Policy(nn.Module):
         network: Any = parts["network"]
         head: Any = parts["head"]
         if type(network) is Network and encoder.plain and encoder.device.type == "cpu":
-            output = network._modules["mlp"].forward_numpy(encoder.to_numpy(obs))
+            mlp: Any = network._modules["mlp"]
+            output = mlp.forward_numpy(encoder.to_numpy(obs))  # type: ignore[arg-type]
         else:
             with torch.inference_mode():
                 output = network(encoder(obs)).cpu().numpy()
