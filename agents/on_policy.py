@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from klrl.agents.base import CHUNK, Agent, KLConfig, KLTarget, State, chunks
+from klrl.agents.base import CHUNK, Agent, KLTarget, State, chunks
 from klrl.buffers.returns import RewardScale, gae
 from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import Fraction, PositiveInt, Range, Real
@@ -19,7 +19,7 @@ from klrl.kl import select
 from klrl.policies.encoder import Inputs, Observation, ObservationEncoder
 from klrl.policies.heads import make_head
 from klrl.policies.networks import Activation, Critic, OwnNetwork, make_network
-from klrl.policies.parameters import FlatParameters
+from klrl.policies.parameters import FlatParameters, clip_, gradients
 from klrl.policies.policy import Policy
 
 
@@ -27,8 +27,6 @@ from klrl.policies.policy import Policy
 class OnPolicyConfig:
     n_steps: Annotated[int, Range(2)] = 256
     """Steps of each environment between two updates; of two rows, at most one only resets."""
-    batch_size: PositiveInt = 256
-    """Rows of a minibatch; the last of a rollout has what is left."""
     gamma: Fraction = 0.99
     """Discount factor."""
     gae_lambda: Fraction = 0.95
@@ -45,7 +43,7 @@ class OnPolicyConfig:
     """Activation of the hidden layers."""
     log_std_init: Real = 0.0
     """Logarithm of the initial standard deviation of continuous actions, where a bounded action spans -1 to 1."""
-    kl: KLTarget = field(default_factory=KLConfig)
+    kl: KLTarget = field(default_factory=KLTarget)
 
 
 @dataclass(frozen=True)
@@ -175,6 +173,21 @@ class OnPolicyAgent(Agent):
             actions=batch.action,
             old=batch.old,
         )
+
+    def gradient_of(self, loss: Tensor) -> Tensor:
+        """d loss / d weights of policy and critic, as one vector."""
+        return gradients(loss, self.policy_params, self.critic_params)
+
+    def take_step(self, gradient: Tensor, learning_rate: Tensor, max_grad_norm: float) -> Tensor:
+        """Take one step of Adam with policy and critic together, along ``gradient`` clipped to ``max_grad_norm``.
+
+        Returns the norm before, a scalar tensor. learning_rate: a scalar tensor on the agent's device.
+        """
+        norm = clip_(gradient, max_grad_norm)
+        params = (self.policy_params, self.critic_params)
+        for group, part in zip(params, torch.split(gradient, [p.flat.numel() for p in params]), strict=True):
+            group.adam_step(part, learning_rate)
+        return norm
 
     def check_weights(self, metrics: dict[str, float]) -> None:
         """Raise NonFiniteError naming a metric or the weights where they are not finite."""

@@ -14,11 +14,12 @@ from klrl.config import NonNegative, Positive, PositiveInt
 from klrl.errors import NonFiniteError, SkippedUpdateError, UsageError
 from klrl.kl import Adaptive, KLLimit, Move, at_most
 from klrl.policies.networks import OwnNetwork
-from klrl.policies.parameters import clip_, gradients
 
 
 @dataclass(frozen=True)
 class PPOConfig(OnPolicyConfig):
+    batch_size: PositiveInt = 256
+    """Rows of a minibatch; the last of a rollout has what is left."""
     n_epochs: PositiveInt = 10
     """Passes over a rollout in each update."""
     learning_rate: Positive = 3e-4
@@ -122,10 +123,7 @@ class PPO(OnPolicyAgent):
     def _step(self, minibatch: Batch, learning_rate: Tensor) -> Tensor:
         """Take one step of Adam on a minibatch: -E[ratio A], E[(V - return)^2] and the gradient's norm, [3]."""
         loss_pi, loss_v, gradient = self._gradient(minibatch)
-        norm = clip_(gradient, self.config.max_grad_norm)
-        groups = (self.policy_params, self.critic_params)
-        for params, part in zip(groups, torch.split(gradient, [p.flat.numel() for p in groups]), strict=True):
-            params.adam_step(part, learning_rate)
+        norm = self.take_step(gradient, learning_rate, self.config.max_grad_norm)
         return torch.stack([loss_pi, loss_v, norm])
 
     def _gradient(self, minibatch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,7 +136,7 @@ class PPO(OnPolicyAgent):
         with torch.enable_grad():
             loss, surrogate = policy_loss(self.policy(minibatch.inputs), minibatch, self.limit, config)
             loss_v = value_loss(self.critic(minibatch.inputs), minibatch, config.clip_range_vf)
-            gradient = gradients(loss + config.vf_coef * loss_v, self.policy_params, self.critic_params)
+            gradient = self.gradient_of(loss + config.vf_coef * loss_v)
         return surrogate.detach(), loss_v.detach(), gradient
 
     def state_dict(self) -> State:
