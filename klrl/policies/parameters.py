@@ -37,6 +37,10 @@ class FlatParameters:
         self.frozen: Tensor | None = None
         self.sync()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.sync()  # a copy's weights are tensors of their own, and no views of its vector
+
     def sync(self) -> None:
         """Take in what was done to the module since: weights that were moved, copied, replaced or frozen.
 
