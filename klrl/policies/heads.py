@@ -80,10 +80,11 @@ class NormalHead(nn.Module):
     def __init__(self, space: spaces.Box, log_std_init: float = 0.0) -> None:
         super().__init__()
         self.space = space
-        low, high = (np.asarray(x, np.float64).flatten() for x in (space.low, space.high))
-        bounded, half = is_bounded(space).flatten(), (high - low) / 2
-        self._center = np.where(bounded, (high + low) / 2, 0.0).astype(np.float32)
-        self._scale = np.where(bounded & (half > 0), half, 1.0).astype(np.float32)
+        bounded = is_bounded(space).flatten()
+        low, high = (np.where(bounded, x.flatten(), 0.0).astype(np.float64) for x in (space.low, space.high))
+        half = (high - low) / 2
+        self._center = ((high + low) / 2).astype(np.float32)
+        self._scale = np.where(half > 0, half, 1.0).astype(np.float32)
         self.center, self.scale = nn.Buffer(torch.from_numpy(self._center)), nn.Buffer(torch.from_numpy(self._scale))
         self.log_std = nn.Parameter(log_std_init + self.scale.log())
         self.size = len(low)
