@@ -32,6 +32,9 @@ class MLP(nn.Module):
         self.activation = activation
         self._numpy: tuple[list[int], list[tuple[Array, Array]]] = [], []
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_numpy": ([], [])}  # a copy's weights lie elsewhere, or by chance at the same address
+
     def forward(self, x: Tensor) -> Tensor:
         *hidden, last = self.layers
         for layer in hidden:
