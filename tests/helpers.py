@@ -33,7 +33,7 @@ def make(config: OnPolicyConfig, env: Any, seed: int = 0) -> Any:
 def train(
     config: OnPolicyConfig, env_id: Any, updates: int, seed: int = 0, **kwargs: Any
 ) -> tuple[Any, list[UpdateResult]]:
-    """The agent after some updates on eight environments, and their reports."""
+    """The agent after some updates on eight environments, and their results."""
     env = make_vector(env_id, 8, EnvConfig(kwargs=kwargs))
     agent = make(config, env, seed)
     buffer = agent.new_buffer(8)
@@ -73,7 +73,7 @@ SMALL_SAC = SACConfig(
 def train_sac(
     config: SACConfig, env_id: Any, steps: int, seed: int = 0, n_envs: int = 4, **kwargs: Any
 ) -> tuple[SAC, list[UpdateResult]]:
-    """The agent after ``steps`` steps of each of its environments, and the reports of its windows."""
+    """The agent after ``steps`` steps of each of its environments, and the results of its windows."""
     env = make_vector(env_id, n_envs, EnvConfig(kwargs=kwargs))
     agent = SAC(env.single_observation_space, env.single_action_space, config, seed=seed)
     buffer, reports = agent.new_buffer(n_envs), []

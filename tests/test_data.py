@@ -25,7 +25,7 @@ def test_running_statistics_equal_those_of_all_data_and_skip_reset_rows() -> Non
     kept = data[valid.numpy()].astype(np.float64)
     assert np.allclose(encoder.mean.numpy(), kept.mean(0), rtol=1e-5)
     assert np.allclose(encoder.var.numpy(), kept.var(0), rtol=1e-4)
-    assert np.allclose(encoder.on_host(data), encoder(data)["vector"].numpy(), atol=1e-4)
+    assert np.allclose(encoder.to_numpy(data), encoder(data)["vector"].numpy(), atol=1e-4)
 
 
 def test_dict_observations_are_encoded_part_by_part() -> None:
@@ -73,7 +73,7 @@ def test_gae_matches_a_hand_computed_example() -> None:
     reward = np.array([[1.0], [2.0], [3.0]], np.float32)
     value = np.array([[0.5], [1.0], [1.5], [4.0]], np.float32)
     no = np.zeros((3, 1), np.bool_)
-    advantage, returns = gae(reward, value, no, no, gamma=0.5, gae_lambda=0.5)
+    advantage, returns = gae(reward, value[:-1], value[1:], no, no, gamma=0.5, gae_lambda=0.5)
     # deltas: 1 + 0.5*1 - 0.5 = 1; 2 + 0.5*1.5 - 1 = 1.75; 3 + 0.5*4 - 1.5 = 3.5; decay 0.25
     assert advantage.flatten().tolist() == pytest.approx([1 + 0.25 * (1.75 + 0.25 * 3.5), 1.75 + 0.25 * 3.5, 3.5])
     assert returns.flatten().tolist() == pytest.approx((advantage + value[:-1]).flatten().tolist())
@@ -86,7 +86,8 @@ def test_truncation_bootstraps_final_value_and_termination_does_not() -> None:
     )
     terminated = np.array([[True, False], [False, False]])
     truncated = np.array([[False, True], [False, False]])
-    advantage, _ = gae(reward, value, terminated, truncated, gamma=0.9, gae_lambda=1.0)
+    ended = terminated | truncated
+    advantage, _ = gae(reward, value[:-1], value[1:], terminated, ended, gamma=0.9, gae_lambda=1.0)
     assert advantage[0].tolist() == pytest.approx([1.0, 1.0 + 0.9 * 10.0]), "and nothing leaks from the next episode"
 
 

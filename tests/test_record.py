@@ -125,7 +125,7 @@ def test_an_overlay_is_written_in_the_corner_and_nowhere_else(run: str) -> None:
 def test_the_overlay_shows_entropy_action_and_kl_from_the_checkpoint_before(run: str) -> None:
     before, this = (load_policy(path) for path in checkpoint.steps(Path(run, "checkpoints")))
     obs = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
-    old, new = (trained.agent.distribution(trained.agent.encoder(obs)) for trained in (before, this))
+    old, new = (trained.agent.distribution(obs) for trained in (before, this))
     for i, (entropy, action, moved) in enumerate(Overlay(this).lines(obs)):
         best = int(new.logits[i, 0].argmax())
         assert entropy == f"entropy {new.entropy()[i]:.3f} nats"
@@ -143,8 +143,12 @@ def test_the_entropy_of_a_squashed_policy_is_that_of_its_actions() -> None:
     (first,), (again,) = overlay.lines(obs), overlay.lines(obs)
     assert torch.equal(torch.get_rng_state(), state)
     assert first == again
-    (normal,) = agent.distribution(agent.encoder(obs)).entropy().tolist()
+    policy = agent.distribution(obs)
+    assert first[0] == f"entropy {policy.entropy().item():.3f} nats"
+    (normal,) = policy.base.entropy().tolist()
     assert float(first[0].split()[1]) < min(normal, space.shape[0] * np.log(2))
+    sampled = -policy.log_prob(policy.sample((20_000,))).mean()
+    assert float(first[0].split()[1]) == pytest.approx(float(sampled), abs=0.03)
 
 
 def test_small_odd_frames_are_made_even_and_text_fits_on_them(drawn: str) -> None:
@@ -203,7 +207,7 @@ def test_what_draws_without_a_display_is_chosen_where_nothing_is_set(monkeypatch
     monkeypatch.setenv("SDL_VIDEODRIVER", "mine")
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: "lib" if name == "OSMesa" else None)
     seen: dict[str, str] = {}
-    monkeypatch.setattr("klrl.analysis.record.load_policy", lambda path, which: seen.update(os.environ))
+    monkeypatch.setattr("klrl.analysis.record.load_policy", lambda path, which, imports: seen.update(os.environ))
     with pytest.raises(AttributeError):
         record("nowhere", RecordConfig())
     assert (seen["MUJOCO_GL"], seen["SDL_VIDEODRIVER"]) == ("osmesa", "mine")

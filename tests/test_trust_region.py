@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from klrl.kl.trust_region import conjugate_gradient, line_search, natural_step
+from klrl.kl.trust_region import conjugate_gradient, line_search, natural_step, project
 
 
 def double(*values: float) -> Tensor:
@@ -81,12 +81,12 @@ def test_the_line_search_takes_the_whole_step_where_it_may_and_else_just_enough(
     assert found == (1.0, 1.0, 0.9, 0.9, "")
     assert float(weights) == 1.0
     found, weights = search(lambda x: 1.2 * x * x, lambda x: x)
-    assert found.share == pytest.approx(math.sqrt(0.96 / 1.2))
+    assert found.fraction == pytest.approx(math.sqrt(0.96 / 1.2))
     assert found.kl == pytest.approx(0.96, rel=1e-6)
     assert found.first_kl == pytest.approx(1.2)
-    assert float(weights) == pytest.approx(found.share)
+    assert float(weights) == pytest.approx(found.fraction)
     found, _ = search(lambda x: 0.1 * x * x, lambda x: 0.5 - x)  # beyond half of the step nothing improves
-    assert found.share == pytest.approx(0.8**4)
+    assert found.fraction == pytest.approx(0.8**4)
 
 
 @pytest.mark.parametrize(
@@ -101,5 +101,22 @@ def test_the_line_search_takes_the_whole_step_where_it_may_and_else_just_enough(
 )
 def test_a_failed_line_search_leaves_the_weights_bit_for_bit(kl_of: Any, improvement_of: Any, reason: str) -> None:
     found, weights = search(kl_of, improvement_of)
-    assert (found.share, found.rejected) == (0.0, reason)
+    assert (found.fraction, found.rejected) == (0.0, reason)
     assert float(weights) == 0.0
+
+
+def test_projection_ends_inside_the_limit_or_at_the_start() -> None:
+    reached, weights = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0])
+
+    def place(fraction: float) -> None:
+        weights.copy_(fraction * reached)
+
+    kept = project(place, lambda: float(weights @ weights), 1.0, 25.0)
+    assert 0.9 < float(weights @ weights) <= 1.0
+    assert kept == pytest.approx(0.2, rel=0.06)
+    assert torch.equal(weights, kept * reached)
+    assert project(place, lambda: 5.0, 1.0, 5.0) == 0.0
+    assert torch.equal(weights, torch.zeros(2))
+    place(1.0)
+    assert project(place, lambda: math.nan if weights.any() else 0.0, 1.0, math.inf) == 0.0
+    assert torch.equal(weights, torch.zeros(2)), "nothing known of it is taken for inside"
