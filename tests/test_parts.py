@@ -1,5 +1,8 @@
-"""The parts that agents are made of: distributions, parameters, networks, projection."""
+"""The parts that policies are made of: distributions, heads and networks."""
 
+import copy
+import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -7,13 +10,15 @@ import pytest
 import torch
 from gymnasium import spaces
 from torch import distributions as td
+from torch.nn import functional
 
-from klrl.kl import kl
-from klrl.kl.trust_region import project
 from klrl.policies.distributions import DiagonalNormal, MultiCategorical
 from klrl.policies.encoder import ObservationEncoder
-from klrl.policies.networks import MLP, Actor, Network
-from klrl.policies.parameters import FlatParameters
+from klrl.policies.heads import CategoricalHead, JointCategoricalHead, NormalHead, make_head
+from klrl.policies.networks import MLP, Network, TwinCritic, linear
+from klrl.policies.parameters import FlatParameters, gradients
+from klrl.policies.policy import Policy
+from klrl.policies.squashed import SquashedHead
 
 CPU = torch.device("cpu")
 
@@ -48,199 +53,164 @@ def test_diagonal_normal_agrees_with_torch() -> None:
     assert torch.allclose(mine.entropy(), theirs.entropy(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
-@pytest.mark.parametrize("family", ["categoricals", "padded", "normal"])
-def test_gradients_written_out_equal_autograd(family: str, direction: Any) -> None:
-    torch.manual_seed(0)
-    action: torch.Tensor
-    if family == "normal":
-        parameters = [torch.randn(6, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-        new: Any = DiagonalNormal(*parameters)
-        old: Any = DiagonalNormal(torch.randn(6, 3).double(), torch.randn(6, 3).double())
-        action = torch.randn(6, 3, dtype=torch.float64)
-    else:
-        parameters = [torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)]
-        mask = torch.tensor([[False, False, family == "padded"], [False] * 3])
-        new = MultiCategorical(parameters[0].masked_fill(mask, float("-inf")))
-        old = MultiCategorical(torch.randn(6, 2, 3).double().masked_fill(mask, float("-inf")))
-        action = torch.randint(2, (6, 2))
-    a, k, e = torch.randn(3, 6, dtype=torch.float64)
-    divergence = kl(old, new) if direction == "forward" else kl(new, old)
-    (a @ new.log_prob(action) + k @ divergence + e @ new.entropy()).backward()
-    written_out = new.gradient(action, a, old, k, e, direction)
-    assert all(torch.allclose(x, y.grad) for x, y in zip(written_out, parameters, strict=True))  # type: ignore[arg-type]
-
-
-def test_adam_equals_torch_after_many_steps() -> None:
-    torch.manual_seed(0)
-    mine, theirs = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
-    theirs.load_state_dict(mine.state_dict())
-    flat, optimizer = FlatParameters(mine), torch.optim.Adam(theirs.parameters(), lr=0.01, eps=1e-5)
-    for _ in range(50):
-        x = torch.randn(8, 4)
-        flat.zero_grad()
-        (mine(x) ** 2).mean().backward()
-        flat.clip_grad(0.1)
-        flat.adam_step(0.01)
-        optimizer.zero_grad()
-        (theirs(x) ** 2).mean().backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.1)
-        optimizer.step()
-    assert torch.allclose(mine.weight, theirs.weight, atol=1e-6)
-    assert torch.allclose(mine.bias, theirs.bias, atol=1e-6)
-
-
-def test_snapshots_restore_weights_and_optimizer_bit_for_bit() -> None:
-    first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
-    flat = FlatParameters(first, second)
-    flat.grad.normal_()
-    flat.adam_step(0.1)
-    before, saved = flat.state_dict(), flat.state_dict()
-    flat.adam_step(0.1)
-    moved = second.weight.clone()
-    flat.restore(before, only=0)
-    assert flat.steps == [1, 2]
-    assert torch.equal(first.weight.flatten(), before["vector"][:4])
-    assert torch.equal(second.weight, moved), "the other part stays"
-    flat.restore(before)
-    assert all(torch.equal(flat.state_dict()[key], saved[key]) for key in ("vector", "first_moment", "second_moment"))
-    assert flat.steps == [1, 1]
-    with pytest.raises(ValueError, match="weights"):
-        FlatParameters(first).load_state_dict(saved)
-
-
-def test_adam_on_one_module_leaves_the_others_alone() -> None:
-    torch.manual_seed(0)
-    first, second = torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)
-    flat = FlatParameters(first, second)
-    before = flat.vector.clone()
-    reference = torch.nn.Parameter(before[flat.parts[1]].clone())
-    adam = torch.optim.Adam([reference], lr=0.01, eps=1e-5)
-    for _ in range(5):
-        flat.grad.copy_(torch.randn_like(flat.grad))
-        reference.grad = flat.grad[flat.parts[1]].clone()
-        flat.adam_step(0.01, only=1)
-        adam.step()
-    assert torch.equal(flat.vector[flat.parts[0]], before[flat.parts[0]])
-    assert torch.allclose(flat.vector[flat.parts[1]], reference.detach(), atol=1e-6)
-    assert flat.steps == [0, 5]
-
-
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
-def test_the_mlp_written_out_equals_autograd_and_numpy(activation: Any) -> None:
-    torch.manual_seed(0)
-    mlp = MLP([3, 5, 4, 2], activation, 1.0, torch.Generator().manual_seed(0)).double()
-    flat = FlatParameters(mlp)
-    x, direction = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
-    (mlp(x) * direction).sum().backward()
-    by_autograd = flat.grad.clone()
-    flat.zero_grad()
-    with torch.no_grad():
-        output, pushforward, pullback = mlp.linearize(x)
-        pullback(direction)
-        along = torch.randn_like(flat.vector)
-        moved = pushforward(flat.like(along, 0))
-    assert torch.allclose(output, mlp(x))
-    assert torch.allclose(flat.grad, by_autograd)
-    assert float(by_autograd.abs().sum()) > 0.0
-    assert float((moved * direction).sum()) == pytest.approx(float(by_autograd @ along)), "<u, J v> = <J^T u, v>"
-    assert np.allclose(mlp.on_host(x.numpy()), output.numpy())
-    flat.vector += along
-    assert np.allclose(mlp.on_host(x.numpy()), mlp(x).detach().numpy()), "it sees weights that moved"
+def test_the_mlp_in_numpy_is_the_mlp_in_torch_wherever_its_weights_go(activation: Any) -> None:
+    rng = torch.Generator().manual_seed(0)
+    mlp = MLP([3, 5, 4, 2], activation, 1.0, rng).double()
+    flat = FlatParameters(mlp, "mlp")
+    x = torch.randn(6, 3, dtype=torch.float64, generator=rng)
+    reference = x
+    for i, layer in enumerate(mlp.layers):
+        reference = functional.linear(reference, layer.weight, layer.bias)  # type: ignore[arg-type]
+        reference = reference if i == 2 else getattr(torch, activation)(reference)
+    assert torch.allclose(mlp(x), reference)
+    assert np.allclose(mlp.forward_numpy(x.numpy()), reference.detach().numpy())
+    flat.flat += torch.randn(flat.flat.shape, generator=rng)
+    assert not torch.allclose(mlp(x), reference)
+    assert np.allclose(mlp.forward_numpy(x.numpy()), mlp(x).detach().numpy()), "it sees weights that moved"
+    mlp.layers[1] = linear(5, 4, 1.0, rng).double()
+    assert np.allclose(mlp.forward_numpy(x.numpy()), mlp(x).detach().numpy()), "or were replaced"
     mlp.float()
-    assert np.allclose(mlp.on_host(x.float().numpy()), mlp(x.float()).detach().numpy(), atol=1e-5), "or went elsewhere"
+    assert np.allclose(mlp.forward_numpy(x.float().numpy()), mlp(x.float()).detach().numpy(), atol=1e-5), "or moved"
+    kept = x.numpy().copy()
+    mlp.double().forward_numpy(x.numpy())
+    assert np.array_equal(x.numpy(), kept), "and leaves its input alone"
 
 
-@pytest.mark.parametrize(
-    "space", [spaces.MultiDiscrete([2, 4, 3]), spaces.MultiBinary(2), spaces.Box(-2.0, 6.0, (2,))], ids=str
-)
-def test_the_actor_pulls_back_to_all_its_weights(space: spaces.Space[Any]) -> None:
-    encoder = ObservationEncoder(spaces.Box(-1, 1, (3,)), CPU, normalize=False)
-    actor = Actor(encoder, space, (8,), "tanh", -0.5, torch.Generator().manual_seed(0)).double()
-    flat = FlatParameters(actor)
-    inputs = {"vector": torch.randn(5, 3, dtype=torch.float64)}
-    parameters = ("loc", "log_std") if actor.continuous else ("logits",)
-    with torch.no_grad():
-        dist, _, pullback = actor.linearize(inputs)
-        finite = [torch.isfinite(getattr(dist, name)) for name in parameters]
-        weights = [torch.randn_like(getattr(dist, name)) * keep for name, keep in zip(parameters, finite, strict=True)]
-        pullback(*weights)
-    by_pullback = flat.grad.clone()
-    flat.zero_grad()
-    new = actor(inputs)
-    terms = zip(parameters, weights, finite, strict=True)
-    sum((getattr(new, name)[keep] * weight[keep]).sum() for name, weight, keep in terms).backward()  # type: ignore[union-attr]
-    assert torch.allclose(by_pullback, flat.grad)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda mlp: pickle.loads(pickle.dumps(mlp))])
+def test_a_copied_mlp_takes_no_views_of_the_originals_weights_along(duplicate: Any) -> None:
+    mlp, x = MLP([3, 5, 2], "tanh", 1.0, torch.Generator().manual_seed(0)), np.ones((2, 3), np.float32)
+    before = len(pickle.dumps(mlp))
+    expected = mlp.forward_numpy(x)
+    assert len(pickle.dumps(mlp)) == before
+    twin = duplicate(mlp)
+    assert twin._numpy == ([], [])
+    assert np.array_equal(twin.forward_numpy(x), expected)
+    twin.layers[0].weight.data.zero_()
+    assert not np.allclose(twin.forward_numpy(x), expected)
+    assert np.array_equal(mlp.forward_numpy(x), expected)
 
 
-def test_an_image_network_pulls_back_to_all_its_weights() -> None:
+def test_all_weights_of_an_image_network_have_a_gradient() -> None:
     space = spaces.Dict({"camera": spaces.Box(0, 255, (36, 36, 1), np.uint8), "speed": spaces.Box(-1, 1, (2,))})
     encoder = ObservationEncoder(space, CPU, normalize=False)
     network = Network(encoder, (8,), 2, "relu", 1.0, torch.Generator().manual_seed(0))
-    flat = FlatParameters(network)
+    flat = FlatParameters(network, "network")
     inputs = encoder({key: np.stack([part.sample() for _ in range(4)]) for key, part in space.spaces.items()})
-    output, _, pullback = network.linearize(inputs)
-    pullback(torch.ones_like(output))
-    by_pullback = flat.grad.clone()
-    flat.zero_grad()
+    found = flat.unflatten(gradients(network(inputs).sum(), flat))
     network(inputs).sum().backward()
-    assert torch.equal(by_pullback, flat.grad)
-    assert all(float(p.grad.abs().sum()) > 0 for p in network.parameters() if p.grad is not None)
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None
+        assert torch.equal(found[name], parameter.grad)
+        assert float(parameter.grad.abs().sum()) > 0
 
 
-ACTION_SPACES: list[spaces.Space[Any]] = [
-    spaces.Discrete(3),
-    spaces.MultiDiscrete([2, 4, 3]),
-    spaces.MultiDiscrete([3, 3]),
-    spaces.MultiBinary(4),
-    spaces.Box(-2.0, 6.0, (2,)),
-    spaces.Box(-np.inf, np.inf, (3,)),
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("outputs", [1, 4])
+def test_the_twin_critic_is_two_networks(images: bool, outputs: int) -> None:
+    number = spaces.Box(-1, 1, (3,))
+    camera = spaces.Box(0, 255, (36, 36, 1), np.uint8)
+    space: Any = spaces.Dict({"camera": camera, "number": number}) if images else number
+    encoder = ObservationEncoder(space, CPU, normalize=False)
+    critic = TwinCritic(encoder, 2, (8, 5), outputs, torch.Generator().manual_seed(0))
+    obs = {key: np.stack([part.sample() for _ in range(6)]) for key, part in space.spaces.items()} if images else None
+    inputs = encoder(obs if obs is not None else np.stack([number.sample() for _ in range(6)]))
+    torch.manual_seed(0)
+    action, direction = torch.randn(6, 2, requires_grad=True), torch.randn(2, 6, outputs)
+    x = critic.torso(inputs, action)
+    values = []
+    for one in (0, 1):
+        value = x
+        for weight, bias in zip(critic.weights[:-1], critic.biases[:-1], strict=True):
+            value = (value @ weight[one] + bias[one]).relu()
+        values.append(value @ critic.weights[-1][one] + critic.biases[-1][one])
+    expected = torch.stack(values)
+    assert torch.allclose(critic(inputs, action), expected, atol=1e-5)
+    assert not torch.equal(expected[0], expected[1])
+    wanted = [action, *critic.parameters()]
+    theirs = torch.autograd.grad((expected * direction).sum(), wanted)
+    mine = torch.autograd.grad((critic(inputs, action) * direction).sum(), wanted)
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+        assert float(b.abs().sum()) > 0
+
+
+HEADS: list[Any] = [
+    (CategoricalHead, spaces.Discrete(3)),
+    (CategoricalHead, spaces.MultiDiscrete([2, 4, 3])),
+    (CategoricalHead, spaces.MultiDiscrete([3, 3])),
+    (CategoricalHead, spaces.MultiBinary(4)),
+    (JointCategoricalHead, spaces.MultiDiscrete([2, 3])),
+    (NormalHead, spaces.Box(-2.0, 6.0, (2,))),
+    (NormalHead, spaces.Box(-np.inf, np.inf, (3,))),
+    (SquashedHead, spaces.Box(-2.0, 6.0, (2,))),
 ]
 
 
-@pytest.mark.parametrize("space", ACTION_SPACES, ids=str)
-def test_acting_in_numpy_samples_the_policy_that_is_learned(space: spaces.Space[Any]) -> None:
+@pytest.mark.parametrize(("kind", "space"), HEADS, ids=str)
+def test_acting_in_numpy_samples_the_policy_that_is_learned(kind: Any, space: spaces.Space[Any]) -> None:
     encoder = ObservationEncoder(spaces.Box(-1, 1, (3,)), CPU, normalize=False)
-    rng = torch.Generator().manual_seed(0)
-    actor = Actor(encoder, space, (8,), "tanh", -0.5, rng)
-    with torch.no_grad():
-        actor.network.mlp.layers[-1].weight.mul_(100)  # type: ignore[union-attr, operator]
-    obs = np.array([[0.5, -0.2, 0.1]], np.float32)
-    dist = actor(encoder(obs))
-    output = np.repeat(actor.network.mlp.on_host(obs), 40_000, axis=0)
-    sample = torch.from_numpy(actor.act(output, np.random.default_rng(0)))
+    head = kind(space)
+    policy = Policy(encoder, Network(encoder, (8,), head.size, "tanh", 1.0, torch.Generator().manual_seed(0)), head)
+    if isinstance(head, NormalHead):
+        torch.nn.init.constant_(head.log_std, -0.5)
+    obs = np.repeat(np.array([[0.5, -0.2, 0.1]], np.float32), 40_000, axis=0)
+    dist = policy(encoder(obs[:1]))
+    sample = torch.from_numpy(policy.act(obs, np.random.default_rng(0)))
+    assert sample.shape == (40_000, *dist.event_shape)
     if isinstance(dist, MultiCategorical):
         frequency = torch.nn.functional.one_hot(sample, dist.logits.shape[-1]).float().mean(0)
         assert torch.allclose(frequency, dist.log_probs.exp()[0], atol=0.02)
+        assert frequency.amax() < 0.95, "it does sample"
     else:
-        assert torch.allclose(sample.mean(0), dist.loc[0], atol=0.05)
-        assert torch.allclose(sample.std(0), dist.log_std.exp()[0], rtol=0.02)
-    assert torch.allclose(torch.from_numpy(actor.act(output[:1], None)).float(), dist.mode.detach().float(), atol=1e-5)
+        u = torch.atanh(sample) if kind is SquashedHead else sample
+        assert torch.allclose(u.mean(0), dist.loc[0], atol=0.05)
+        assert torch.allclose(u.std(0), dist.log_std.exp()[0], rtol=0.02)
+    assert torch.allclose(torch.from_numpy(policy.act(obs[:1], None)).float(), dist.mode.detach().float(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "space"), HEADS, ids=str)
+def test_actions_reach_the_environment_as_its_space_has_them(kind: Any, space: spaces.Space[Any]) -> None:
+    head = kind(space)
+    output = np.random.default_rng(0).normal(size=(200, head.size)).astype(np.float32) * 3
+    taken = head.to_env(head.sample(output, np.random.default_rng(0)))
+    assert taken.shape == (200, *(space.shape or ()))
+    assert all(space.contains(np.asarray(action, space.dtype)[()]) for action in taken)
+    if not isinstance(space, spaces.Box):
+        assert len(np.unique(taken, axis=0)) == math.prod(
+            [int(space.n)] if isinstance(space, spaces.Discrete) else getattr(space, "nvec", [2] * 4)
+        ), "every action is taken"
+
+
+def test_a_joint_action_counts_the_last_part_fastest() -> None:
+    head = JointCategoricalHead(spaces.MultiDiscrete([2, 3], start=[10, 20]))
+    assert head.size == 6
+    assert head.to_env(np.arange(6)[:, None]).tolist() == [[10 + i, 20 + j] for i in range(2) for j in range(3)]
+
+
+def test_shapes_and_starts_of_a_space_are_kept() -> None:
+    box = spaces.Box(np.float32([[-1.0, 0.0]]), np.float32([[1.0, 0.5]]))
+    assert NormalHead(box).to_env(np.float32([[5.0, 0.2]])).tolist() == [[[1.0, pytest.approx(0.2)]]]
+    assert SquashedHead(box).to_env(np.float32([[0.5, 0.0]])).tolist() == [[[0.5, 0.25]]]
+    assert CategoricalHead(spaces.Discrete(2, start=5)).to_env(np.array([[1], [0]])).tolist() == [6, 5]
+    assert CategoricalHead(spaces.MultiBinary([2, 2])).to_env(np.array([[1, 0, 0, 1]])).tolist() == [[[1, 0], [0, 1]]]
 
 
 def test_bounded_actions_start_in_the_middle_with_the_bounds_as_their_scale() -> None:
     encoder = ObservationEncoder(spaces.Box(-1, 1, (3,)), CPU, normalize=False)
-    actor = Actor(encoder, spaces.Box(-2.0, 6.0, (1,)), (8,), "tanh", 0.0, torch.Generator().manual_seed(0))
-    dist = actor({"vector": torch.zeros(1, 3)})
+    head = make_head(spaces.Box(-2.0, 6.0, (1,)))
+    dist = Policy(encoder, Network(encoder, (8,), 1, "tanh", 0.01, torch.Generator().manual_seed(0)), head)(
+        {"vector": torch.zeros(1, 3)}
+    )
     assert isinstance(dist, DiagonalNormal)
     assert dist.loc.item() == pytest.approx(2.0, abs=0.1)
     assert dist.log_std.exp().item() == pytest.approx(4.0)
+    assert head.metrics() == {"train/std": pytest.approx(1.0)}
+    assert head(torch.ones(1, 1)).loc.item() == pytest.approx(6.0), "the output 1 is the upper bound"
 
 
 @pytest.mark.parametrize("bound", [3.4e38, 0.0])
 def test_bounds_that_bound_nothing_or_everything_still_act_and_learn(bound: float) -> None:
-    encoder = ObservationEncoder(spaces.Box(-1, 1, (3,)), CPU, normalize=False)
-    space = spaces.Box(-bound, bound, (2,))
-    actor = Actor(encoder, space, (8,), "tanh", 0.0, torch.Generator().manual_seed(0))
-    action = torch.from_numpy(actor.act(np.zeros((4, 2), np.float32), np.random.default_rng(0)))
-    assert bool(torch.isfinite(actor({"vector": torch.zeros(4, 3)}).log_prob(action)).all())
-
-
-def test_projection_ends_inside_the_limit_or_at_the_start() -> None:
-    old, weights = torch.zeros(2), torch.tensor([3.0, 4.0])
-    kept = project(weights, old, lambda: float(weights @ weights), 1.0, 25.0)
-    assert float(weights @ weights) <= 1.0
-    assert kept == pytest.approx(0.2, rel=0.02)
-    weights = torch.tensor([3.0, 4.0])
-    assert project(weights, old, lambda: 5.0, 1.0, 5.0) == 0.0
-    assert torch.equal(weights, old)
+    head = NormalHead(spaces.Box(-bound, bound, (2,)))
+    action = torch.from_numpy(head.sample(np.zeros((4, 2), np.float32), np.random.default_rng(0)))
+    assert bool(torch.isfinite(head(torch.zeros(4, 2)).log_prob(action)).all())
