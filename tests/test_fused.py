@@ -1,0 +1,216 @@
+"""The gradients written out in ``klrl.agents.fused`` are those that autograd has of the losses."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from helpers import train
+from torch import Tensor, nn
+
+from klrl.agents.fused import FusedCritic, FusedPolicy, applies, suits
+from klrl.agents.on_policy import Batch, value_loss
+from klrl.agents.ppo import PPO, PPOConfig, policy_loss
+from klrl.agents.trpo import TRPO, TRPOConfig
+from klrl.kl import KLLimit, at_most, freeze
+from klrl.policies.encoder import ObservationEncoder
+from klrl.policies.heads import make_head
+from klrl.policies.networks import Critic, Network
+from klrl.policies.parameters import FlatParameters, gradients
+from klrl.policies.policy import Policy
+
+ROWS = 40
+SPACES: dict[str, Any] = {
+    "discrete": spaces.Discrete(3),
+    "padded": spaces.MultiDiscrete([2, 4, 3]),
+    "even": spaces.MultiDiscrete([3, 3]),
+    "binary": spaces.MultiBinary(2),
+    "bounded": spaces.Box(-2.0, 6.0, (2,)),
+    "unbounded": spaces.Box(-np.inf, np.inf, (3,)),
+}
+
+
+def made(space: Any, activation: Any = "tanh", hidden: tuple[int, ...] = (8, 5)) -> tuple[Policy, Critic]:
+    """A policy and a critic in float64, where two ways to one gradient differ by rounding alone."""
+    encoder = ObservationEncoder(spaces.Box(-1, 1, (3,)), torch.device("cpu"), normalize=False)
+    rng, head = torch.Generator().manual_seed(0), make_head(space)
+    policy = Policy(encoder, Network(encoder, hidden, head.size, activation, 1.0, rng), head)
+    critic = Critic(Network(encoder, hidden, 1, activation, 1.0, rng))
+    for parameter in (*policy.parameters(), *critic.parameters()):  # biases and widths as well
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=rng)
+    return policy.double(), critic.double()
+
+
+@torch.no_grad()
+def batch_for(policy: Policy, critic: Critic) -> Batch:
+    """States with an old policy near the new, so that some ratios lie outside of 1 +- 0.2; every fifth row a reset."""
+    rng = torch.Generator().manual_seed(1)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    inputs = {"vector": noise(ROWS, 3)}
+    old = freeze(policy(inputs)).map_parameters(lambda p: p + 0.3 * noise(*p.shape))
+    torch.manual_seed(0)
+    action, value = old.sample(), critic(inputs)
+    valid = (torch.arange(ROWS) % 5 > 0).double()
+    returns, before = value + noise(ROWS), value + 0.3 * noise(ROWS)
+    return Batch(inputs, old, action, old.log_prob(action), before, noise(ROWS), returns, valid / valid.sum())
+
+
+def close(mine: list[Tensor], theirs: Tensor) -> bool:
+    flat = torch.cat([part.flatten() for part in mine])
+    return torch.allclose(flat, theirs, rtol=1e-5, atol=1e-8) and float(theirs.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("clip_range", [0.0, 0.2])
+@pytest.mark.parametrize("ent_coef", [0.0, 0.5])
+@pytest.mark.parametrize(("penalty", "direction"), [("none", "forward"), ("fixed", "forward"), ("fixed", "reverse")])
+@pytest.mark.parametrize("space", SPACES)
+def test_the_policys_gradient_is_autograds(
+    space: str, penalty: Any, direction: Any, ent_coef: float, clip_range: float
+) -> None:
+    policy, critic = made(SPACES[space])
+    batch, flat = batch_for(policy, critic), FlatParameters(policy, "policy")
+    limit = KLLimit(at_most(0.01), direction=direction, penalty=penalty, coef=0.7)
+    config = PPOConfig(clip_range=clip_range, ent_coef=ent_coef)
+    loss, surrogate = policy_loss(policy(batch.inputs), batch, limit, config)
+    with torch.no_grad():
+        value, parts = FusedPolicy(policy).gradient(batch, limit, clip_range, ent_coef)
+    assert float(value) == pytest.approx(float(surrogate.detach()), rel=1e-9)
+    assert close(parts, gradients(loss, flat))
+    ratio = torch.exp(policy(batch.inputs).log_prob(batch.action) - batch.log_prob)
+    outside = (ratio - 1).abs() > 0.2
+    assert bool(outside.any()), "clipping has something to do"
+    assert not bool(outside.all())
+
+
+def test_each_part_of_the_loss_is_in_the_gradient() -> None:
+    policy, critic = made(SPACES["padded"])
+    batch = batch_for(policy, critic)
+    found = []
+    for penalty, direction, ent_coef, clip_range in (
+        ("none", "forward", 0.0, 0.0),
+        ("fixed", "forward", 0.0, 0.0),
+        ("fixed", "reverse", 0.0, 0.0),
+        ("none", "forward", 0.5, 0.0),
+        ("none", "forward", 0.0, 0.2),
+    ):
+        limit = KLLimit(at_most(0.01), direction=direction, penalty=penalty, coef=0.7)  # type: ignore[arg-type]
+        with torch.no_grad():
+            parts = FusedPolicy(policy).gradient(batch, limit, clip_range, ent_coef)[1]
+        found.append(torch.cat([part.flatten() for part in parts]))
+    for i, one in enumerate(found):
+        assert not any(torch.allclose(one, other, rtol=1e-3) for other in found[:i])
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("hidden", [(), (6,), (8, 5, 4)], ids=str)
+@pytest.mark.parametrize("space", ["padded", "bounded"])
+def test_every_depth_and_activation_has_its_gradient(space: str, hidden: tuple[int, ...], activation: Any) -> None:
+    policy, critic = made(SPACES[space], activation, hidden)
+    batch, limit, config = batch_for(policy, critic), KLLimit(at_most(0.01)), PPOConfig()
+    with torch.no_grad():
+        _, parts = FusedPolicy(policy).gradient(batch, limit, 0.0, 0.0)
+        _, value_parts = FusedCritic(critic).gradient(batch, 0.0, 1.0)
+    loss, _ = policy_loss(policy(batch.inputs), batch, limit, config)
+    assert close(parts, gradients(loss, FlatParameters(policy, "policy")))
+    assert close(value_parts, gradients(value_loss(critic(batch.inputs), batch), FlatParameters(critic, "critic")))
+
+
+@pytest.mark.parametrize("clip_range_vf", [0.0, 0.2])
+def test_the_critics_gradient_is_autograds(clip_range_vf: float) -> None:
+    policy, critic = made(SPACES["discrete"])
+    batch, flat = batch_for(policy, critic), FlatParameters(critic, "critic")
+    loss = value_loss(critic(batch.inputs), batch, clip_range_vf)
+    with torch.no_grad():
+        value, parts = FusedCritic(critic).gradient(batch, clip_range_vf, 0.5)
+    assert float(value) == pytest.approx(float(loss.detach()), rel=1e-9)
+    assert close(parts, 0.5 * gradients(loss, flat))
+    far = (critic(batch.inputs) - batch.value).abs() > 0.2
+    assert bool(far.any())
+    assert not bool(far.all())
+
+
+def test_rows_that_do_not_count_have_no_part_in_it() -> None:
+    for space in ("padded", "bounded"):
+        policy, critic = made(SPACES[space])
+        batch, limit = batch_for(policy, critic), KLLimit(at_most(0.01))
+        kept = torch.nonzero(batch.mask).squeeze(-1)
+        assert 0 < len(kept) < ROWS
+        with torch.no_grad():
+            whole = FusedPolicy(policy).gradient(batch, limit, 0.2, 0.1)[1]
+            some = FusedPolicy(policy).gradient(batch.take(kept), limit, 0.2, 0.1)[1]
+            whole += FusedCritic(critic).gradient(batch, 0.2, 1.0)[1]
+            some += FusedCritic(critic).gradient(batch.take(kept), 0.2, 1.0)[1]
+        assert all(torch.allclose(a, b) for a, b in zip(whole, some, strict=True))
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("kind", ["ppo", "clipped", "trpo"])
+def test_an_agent_learns_the_same_by_either_way(env: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config: Any = {
+        "ppo": PPOConfig(n_steps=32, batch_size=60, n_epochs=3),  # the last minibatch is a ragged one
+        "clipped": PPOConfig(n_steps=32, batch_size=64, n_epochs=3, clip_range=0.2, clip_range_vf=0.2, ent_coef=0.01),
+        "trpo": TRPOConfig(n_steps=32, batch_size=60, n_critic_updates=3),
+    }[kind]
+    fused, results = train(config, env, 3)
+    assert fused.fused is not None
+    for module in ("ppo", "trpo"):
+        monkeypatch.setattr(f"klrl.agents.{module}.applies", lambda *_: False)
+    plain, again = train(config, env, 3)
+    assert plain.fused in (None, ())
+    for group in ("policy_params", "critic_params"):
+        mine, theirs = getattr(fused, group).flat, getattr(plain, group).flat
+        assert torch.allclose(mine, theirs, atol=2e-4)
+    assert results[0].kl.mean == pytest.approx(again[0].kl.mean, rel=1e-2)
+    assert results[0].metrics["train/value_loss"] == pytest.approx(again[0].metrics["train/value_loss"], rel=1e-4)
+
+
+class Own(nn.Module):
+    def __init__(self, space: Any) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_it_is_used_for_plain_mlps_alone() -> None:
+    number, image = spaces.Box(-1, 1, (3,)), spaces.Box(0, 255, (36, 36, 1), np.uint8)
+    plain = PPO(number, spaces.Discrete(2))
+    assert suits(plain.policy, plain.policy_params)
+    assert applies(plain.critic.network, plain.critic_params)
+    own, seen = PPO(number, spaces.Discrete(2), network=Own), PPO(image, spaces.Discrete(2))
+    for other in (own, seen):
+        assert not suits(other.policy, other.policy_params)
+        assert not applies(other.critic.network, other.critic_params)
+    plain.policy.network.mlp.layers[0].weight.requires_grad_(False)  # type: ignore[union-attr, operator]
+    plain.policy_params.sync()
+    assert not suits(plain.policy, plain.policy_params)
+    assert applies(plain.critic.network, plain.critic_params)
+
+
+@pytest.mark.parametrize("kind", [PPO, TRPO])
+def test_frozen_layers_stay_and_the_others_learn(kind: Any) -> None:
+    config = replace(kind.Config(), n_steps=32, batch_size=64)
+    agent, _ = train(config, "CartPole-v1", 1)
+    first, last = agent.policy.network.mlp.layers[0], agent.policy.network.mlp.layers[-1]
+    for parameter in (*first.parameters(), *agent.critic.network.mlp.layers[0].parameters()):
+        parameter.requires_grad_(False)
+    frozen = [p.clone() for p in (first.weight, first.bias, agent.critic.network.mlp.layers[0].weight)]
+    free = [p.clone() for p in (last.weight, agent.critic.network.mlp.layers[-1].weight)]
+    buffer = agent.new_buffer(1)
+    rng = np.random.default_rng(0)
+    obs = rng.normal(size=(33, 1, 4)).astype(np.float32)
+    for t in range(32):
+        no = np.zeros(1, bool)
+        buffer.add(obs[t], agent.act(obs[t]), rng.normal(size=1), no, no, obs[t + 1])
+    result = agent.update(buffer)
+    assert result.kl.mean > 0
+    layers = agent.policy.network.mlp.layers, agent.critic.network.mlp.layers
+    now = (layers[0][0].weight, layers[0][0].bias, layers[1][0].weight)
+    assert all(torch.equal(a, b) for a, b in zip(frozen, now, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(free, (layers[0][-1].weight, layers[1][-1].weight), strict=True))
