@@ -1,7 +1,9 @@
-"""SAC over time: its blocks and their KL, faults, and how many steps of learning go with those of the environment."""
+"""SAC over time: its windows and their KL, faults, and how many steps of learning go with those of the environment."""
 
+import copy
 import json
 import math
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -12,16 +14,16 @@ import torch
 from helpers import SMALL_SAC, train_sac
 
 import klrl
-from klrl.agents.base import KLConfig
+from klrl.agents.base import OffPolicyKLConfig
 from klrl.agents.sac import SAC
 from klrl.errors import NonFiniteError
 
 CPU = torch.device("cpu")
 
 
-def test_the_reported_kl_is_that_of_the_block_and_untracked_by_default_costs_nothing() -> None:
+def test_the_reported_kl_is_that_of_the_window_and_untracked_by_default_costs_nothing() -> None:
     agent, reports = train_sac(SMALL_SAC, "Pendulum-v1", 100)
-    assert agent.penalty is None
+    assert not agent.limit.penalises
     assert all(report.kl.mean > 0.0 and report.kl.limit == math.inf for report in reports)
     figures: dict[str, float] = {}
     reports[-1].write(figures.__setitem__)
@@ -34,8 +36,8 @@ def test_the_reported_kl_is_that_of_the_block_and_untracked_by_default_costs_not
 
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
 @pytest.mark.parametrize("rule", ["project", "rollback"])
-def test_a_block_that_overshoots_is_taken_back(env_id: str, rule: Any) -> None:
-    rules = KLConfig(target=0.01, penalty="none", stop=0.0, every=20, on_overshoot=rule)
+def test_a_window_that_overshoots_is_taken_back(env_id: str, rule: Any) -> None:
+    rules = OffPolicyKLConfig(target=0.01, penalty="none", stop=0.0, every=20, on_overshoot=rule)
     _, reports = train_sac(replace(SMALL_SAC, kl=rules), env_id, 120)
     assert len(reports) >= 3
     assert all(report.kl.mean <= 0.01 for report in reports)
@@ -44,7 +46,7 @@ def test_a_block_that_overshoots_is_taken_back(env_id: str, rule: Any) -> None:
 
 def test_stop_and_penalty_hold_the_policy_back() -> None:
     def moved(**rules: Any) -> float:
-        _, reports = train_sac(replace(SMALL_SAC, kl=KLConfig(every=40, **rules)), "Pendulum-v1", 150)
+        _, reports = train_sac(replace(SMALL_SAC, kl=OffPolicyKLConfig(every=40, **rules)), "Pendulum-v1", 150)
         return float(np.mean([report.kl.mean for report in reports]))
 
     free = moved(target=0.0)
@@ -53,11 +55,11 @@ def test_stop_and_penalty_hold_the_policy_back() -> None:
     assert stopped < 0.5 * free
     assert penalised < 0.7 * free
     _, reports = train_sac(
-        replace(SMALL_SAC, kl=KLConfig(target=0.01, penalty="none", stop=1.0, check="minibatch", every=40)),
+        replace(SMALL_SAC, kl=OffPolicyKLConfig(target=0.01, penalty="none", stop=1.0, check="minibatch", every=40)),
         "Pendulum-v1",
         150,
     )
-    assert all(0 < report.kl.stop_epoch <= 40 for report in reports if report.kl.mean > 0.01)
+    assert all(0 < report.kl.stopped_at <= 40 for report in reports if report.kl.mean > 0.01)
 
 
 def test_both_coefficients_answer_what_they_measure() -> None:
@@ -65,7 +67,9 @@ def test_both_coefficients_answer_what_they_measure() -> None:
         _, reports = train_sac(replace(SMALL_SAC, ent_coef=ent_coef), "Pendulum-v1", 200)
         alphas = [report.metrics["train/ent_coef"] for report in reports]
         assert (alphas[-1] > 2 * ent_coef) if rises else (alphas[-1] < ent_coef / 2)
-    _, reports = train_sac(replace(SMALL_SAC, kl=KLConfig(target=0.01, stop=0.0, every=20)), "Pendulum-v1", 200)
+    _, reports = train_sac(
+        replace(SMALL_SAC, kl=OffPolicyKLConfig(target=0.01, stop=0.0, every=20)), "Pendulum-v1", 200
+    )
     betas = [report.kl.coefficient for report in reports]
     attempted = [report.kl.attempted for report in reports]
     assert len(set(betas)) > 1
@@ -75,7 +79,7 @@ def test_both_coefficients_answer_what_they_measure() -> None:
 
 def test_weights_that_overflow_never_reach_a_report() -> None:
     with pytest.raises(NonFiniteError, match="not finite"):
-        train_sac(replace(SMALL_SAC, learning_rate=1e39, kl=KLConfig(target=0.0, every=1)), "Pendulum-v1", 40)
+        train_sac(replace(SMALL_SAC, learning_rate=1e39, kl=OffPolicyKLConfig(target=0.0, every=1)), "Pendulum-v1", 40)
 
 
 def test_rewards_of_a_million_give_no_nan() -> None:
@@ -84,51 +88,71 @@ def test_rewards_of_a_million_give_no_nan() -> None:
             return 1e6 * float(reward)
 
     agent, reports = train_sac(SMALL_SAC, lambda: Loud(gym.make("Pendulum-v1")), 150)
-    assert bool(agent.policy.vector.isfinite().all() and agent.values.vector.isfinite().all())
+    assert bool(agent.policy_params.flat.isfinite().all() and agent.critic_params.flat.isfinite().all())
     assert all(math.isfinite(report.kl.mean) for report in reports)
 
 
-def test_losses_that_are_not_finite_stop_and_restore_the_block() -> None:
+def test_losses_that_are_not_finite_stop_and_restore_the_window() -> None:
     agent, _ = train_sac(SMALL_SAC, "Pendulum-v1", 60)
     buffer = agent.new_buffer(1)
     shown = np.zeros((1, 3), np.float32)
     buffer.add(shown, np.zeros((1, 1), np.float32), np.array([3e38]), np.zeros(1, bool), np.zeros(1, bool), shown)
-    agent._block = None
-    before, alpha = agent.policy.vector.clone(), agent.entropy.coefficient.value
+    agent._window = None
+    before, alpha = agent.policy_params.flat.clone(), agent.temperature.coefficient.value
     agent.config = replace(agent.config, gradient_steps=60)
     with pytest.raises(NonFiniteError, match="not finite"):
         agent.update(buffer)
-    assert torch.equal(agent.policy.vector, before)
-    assert bool(agent.values.vector.isfinite().all())
-    assert agent.entropy.coefficient.value == alpha
-    assert agent._block is None, "and it can go on"
+    assert torch.equal(agent.policy_params.flat, before)
+    assert bool(agent.critic_params.flat.isfinite().all())
+    assert agent.temperature.coefficient.value == alpha
+    assert agent._window is None, "and it can go on"
 
 
 def test_rollback_restores_the_policy_and_its_optimizer_bit_for_bit() -> None:
-    rules = KLConfig(target=1e-9, penalty="none", stop=0.0, every=20, on_overshoot="rollback")
+    rules = OffPolicyKLConfig(target=1e-9, penalty="none", stop=0.0, every=20, on_overshoot="rollback")
     agent, reports = train_sac(replace(SMALL_SAC, kl=rules), "Pendulum-v1", 60)
     fresh = SAC(agent.observation_space, agent.action_space, agent.config)
     assert len(reports) == 2
     assert all(report.kl.rolled_back == 1.0 and report.kl.mean == 0.0 for report in reports)
-    agent.flush(buffer := agent.new_buffer(1))
+    agent.finish_window(buffer := agent.new_buffer(1))
     shown = np.zeros((1, 3), np.float32)
     buffer.add(shown, np.zeros((1, 1), np.float32), np.ones(1), np.zeros(1, bool), np.zeros(1, bool), shown)
-    agent._block = None
-    report = agent.flush(buffer)
+    agent._window = None
+    report = agent.finish_window(buffer)
     assert report is not None
     assert report.kl.mean == 0.0
-    before = agent.policy.state_dict()
+    before = agent.policy_params.state_dict()
     with torch.no_grad():
-        block = agent._begin_block(buffer)
-        agent._gradient_step(block, buffer.sample(8, agent.rng, CPU))
-    assert agent.policy.steps == [before["steps"][0] + 1]
-    assert not torch.equal(agent.policy.vector, before["vector"])
+        window = agent._begin_window(buffer)
+        agent._gradient_step(window, buffer.sample(8, agent.rng, CPU))
+    assert int(agent.policy_params.count) == int(before["count"]) + 1
+    assert not torch.equal(agent.policy_params.flat, before["flat"])
     with torch.no_grad():
-        agent._end_block(block)
-    now = agent.policy.state_dict()
-    assert now.pop("steps") == before["steps"]
+        agent._end_window(window)
+    now = agent.policy_params.state_dict()
     assert all(torch.equal(part, before[name]) for name, part in now.items())
-    assert fresh.policy.steps == [0]
+    assert int(fresh.policy_params.count) == 0
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda agent: pickle.loads(pickle.dumps(agent))])
+def test_a_copy_learns_as_the_original_does_even_within_a_window(duplicate: Any) -> None:
+    rules = OffPolicyKLConfig(target=0.01, every=50)
+    agent, _ = train_sac(replace(SMALL_SAC, kl=rules), "Pendulum-v1", 40)
+    buffer, rng, no = agent.new_buffer(1), np.random.default_rng(0), np.zeros(1, bool)
+    for _ in range(100):
+        obs = rng.normal(size=(1, 3)).astype(np.float32)
+        buffer.add(obs, rng.uniform(-1, 1, (1, 1)).astype(np.float32), rng.normal(size=1), no, no, obs)
+    agent.config = replace(agent.config, gradient_steps=30)
+    agent.update(buffer)
+    twin = duplicate(agent)
+    assert agent._window is not None
+    assert agent._window.steps == twin._window.steps == 30
+    results = [one.update(copy.deepcopy(buffer)) for one in (agent, twin)]
+    assert results[0] == results[1]
+    assert results[0] is not None
+    for name in ("policy", "old_policy", "critic", "target_critic"):
+        pairs = zip(getattr(agent, name).parameters(), getattr(twin, name).parameters(), strict=True)
+        assert all(torch.equal(mine, theirs) for mine, theirs in pairs), name
 
 
 def test_every_step_of_every_environment_counts_once() -> None:
