@@ -9,10 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
+import pytest
 import torch
 
 from klrl import PPO, PPOConfig
 from klrl.agents.base import KLConfig
+from klrl.kl import Move
 
 
 def shares(updates: int = 100) -> dict[str, float]:
@@ -21,28 +23,30 @@ def shares(updates: int = 100) -> dict[str, float]:
     envs = gym.make_vec("CartPole-v1", 8, vectorization_mode="sync")
     result = {}
     for check, measured, name in (
-        ("update", "mean_kl", "once"),
-        ("epoch", "mean_kl", "after each epoch"),
-        ("update", "measure_move", "whole report"),
+        ("update", "kl", "once"),
+        ("epoch", "kl", "after each epoch"),
+        ("update", "end", "whole report"),
     ):
         config = PPOConfig(n_steps=128, batch_size=256, n_epochs=4, kl=KLConfig(stop=1e9, check=check))  # type: ignore[arg-type]
         agent = PPO(envs.single_observation_space, envs.single_action_space, config)
         buffer, (obs, _) = agent.new_buffer(8), envs.reset(seed=0)
         calls: list[float] = []
-        setattr(agent, measured, _timed(getattr(agent, measured), calls))
         totals = []
-        for _ in range(updates):
-            buffer.filled = 0
-            while not buffer.full:
-                action, before = agent.act(obs), obs
-                obs, reward, terminated, truncated, _ = envs.step(agent.env_action(action))
-                buffer.add(before, action, reward, terminated, truncated, obs)
-            start = time.perf_counter()
-            agent.update(buffer)
-            totals.append(time.perf_counter() - start)
-            if name == "once":  # the report of such an update already holds it: measure it on its own
-                with torch.no_grad():
-                    agent.mean_kl(*agent.beliefs(buffer))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Move, measured, _timed(getattr(Move, measured), calls))
+            for _ in range(updates):
+                while True:
+                    action, before = agent.act(obs), obs
+                    obs, reward, terminated, truncated, _ = envs.step(agent.env_action(action))
+                    buffer.add(before, action, reward, terminated, truncated, obs)
+                    if buffer.full:
+                        break
+                start = time.perf_counter()
+                agent.update(buffer)
+                totals.append(time.perf_counter() - start)
+                if name == "once":  # the report of such an update already holds it: measure it on its own
+                    with agent.hold(agent.make_batch(buffer)) as move:
+                        move.kl()
         times = config.n_epochs if name == "after each epoch" else 1
         result[name] = times * statistics.median(calls) / statistics.median(totals)
     return result
