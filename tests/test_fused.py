@@ -15,10 +15,11 @@ from klrl.agents.on_policy import Batch, value_loss
 from klrl.agents.ppo import PPO, PPOConfig, policy_loss
 from klrl.agents.trpo import TRPO, TRPOConfig
 from klrl.kl import KLLimit, at_most, freeze
+from klrl.kl.divergence import parameters_of
 from klrl.policies.encoder import ObservationEncoder
 from klrl.policies.heads import make_head
 from klrl.policies.networks import Critic, Network
-from klrl.policies.parameters import FlatParameters, gradients
+from klrl.policies.parameters import FlatParameters, gradients, jacobian
 from klrl.policies.policy import Policy
 
 ROWS = 40
@@ -134,6 +135,28 @@ def test_the_critics_gradient_is_autograds(clip_range_vf: float) -> None:
     assert not bool(far.all())
 
 
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("space", SPACES)
+def test_the_jacobian_is_autograds(space: str, activation: Any) -> None:
+    policy, critic = made(SPACES[space], activation)
+    batch, flat = batch_for(policy, critic), FlatParameters(policy, "policy")
+    expected, push, pull = policy(batch.inputs), *jacobian(parameters_of(policy(batch.inputs)), flat)
+    with torch.no_grad():
+        dist, fused_push, fused_pull = FusedPolicy(policy).linearize(batch.inputs, flat)
+        rng = torch.Generator().manual_seed(2)
+        direction = torch.randn(flat.flat.shape, generator=rng, dtype=torch.float64)
+        for mine, theirs in zip(parameters_of(dist), parameters_of(expected), strict=True):
+            assert torch.allclose(mine, theirs)
+        pushed = push(direction)
+        for mine, theirs in zip(fused_push(direction), pushed, strict=True):
+            assert torch.allclose(mine, theirs)
+            assert float(theirs.abs().sum()) > 0
+        cotangent = [torch.randn(part.shape, generator=rng, dtype=torch.float64) for part in pushed]
+        for part, logits in zip(cotangent, parameters_of(dist), strict=True):
+            part[logits == -torch.inf] = 0.0  # what is padded has no gradient
+        assert torch.allclose(fused_pull(cotangent), pull(cotangent))
+
+
 def test_rows_that_do_not_count_have_no_part_in_it() -> None:
     for space in ("padded", "bounded"):
         policy, critic = made(SPACES[space])
@@ -159,7 +182,8 @@ def test_an_agent_learns_the_same_by_either_way(env: str, kind: str, monkeypatch
     fused, results = train(config, env, 3)
     assert fused.fused is not None
     for module in ("ppo", "trpo"):
-        monkeypatch.setattr(f"klrl.agents.{module}.applies", lambda *_: False)
+        for asked in ("applies", "suits"):
+            monkeypatch.setattr(f"klrl.agents.{module}.{asked}", lambda *_: False)
     plain, again = train(config, env, 3)
     assert plain.fused in (None, ())
     for group in ("policy_params", "critic_params"):
