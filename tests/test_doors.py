@@ -44,7 +44,7 @@ class A2C(klrl.OnPolicyAgent):
             loss = loss_pi + 0.5 * loss_v - self.config.ent_coef * (batch.weight @ new.entropy())
             norm = self.take_step(self.gradient_of(loss), torch.tensor(self.config.learning_rate), 0.5)
         self.end_update(rollout)
-        metrics = {"train/value_loss": float(loss_v), "health/grad_norm": float(norm)}
+        metrics = {"train/value_loss": loss_v.item(), "health/grad_norm": norm.item()}
         return klrl.UpdateResult(move.report, metrics | self.diagnostics(batch))
 
 
@@ -124,7 +124,7 @@ def test_an_imported_package_brings_agents_and_networks_to_the_command() -> None
     assert "bonus = 0.25" in config
     assert 'network = "my_package:Net"' in config
     for command in ("eval", "resume"):
-        more = ("--episodes", "1") if command == "eval" else ("--total-timesteps", "700")
+        more = ("--episodes", "1") if command == "eval" else ("--total-timesteps", "1100")
         done = klrl_command(command, str(folder), *more)
         assert done.returncode == 0, done.stderr
     with pytest.raises(UsageError, match="unknown agent 'mine'"):
@@ -151,7 +151,7 @@ def test_an_installed_package_registers_its_agent_by_an_entry_point() -> None:
 @pytest.mark.parametrize("own", [Net, Net(spaces.Box(-1, 1, (4,)))], ids=["class", "module"])
 def test_any_module_does_as_the_network_and_comes_back(agent: str, own: Any) -> None:
     sizes = {"learning_starts": 64, "hidden_sizes": (16,), "kl": {"every": 100}} if agent == "sac" else {"n_steps": 64}
-    run = klrl.train(agent, "CartPole-v1", network=own, total_timesteps=600, n_envs=4, quiet=True, **sizes)
+    run = klrl.train(agent, "CartPole-v1", network=own, seed=3, total_timesteps=600, n_envs=4, quiet=True, **sizes)
     features: Any = run.agent.policy.network.features  # type: ignore[union-attr]
     assert isinstance(features, Net)
     before = (own(run.agent.observation_space) if isinstance(own, type) else own).first.weight
@@ -161,9 +161,6 @@ def test_any_module_does_as_the_network_and_comes_back(agent: str, own: Any) -> 
     assert np.array_equal(loaded.predict(obs, deterministic=True)[0], run.agent.predict(obs, deterministic=True)[0])
     mine, theirs = (klrl.kl.kl(run.agent.distribution(obs), one.distribution(obs)) for one in (run.agent, loaded))
     assert mine.tolist() == theirs.tolist() == [0.0] * 9, "no dropout, and the same phases"
-    if not isinstance(own, type):
-        with pytest.raises(UsageError, match=r"give it|does not fit"):
-            klrl.load(run.folder)
 
 
 def test_a_network_that_cannot_be_used_is_named_in_one_line() -> None:

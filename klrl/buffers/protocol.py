@@ -46,6 +46,24 @@ class Buffer(Protocol):
             raise ValueError("this buffer keeps no rows of its own")
 
 
+def check_continues(shown: Any, obs: Any, ended: Any) -> None:
+    """Raise ValueError where the rows ``ended`` of ``obs`` [N, ...] are not what was ``shown`` last.
+
+    Under NEXT_STEP they are; else these environments were reset, and a true step would be taken for one that resets.
+    """
+    if isinstance(shown, dict):
+        for key, part in shown.items():
+            check_continues(part, obs[key], ended)
+        return
+    before = np.asarray(shown)[ended]
+    if not np.array_equal(before, np.asarray(obs)[ended].astype(before.dtype), equal_nan=before.dtype.kind == "f"):
+        raise ValueError(
+            "an episode ended, and the next step begins elsewhere, which autoreset 'NextStep' does not: make the "
+            "buffer with autoreset='Disabled' where you reset by hand, with 'SameStep' where a step does; after a "
+            "reset of all environments, call forget_unfinished()"
+        )
+
+
 def led_to(mode: AutoresetMode, next_obs: Any, ended: Any, final_obs: Any) -> Any:
     """The observations [N, ...] that a step led to, whatever its environments do at an episode's end.
 

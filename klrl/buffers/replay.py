@@ -13,9 +13,9 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from klrl.buffers.protocol import Buffer, led_to
+from klrl.buffers.protocol import Buffer, check_continues, led_to
 from klrl.errors import NonFiniteError, UsageError
-from klrl.policies.encoder import Inputs, ObservationEncoder
+from klrl.policies.encoder import Inputs, ObservationEncoder, replace_rows
 
 Rows = npt.NDArray[np.float32]
 
@@ -70,6 +70,7 @@ class ReplayBuffer(Buffer):
         }
         self.size, self.steps, self.vector_steps, self.written = 0, 0, 0, 0
         self._ended: npt.NDArray[np.bool_] = np.zeros(n_envs, np.bool_)
+        self._shown: Any = None  # what the environments showed last, where one of them ended
         # Of each environment, the steps whose sum of n rewards is not complete: inputs, action, reward.
         self._pending: list[list[tuple[dict[str, Any], Any, float]]] = [[] for _ in range(n_envs)]
 
@@ -83,6 +84,8 @@ class ReplayBuffer(Buffer):
         """
         ended = np.asarray(terminated) | np.asarray(truncated)
         reached = led_to(self.autoreset, next_obs, ended, final_obs)
+        if self._shown is not None:
+            check_continues(self._shown, obs, self._ended)
         before, after = ({k: v.numpy() for k, v in self.encoder(x).items()} for x in (obs, reached))
         with np.errstate(over="ignore"):
             reward = np.asarray(reward).astype(np.float32)
@@ -108,6 +111,7 @@ class ReplayBuffer(Buffer):
         self.steps += len(valid)
         self.vector_steps += len(valid) > 0
         self._ended = ended & (self.autoreset is AutoresetMode.NEXT_STEP)
+        self._shown = replace_rows(next_obs, next_obs, ()) if self._ended.any() else None
 
     def rows(self, start: int) -> dict[str, Tensor]:
         index = np.arange(start, self.written) % self.capacity
@@ -140,7 +144,7 @@ class ReplayBuffer(Buffer):
 
     def forget_unfinished(self) -> None:
         """Drop the steps whose n rewards are not complete."""
-        self._ended = np.zeros(self.n_envs, np.bool_)
+        self._ended, self._shown = np.zeros(self.n_envs, np.bool_), None
         self._pending = [[] for _ in range(self.n_envs)]
 
     def check_finite(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 
-from klrl.buffers.protocol import Buffer, led_to
+from klrl.buffers.protocol import Buffer, check_continues, led_to
 from klrl.errors import NonFiniteError
 from klrl.policies.encoder import Observation
 
@@ -64,7 +64,7 @@ class RolloutBuffer(Buffer):
         ended = terminated | truncated
         reached = led_to(self.autoreset, next_obs, ended, final_obs)
         if self._ended.any() and self._shown:
-            self._check_continues(obs)
+            check_continues(_row(self.obs, self.filled), obs, self._ended)
         if self.full:
             self.filled, self._finals = 0, {}
         t = self.filled
@@ -80,15 +80,6 @@ class RolloutBuffer(Buffer):
                 self._finals[t, int(env)] = {key: np.array(part[env]) for key, part in _parts(reached)}
         self.filled, self._shown = t + 1, True
 
-    def _check_continues(self, obs: Any) -> None:
-        for (_, stored), (_, part) in zip(_parts(self.obs), _parts(obs), strict=True):
-            shown = np.asarray(part)[self._ended].astype(stored.dtype)
-            if not np.array_equal(stored[self.filled][self._ended], shown, equal_nan=stored.dtype.kind == "f"):
-                raise ValueError(
-                    "an episode ended, and the next step begins elsewhere, which autoreset 'NextStep' does not: make "
-                    "the buffer with autoreset='Disabled' where you reset by hand, with 'SameStep' where a step does"
-                )
-
     def values_of_next(self, value: Any, value_at: Callable[[Any], Any]) -> npt.NDArray[np.float32]:
         """The value of what each step led to, [T, N], from that of every row of ``obs``, [T + 1, N].
 
@@ -103,7 +94,7 @@ class RolloutBuffer(Buffer):
 
     def obs_before_steps(self) -> Observation:
         """Observations [T, N, ...]: what the agent saw before each step."""
-        return {key: part[:-1] for key, part in self.obs.items()} if isinstance(self.obs, dict) else self.obs[:-1]
+        return _row(self.obs, slice(-1))
 
     def state_dict(self) -> dict[str, Any]:
         """What an unfinished rollout holds; of a full one, only what the next begins with."""
@@ -165,6 +156,10 @@ def _empty(space: spaces.Space[Any], leading: tuple[int, ...]) -> Observation:
         return {key: _empty(part, leading) for key, part in space.spaces.items()}  # type: ignore[misc]
     dtype = np.dtype(np.float32) if np.issubdtype(space.dtype, np.floating) else space.dtype
     return np.zeros((*leading, *(space.shape or ())), dtype)
+
+
+def _row(storage: Observation, t: Any) -> Observation:
+    return {key: part[t] for key, part in storage.items()} if isinstance(storage, dict) else storage[t]
 
 
 def _store(storage: Observation, t: int, obs: Any) -> None:

@@ -104,12 +104,16 @@ class FlatParameters:
     def state_dict(self) -> dict[str, Any]:
         """Copies of weights and optimizer state, for ``restore`` and ``load_state_dict``."""
         self.sync()
-        return {name: getattr(self, name).clone() for name in _TENSORS}
+        # A module's buffers are not learned, but may be random, so that a new module has others.
+        buffers = {f"buffer {name}": buffer.clone() for name, buffer in self.module.named_buffers()}
+        return {**{name: getattr(self, name).clone() for name in _TENSORS}, **buffers}
 
     def restore(self, before: dict[str, Any]) -> None:
         """Put weights and optimizer back, bit for bit, as ``state_dict`` gave them."""
         for name in _TENSORS:
             getattr(self, name).copy_(before[name])
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(before[f"buffer {name}"])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``'s result. Raises ValueError where the number of weights differs."""
