@@ -16,8 +16,9 @@ from klrl.kl.closed_form import categorical_kl_to_new, categorical_kl_to_old, no
 from klrl.policies.distributions import DiagonalNormal, MultiCategorical
 from klrl.policies.encoder import Inputs
 from klrl.policies.heads import CategoricalHead, NormalHead
+from klrl.policies.jacobian import Pull, Push
 from klrl.policies.networks import Critic, Network, tanh_
-from klrl.policies.parameters import FlatParameters, Pull, Push
+from klrl.policies.parameters import FlatParameters
 from klrl.policies.policy import Policy
 
 

@@ -4,6 +4,7 @@ Policy and critic are two networks, so the critic's gradient cannot move the pol
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -14,7 +15,6 @@ from klrl.agents.base import CHUNK, Agent, KLTarget, State, chunks
 from klrl.buffers.returns import RewardScale, gae
 from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import Fraction, PositiveInt, Range, Real
-from klrl.errors import NonFiniteError
 from klrl.kl import select
 from klrl.policies.encoder import Inputs, Observation, ObservationEncoder
 from klrl.policies.heads import make_head
@@ -108,16 +108,12 @@ class OnPolicyAgent(Agent):
         config = self.config
         self.encoder = ObservationEncoder(self.observation_space, self.device, config.normalize_observation)
         head = make_head(self.action_space, config.log_std_init)
-
-        def make(outputs: int, gain: float) -> torch.nn.Module:
-            sizes, activation = config.hidden_sizes, config.activation
-            return make_network(network, self.encoder, sizes, outputs, activation, gain, init)
-
+        make = partial(make_network, network, self.encoder, config.hidden_sizes, config.activation, init)
         self.policy = Policy(self.encoder, make(head.size, 0.01), head).to(self.device)
         self.critic = Critic(make(1, 1.0)).to(self.device)
         self.policy_params = FlatParameters(self.policy, "policy")
         self.critic_params = FlatParameters(self.critic, "critic")
-        self.reward_scale = RewardScale(config.gamma) if config.normalize_reward else None
+        self.reward_scale = RewardScale(config.gamma, config.normalize_reward)
         self.limit = config.kl.make_limit(self.device)
 
     def new_buffer(self, n_envs: int) -> RolloutBuffer:
@@ -135,51 +131,41 @@ class OnPolicyAgent(Agent):
 
         Raises ValueError where it is not full, and NonFiniteError naming the field where it is not finite.
         """
-        config = self.config
+        config, rows = self.config, rollout.n_steps * rollout.n_envs
         if not rollout.full:
             raise ValueError(f"the rollout holds {rollout.filled} of {rollout.n_steps} steps: fill it before update")
         rollout.check_finite()
-        rows = rollout.n_steps * rollout.n_envs
         inputs = self.encoder(rollout.obs)
         value = torch.cat([self.critic(chunk) for chunk in chunks(inputs)])
         inputs = {key: part[:rows] for key, part in inputs.items()}
         old = self.policy_at(inputs)
         table = value.view(rollout.n_steps + 1, rollout.n_envs).cpu().numpy()
         following = rollout.values_of_next(table, lambda obs: self.value(obs).cpu().numpy())
-        ended, reward = rollout.terminated | rollout.truncated, rollout.reward
-        if self.reward_scale is not None:
-            reward = self.reward_scale(reward, ended, rollout.valid)
+        ended = rollout.terminated | rollout.truncated
+        reward = self.reward_scale(rollout.reward, ended, rollout.valid)
         advantage, returns = gae(
             reward, table[:-1], following, rollout.terminated, ended, config.gamma, config.gae_lambda
         )
         if config.normalize_advantage:
             kept = advantage[rollout.valid].astype(np.float64)
             advantage = ((advantage - kept.mean()) / (kept.std() + 1e-8)).astype(np.float32)
-        weight = rollout.valid / np.float32(max(rollout.valid.sum(), 1))
-        action, advantages, targets, weights = (
-            torch.as_tensor(x, device=self.device).flatten(0, 1)
-            for x in (rollout.action, advantage, returns, weight.astype(np.float32))
-        )
+        weight = (rollout.valid / max(rollout.valid.sum(), 1)).astype(np.float32)
+        parts = (rollout.action, advantage, returns, weight)
+        action, advantages, targets, weights = (torch.as_tensor(x, device=self.device).flatten(0, 1) for x in parts)
         return Batch(inputs, old, action, old.log_prob(action), value[:rows], advantages, targets, weights)
 
     def hold(self, batch: Batch) -> Any:
         """A context in which the policy is updated under ``self.limit``, measured on the batch."""
-        params = self.policy_params
-        return self.limit.update(
-            lambda: self.policy_at(batch.inputs),
-            params.flat,
-            batch.mask,
-            optimizer=params.optimizer,
-            actions=batch.action,
-            old=batch.old,
-        )
+        policy, params = partial(self.policy_at, batch.inputs), self.policy_params
+        more = {"optimizer": params.optimizer, "actions": batch.action, "old": batch.old}
+        return self.limit.update(policy, params.flat, batch.mask, **more)
 
     def gradient_of(self, loss: Tensor) -> Tensor:
         """d loss / d weights of policy and critic, as one vector."""
         return gradients(loss, self.policy_params, self.critic_params)
 
     def take_step(self, gradient: Tensor, learning_rate: Tensor, max_grad_norm: float) -> Tensor:
-        """Take one step of Adam with policy and critic together, along ``gradient`` clipped to ``max_grad_norm``.
+        """Take one step of Adam with policy and critic, along ``gradient`` clipped to ``max_grad_norm``.
 
         Returns the norm before, a scalar tensor. learning_rate: a scalar tensor on the agent's device.
         """
@@ -189,52 +175,35 @@ class OnPolicyAgent(Agent):
             group.adam_step(part, learning_rate)
         return norm
 
-    def check_weights(self, metrics: dict[str, float]) -> None:
-        """Raise NonFiniteError naming a metric or the weights where they are not finite."""
-        largest = max(float(params.flat.abs().max()) for params in (self.policy_params, self.critic_params))
-        for tag, figure in [*metrics.items(), ("largest weight", largest)]:
-            if not np.isfinite(figure):
-                raise NonFiniteError(f"{tag.rpartition('/')[2]} is {figure} in update {self.n_updates + 1}")
-
     def diagnostics(self, batch: Batch) -> dict[str, float]:
         """SB3's metrics over the whole batch; the values are those from before the update, as SB3 logs them."""
         returns, value = batch.returns[batch.mask].double(), batch.value[batch.mask].double()
-        spread = float(returns.var(correction=0))
-        unexplained = float((returns - value).var(correction=0))
-        return {
-            "train/explained_variance": 1 - unexplained / spread if spread > 0 else 0.0,
-            "health/value_mean": float(value.mean()),
-            **self.policy.head.metrics(),
-        }
+        spread, unexplained = (float(x.var(correction=0)) for x in (returns, returns - value))
+        explained = 1 - unexplained / spread if spread > 0 else 0.0
+        mean = {"train/explained_variance": explained, "health/value_mean": float(value.mean())}
+        return mean | self.policy.head.metrics()
 
     def end_update(self, rollout: RolloutBuffer) -> None:
         """Move what stands still until the KL was measured: the observations' statistics, and the count of updates."""
         self.encoder.update(rollout.obs_before_steps(), torch.from_numpy(rollout.valid.flatten()).to(self.device))
         self.n_updates += 1
 
+    def _learned(self) -> dict[str, Any]:
+        """What an update changes before it is known to be whole."""
+        return {"policy": self.policy_params, "critic": self.critic_params, "reward_scale": self.reward_scale}
+
     def snapshot(self) -> State:
-        """What an update changes before it is known to be whole, for ``undo``."""
-        return {
-            "policy": self.policy_params.state_dict(),
-            "critic": self.critic_params.state_dict(),
-            "reward_scale": {} if self.reward_scale is None else self.reward_scale.state_dict(),
-        }
+        """Copies of what an update changes, for ``undo``."""
+        return {name: part.state_dict() for name, part in self._learned().items()}
 
     def undo(self, before: State) -> None:
         """Put back, bit for bit, what ``snapshot`` saw."""
-        self.policy_params.load_state_dict(before["policy"])
-        self.critic_params.load_state_dict(before["critic"])
-        if self.reward_scale is not None:
-            self.reward_scale.load_state_dict(before["reward_scale"])
+        for name, part in self._learned().items():
+            part.load_state_dict(before[name])
 
     def state_dict(self) -> State:
-        return {
-            **self.snapshot(),
-            "limit": self.limit.state_dict(),
-            "encoder": self.encoder.state_dict(),
-            "rng": self.rng.bit_generator.state,
-            "n_updates": self.n_updates,
-        }
+        state = {**self.snapshot(), "limit": self.limit.state_dict(), "encoder": self.encoder.state_dict()}
+        return {**state, "rng": self.rng.bit_generator.state, "n_updates": self.n_updates}
 
     def load_state_dict(self, state: State) -> None:
         self.undo(state)

@@ -1,5 +1,6 @@
 """PPO with an exact KL penalty (Schulman et al. 2017, section 4), optionally clipped as well or instead."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -90,7 +91,10 @@ class PPO(OnPolicyAgent):
             with self.hold(batch) as move:
                 trace = self._learn(batch, torch.tensor(rate, device=self.device), move)
                 metrics = dict(zip(_TRACED, torch.stack(trace).double().mean(0).tolist(), strict=True))
-                self.check_weights(metrics)
+                largest = max(float(part.flat.abs().max()) for part in (self.policy_params, self.critic_params))
+                for tag, figure in [*metrics.items(), ("largest weight", largest)]:
+                    if not math.isfinite(figure):
+                        raise NonFiniteError(f"{tag.rpartition('/')[2]} is {figure} in update {self.n_updates + 1}")
         except (NonFiniteError, ValueError) as problem:  # ValueError: the new policy has no KL, as its outputs overflow
             self.undo(before)
             raise SkippedUpdateError(str(problem)) from None

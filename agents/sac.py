@@ -111,7 +111,7 @@ class SAC(Agent):
         head, sizes = self.actions.head, config.hidden_sizes
 
         def make_policy() -> Policy:
-            layers = make_network(network, self.encoder, sizes, head.size, config.activation, 1.0, init)
+            layers = make_network(network, self.encoder, sizes, config.activation, init, head.size, 1.0)
             return Policy(self.encoder, layers, head).to(self.device)
 
         width, outputs = self.actions.critic_shape

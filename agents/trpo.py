@@ -17,8 +17,9 @@ from klrl.errors import SkippedUpdateError, UsageError
 from klrl.kl import Move, fisher_vector_product
 from klrl.kl.divergence import parameters_of
 from klrl.kl.trust_region import LineSearch, NaturalStep, line_search, natural_step
+from klrl.policies.jacobian import Pull, Push, jacobian
 from klrl.policies.networks import OwnNetwork
-from klrl.policies.parameters import Pull, Push, gradients, jacobian
+from klrl.policies.parameters import gradients
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,6 +66,19 @@ def test_imports_run_one_way(module: str) -> None:
             )
 
 
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    known = {name: path for name, path in modules().items() if name != "klrl"}  # which names others on first use
+    arrows: dict[str, set[str]] = {name: set() for name in known}
+    for name, path in known.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):  # of a module, or of a name in one
+                whole = {f"{node.module}.{alias.name}": node.module for alias in node.names}
+                arrows[name] |= {part if part in known else str(module) for part, module in whole.items()}
+    while ends := {name for name, targets in arrows.items() if not targets & arrows.keys() - {name}}:
+        arrows = {name: targets for name, targets in arrows.items() if name not in ends}
+    assert not arrows
+
+
 def test_every_room_has_its_layer() -> None:
     assert {room(module) for module in modules()} - {"klrl"} == set(HEIGHT)
 
@@ -97,6 +111,42 @@ def test_every_package_is_listed_for_the_wheel() -> None:
 def test_import_klrl_does_not_import_torch() -> None:
     code = "import sys, klrl; assert 'torch' not in sys.modules; klrl.PPO; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_agent_asks_for_the_kind_of_its_actions_and_kl_for_no_attribute() -> None:
+    for module, path in modules().items():
+        text = path.read_text()
+        assert ".continuous" not in text, module
+        assert room(module) != "klrl.kl" or "hasattr(" not in text, module
+
+
+def test_the_help_of_the_command_needs_no_torch() -> None:
+    code = "import sys; from klrl.cli.main import main; main(['--help']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+# What is read to understand one update of PPO, from PPO.update down; networks and distributions are ordinary PyTorch.
+PATH = {
+    "agents/ppo.py": "policy_loss PPO.update PPO._learn PPO._step PPO._gradient",
+    "agents/on_policy.py": "Batch value_loss OnPolicyAgent.make_batch OnPolicyAgent.hold OnPolicyAgent.gradient_of "
+    "OnPolicyAgent.take_step OnPolicyAgent.diagnostics OnPolicyAgent.end_update OnPolicyAgent._learned "
+    "OnPolicyAgent.snapshot OnPolicyAgent.undo",
+    "klrl/kl/limit.py": "_adaptive KLLimit Move",
+    "klrl/policies/parameters.py": "FlatParameters gradients clip_",
+    "klrl/buffers/returns.py": "gae RewardScale",
+}
+
+
+def test_one_update_of_ppo_is_read_in_five_files_and_650_lines() -> None:
+    counts = {}
+    for name, wanted in PATH.items():
+        tree = ast.parse((ROOT / name).read_text())
+        known: dict[str, Any] = {node.name: node for node in tree.body if hasattr(node, "name")}
+        known |= {f"{c}.{m.name}": m for c, node in known.items() for m in node.body if hasattr(m, "name")}
+        counts[name] = sum(known[one].end_lineno - known[one].lineno + 1 for one in wanted.split())
+    assert sum(counts.values()) <= 650, counts
+    listed = (ROOT / "CONTRIBUTING.md").read_text()
+    assert all(f"| `{name}` | {count} |" in listed for name, count in counts.items()), counts
 
 
 def test_nothing_is_pickled() -> None:

@@ -18,8 +18,9 @@ from klrl.kl import KLLimit, at_most, freeze
 from klrl.kl.divergence import parameters_of
 from klrl.policies.encoder import ObservationEncoder
 from klrl.policies.heads import make_head
+from klrl.policies.jacobian import jacobian
 from klrl.policies.networks import Critic, Network
-from klrl.policies.parameters import FlatParameters, gradients, jacobian
+from klrl.policies.parameters import FlatParameters, gradients
 from klrl.policies.policy import Policy
 
 ROWS = 40

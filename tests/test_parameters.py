@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from klrl.errors import UsageError
-from klrl.policies.parameters import FlatParameters, clip_, gradients, jacobian
+from klrl.policies.jacobian import jacobian
+from klrl.policies.parameters import FlatParameters, clip_, gradients
 
 RATE = torch.tensor(0.01)
 
@@ -61,7 +62,7 @@ def test_snapshots_restore_weights_and_optimizer_bit_for_bit() -> None:
     before, saved = flat.state_dict(), flat.state_dict()
     step(flat)
     assert not torch.equal(flat.flat, before["flat"])
-    flat.restore(before)
+    flat.load_state_dict(before)
     assert all(torch.equal(part, saved[name]) for name, part in flat.state_dict().items())
     assert int(flat.count) == 1
     assert torch.equal(flattened(flat.module), saved["flat"])

@@ -19,6 +19,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 import klrl
 from klrl.agents import registry
+from klrl.cli.main import main
 from klrl.envs.make import EnvConfig, make_vector, preset, presets
 from klrl.envs.wrappers import next_step
 from klrl.errors import NonFiniteError, UsageError
@@ -309,3 +310,21 @@ def test_cuda_trains_and_its_checkpoint_loads_on_the_cpu() -> None:
     assert run.agent.parameters.vector.is_cuda  # type: ignore[attr-defined]
     loaded = klrl.load(run.folder)
     assert torch.equal(loaded.parameters.vector, run.agent.parameters.vector.cpu())  # type: ignore[attr-defined]
+
+
+def test_a_run_of_0_1_0_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    run = klrl.train("ppo", "CartPole-v1", **QUICK)
+    for path in checkpoint.steps(run.folder / "checkpoints"):
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_bytes(checkpoint._sealed({**manifest, "format": 1}))
+    for words in (
+        ["eval", str(run.folder)],
+        ["resume", str(run.folder)],
+        ["compare", str(run.folder), str(run.folder)],
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2
+        assert "was written by klrl 0.1.0, whose runs this version does not read" in line

@@ -47,13 +47,15 @@ class RewardScale:
     the critic never sees raw rewards.
     """
 
-    def __init__(self, gamma: float) -> None:
-        self.gamma = gamma
+    def __init__(self, gamma: float, enabled: bool = True) -> None:
+        self.gamma, self.enabled = gamma, enabled
         self.count, self.mean, self.var = 0.0, 0.0, 1.0
         self.running: npt.NDArray[np.float64] | None = None
 
     def __call__(self, reward: Floats, ended: Bools, valid: Bools) -> Floats:
         """Take the rewards [T, N] of a rollout in and return them scaled. ``ended``: terminated or truncated."""
+        if not self.enabled:
+            return reward
         fits = self.running is not None and len(self.running) == reward.shape[1]
         running = self.running if fits else np.zeros(reward.shape[1])
         assert running is not None

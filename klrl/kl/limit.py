@@ -87,31 +87,14 @@ class KLLimit:
         """The KL that the limit is about, [B]. Raises ValueError as ``klrl.kl.kl`` does."""
         return kl(old, new) if self.direction == "forward" else reverse_kl(old, new)
 
-    def begin(
-        self,
-        policy: Callable[[], td.Distribution],
-        weights: Tensor | Sequence[Tensor] = (),
-        mask: Tensor | None = None,
-        *,
-        optimizer: Sequence[Tensor] = (),
-        actions: Tensor | None = None,
-        old: td.Distribution | None = None,
-    ) -> "Move":
-        """Begin an update that ``Move.end`` ends; ``update`` is the same around a block.
-
-        ``policy()``: the policy at a fixed batch of B states, as it now is. ``weights``: what it depends on, to be
-        taken back in place, and ``optimizer``: what "rollback" restores beside it. ``mask``: bool [B], the states that
-        count. ``actions``: one for each state, drawn from the old policy, for the estimates k1 and k3. ``old``: the
-        policy at the beginning, where it is known already.
-        """
-        return Move(self, policy, weights, mask, optimizer, actions, old)
+    def begin(self, *args: Any, **more: Any) -> "Move":
+        """Begin an update, which ``Move.end`` ends. Takes what ``Move`` takes after the limit."""
+        return Move(self, *args, **more)
 
     @contextmanager
-    def update(
-        self, policy: Callable[[], td.Distribution], weights: Tensor | Sequence[Tensor] = (), *args: Any, **more: Any
-    ) -> Iterator["Move"]:
-        """Hold the update in the block. Takes what ``begin`` takes; if the block raises, nothing is measured."""
-        move = self.begin(policy, weights, *args, **more)
+    def update(self, *args: Any, **more: Any) -> Iterator["Move"]:
+        """Hold the update in the block, as ``begin`` and ``end``; if the block raises, nothing is measured."""
+        move = self.begin(*args, **more)
         yield move
         move.end()
 
@@ -129,17 +112,24 @@ class KLLimit:
 
 
 class Move:
-    """An update that is under way: how far it went, and its ``report`` once it has ended."""
+    """An update that is under way: how far it went, and its ``report`` once it has ended.
+
+    ``policy()``: the policy at a fixed batch of B states, as it now is. ``weights``: what it depends on, to be taken
+    back in place, and ``optimizer``: what "rollback" restores beside it. ``mask``: bool [B], the states that count.
+    ``actions``: one for each state, drawn from the old policy, for the estimates k1 and k3. ``old``: the policy at the
+    beginning, where it is known already. Raises ValueError where an overshoot is to be taken back without ``weights``.
+    """
 
     def __init__(
         self,
         limit: KLLimit,
         policy: Callable[[], td.Distribution],
-        weights: Tensor | Sequence[Tensor],
-        mask: Tensor | None,
-        optimizer: Sequence[Tensor],
-        actions: Tensor | None,
-        old: td.Distribution | None,
+        weights: Tensor | Sequence[Tensor] = (),
+        mask: Tensor | None = None,
+        *,
+        optimizer: Sequence[Tensor] = (),
+        actions: Tensor | None = None,
+        old: td.Distribution | None = None,
     ) -> None:
         self.limit, self.policy, self.mask, self.actions = limit, policy, mask, actions
         self.weights = [weights] if isinstance(weights, Tensor) else list(weights)
@@ -175,19 +165,18 @@ class Move:
         limit = self.limit
         if when not in (None, limit.check) or limit.stop == 0 or math.isinf(limit.bound.limit):
             return False
-        if limit.bound.scaled(limit.stop).holds(self.kl()):
-            return False
-        self.stopped_at = at
-        return True
+        over = not limit.bound.scaled(limit.stop).holds(self.kl())
+        self.stopped_at = at if over else self.stopped_at
+        return over
 
     @torch.no_grad()
     def check(self) -> KLReport:
         """Measure the move so far, as if the update ended here."""
-        new = self.policy()
+        new, limit = self.policy(), self.limit
         if self.actions is not None and self.old_log_prob is not None:
             self.log_ratio = new.log_prob(self.actions) - self.old_log_prob
-        limit = self.limit
-        return measure(self.old, new, limit.bound, log_ratio=self.log_ratio, mask=self.mask, direction=limit.direction)
+        more = {"log_ratio": self.log_ratio, "mask": self.mask, "direction": limit.direction}
+        return measure(self.old, new, limit.bound, **more)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def end(self) -> KLReport:
@@ -196,25 +185,25 @@ class Move:
         Raises ValueError where the new policy has no KL, as its parameters are not finite; nothing adapts then.
         """
         limit, report, kept = self.limit, self.check(), 1.0
-        reached, coefficient = report.limited, limit.penalty.coefficient.value
+        reached, beta = report.limited, limit.penalty.coefficient.value
         if limit.on_overshoot != "keep" and not limit.bound.holds(reached):
             kept = self._take_back(reached)
             report = self.check()
         limit.adapt(reached)
-        self._report = replace(
-            report, attempted=reached, rolled_back=1 - kept, coefficient=coefficient, stopped_at=self.stopped_at
-        )
+        settled = replace(report, attempted=reached, rolled_back=1 - kept, coefficient=beta)
+        self._report = replace(settled, stopped_at=self.stopped_at)
         return self._report
 
     def _take_back(self, reached: float) -> float:
+        """Move the weights back as ``on_overshoot`` says; the fraction of the update that is kept."""
         if self.limit.on_overshoot == "rollback":
             for tensor, before in zip(self.restored, self.before, strict=True):
                 tensor.copy_(before)
             return 0.0
-        reached_weights = [weight.detach().clone() for weight in self.weights]
+        ends = [weight.detach().clone() for weight in self.weights]
 
         def place(fraction: float) -> None:
-            for weight, old, new in zip(self.weights, self.before, reached_weights, strict=False):
+            for weight, old, new in zip(self.weights, self.before, ends, strict=False):
                 weight.copy_(torch.lerp(old, new, fraction) if fraction > 0 else old)
 
         return project(place, self.kl, self.limit.bound.limit, reached)

@@ -150,10 +150,10 @@ def make_network(
     own: OwnNetwork | None,
     encoder: ObservationEncoder,
     hidden_sizes: Sequence[int],
-    outputs: int,
     activation: Activation,
-    output_gain: float,
     rng: torch.Generator,
+    outputs: int,
+    output_gain: float,
 ) -> nn.Module:
     """The network from encoded observations to outputs: on features of one's own where ``own`` is given."""
     if own is not None:

@@ -4,7 +4,7 @@ Snapshot, rollback, projection, the gradient's norm and the optimizer's step are
 one per weight tensor, which for the small networks of control tasks is most of an update's time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from klrl.errors import UsageError
 
 _TENSORS = ("flat", "first_moment", "second_moment", "count")
-BETAS = (0.9, 0.999)  # of Adam, as everywhere
-
-
-Push = Callable[[Tensor], tuple[Tensor, ...]]
-Pull = Callable[[Sequence[Tensor]], Tensor]
+_BETAS = (0.9, 0.999)  # of Adam, as everywhere
+_ADAM: Any = {"beta1": _BETAS[0], "beta2": _BETAS[1], "weight_decay": 0.0, "amsgrad": False, "maximize": False}
 
 
 class FlatParameters:
@@ -62,13 +59,12 @@ class FlatParameters:
                 view.copy_(parameter.detach())
                 parameter.data = view
         self.parameters = now
-        frozen = [not p.requires_grad for p in now.values()]
-        if any(frozen):
-            sizes = torch.tensor([p.numel() for p in now.values()])
-            self.frozen = torch.tensor(frozen).repeat_interleave(sizes).to(self.flat.device)
+        self.frozen = None
+        if any(not p.requires_grad for p in now.values()):
+            self.frozen = torch.cat(
+                [torch.full_like(p, not p.requires_grad, dtype=torch.bool).flatten() for p in now.values()]
+            )
             self.first_moment[self.frozen] = self.second_moment[self.frozen] = 0.0
-        else:
-            self.frozen = None
 
     @property
     def optimizer(self) -> list[Tensor]:
@@ -85,42 +81,33 @@ class FlatParameters:
         self.count.add_(1)
         if self.frozen is not None:
             gradient = gradient.masked_fill(self.frozen, 0.0)
-        torch._fused_adam_(
-            [self.flat],
-            [gradient],
-            [self.first_moment],
-            [self.second_moment],
-            [],
-            [self.count],
-            lr=learning_rate,
-            beta1=BETAS[0],
-            beta2=BETAS[1],
-            weight_decay=0.0,
-            eps=self.eps,
-            amsgrad=False,
-            maximize=False,
-        )
+        if torch.compiler.is_compiling():  # to which the fused kernel is unknown
+            first, second = (1 - beta**self.count for beta in _BETAS)
+            self.first_moment.lerp_(gradient, 1 - _BETAS[0])
+            self.second_moment.lerp_(gradient * gradient, 1 - _BETAS[1])
+            self.flat -= (
+                learning_rate / first * self.first_moment / (torch.sqrt(self.second_moment / second) + self.eps)
+            )
+            return
+        state: Any = ([self.flat], [gradient], [self.first_moment], [self.second_moment], [], [self.count])
+        torch._fused_adam_(*state, lr=learning_rate, eps=self.eps, **_ADAM)
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of weights and optimizer state, for ``restore`` and ``load_state_dict``."""
+        """Copies of weights, buffers and optimizer."""
         self.sync()
         # A module's buffers are not learned, but may be random, so that a new module has others.
         buffers = {f"buffer {name}": buffer.clone() for name, buffer in self.module.named_buffers()}
         return {**{name: getattr(self, name).clone() for name in _TENSORS}, **buffers}
 
-    def restore(self, before: dict[str, Any]) -> None:
-        """Put weights and optimizer back, bit for bit, as ``state_dict`` gave them."""
-        for name in _TENSORS:
-            getattr(self, name).copy_(before[name])
-        for name, buffer in self.module.named_buffers():
-            buffer.copy_(before[f"buffer {name}"])
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict``'s result. Raises ValueError where the number of weights differs."""
+        """Put everything back, bit for bit. Raises ValueError where the number of weights differs."""
         self.sync()
         if any(state[name].shape != getattr(self, name).shape for name in _TENSORS):
             raise ValueError(f"the network has {self.flat.numel()} weights, the saved one {state['flat'].numel()}")
-        self.restore(state)
+        for name in _TENSORS:
+            getattr(self, name).copy_(state[name])
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(state[f"buffer {name}"])
 
 
 def gradients(
@@ -141,25 +128,6 @@ def gradients(
     known = dict(zip(map(id, wanted), found, strict=True))
     parts = [(p, known.get(id(p))) for p in weights]
     return torch.cat([(torch.zeros_like(p) if part is None else part).flatten() for p, part in parts])
-
-
-def jacobian(outputs: Sequence[Tensor], group: FlatParameters) -> tuple[Push, Pull]:
-    """The Jacobian J of ``outputs`` in the weights, from the graph that they carry, as two functions.
-
-    The first takes a direction [P] in weight space to J v, one tensor for each output; the second takes a gradient for
-    each output to J^T g, [P].
-    """
-    weights = {name: p for name, p in group.parameters.items() if p.requires_grad}
-    with torch.enable_grad():
-        # J^T u is linear in u, and the transpose of that map is J.
-        probes = [torch.zeros_like(output, requires_grad=True) for output in outputs]
-        pulled = torch.autograd.grad(outputs, list(weights.values()), probes, create_graph=True)
-
-    def push(direction: Tensor) -> tuple[Tensor, ...]:
-        pieces = group.unflatten(direction)
-        return torch.autograd.grad(pulled, probes, [pieces[name] for name in weights], retain_graph=True)
-
-    return push, lambda weighted: gradients(outputs, group, weighted=weighted, retain_graph=True)
 
 
 def clip_(gradient: Tensor, max_norm: float) -> Tensor:

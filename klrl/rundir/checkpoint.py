@@ -28,7 +28,7 @@ _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.jso
 _MAX_JSON_BYTES = 64 * 1024 * 1024
 _TEMPORARY = ".writing-"
 _FORMAT = 2
-_WRITERS = {1: "klrl 0.1.0, whose runs this version does not read: pip install klrl==0.1.0, or train anew"}
+_WRITERS = {1: "klrl 0.1.0, whose runs this version does not read: use that one, or train anew"}
 # What reading altered files raises.
 _DAMAGE = (
     OSError,
