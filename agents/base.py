@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -39,9 +39,10 @@ class KLTarget:
     """Which KL is limited: forward KL(old||new) or reverse KL(new||old). Both are always logged."""
 
     def make_limit(self, device: torch.device) -> KLLimit:
-        """The limit that these settings ask for."""
-        bound = at_most(self.target or math.inf)
-        return KLLimit(bound, direction=self.direction, penalty="none", stop=0.0, device=device)
+        """The limit that these settings ask for; what they do not name does nothing."""
+        names = {f.name for f in fields(self)} - {"target", "every"}
+        options: dict[str, Any] = {"penalty": "none", "stop": 0.0} | {name: getattr(self, name) for name in names}
+        return KLLimit(at_most(self.target or math.inf), **options, device=device)
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,6 @@ class KLConfig(KLTarget):
     then cannot be stopped."""
     on_overshoot: Overshoot = "keep"
     """What happens to an update whose KL ends above the target: kept, undone, or moved back to the boundary."""
-
-    def make_limit(self, device: torch.device) -> KLLimit:
-        return KLLimit(
-            at_most(self.target or math.inf),
-            direction=self.direction,
-            penalty=self.penalty,
-            coef=self.coef,
-            stop=self.stop,
-            check=self.check,
-            on_overshoot=self.on_overshoot,
-            device=device,
-        )
 
 
 @dataclass(frozen=True)

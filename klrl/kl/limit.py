@@ -148,11 +148,11 @@ class Move:
     @torch.no_grad()
     def kl(self, new: td.Distribution | None = None) -> float:
         """The mean of the limited KL so far, of ``new`` where it is given; infinite where the policy is not finite."""
-        new = self.policy() if new is None else new
         try:
+            new = self.policy() if new is None else new
             return float(state_mean(self.limit.kl(self.old, new), self.mask))
         except NoClosedFormError:
-            return measure(self.old, new, mask=self.mask, direction=self.limit.direction).limited
+            return self.check().limited
         except ValueError:
             return math.inf
 
