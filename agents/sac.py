@@ -3,6 +3,7 @@
 Continuous and discrete actions differ in ``sac_continuous`` and ``sac_discrete`` alone.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -109,21 +110,16 @@ class SAC(Agent):
             else EnumeratedActions(space, config.target_entropy_fraction)
         )
         head, sizes = self.actions.head, config.hidden_sizes
-
-        def make_policy() -> Policy:
-            layers = make_network(network, self.encoder, sizes, config.activation, init, head.size, 1.0)
-            return Policy(self.encoder, layers, head).to(self.device)
-
-        width, outputs = self.actions.critic_shape
-        critics = [TwinCritic(self.encoder, width, sizes, outputs, init) for _ in range(2)]
-        self.policy, self.old_policy = make_policy(), make_policy()
-        self.critic, self.target_critic = (critic.to(self.device) for critic in critics)
-        networks = (self.policy, self.old_policy, self.critic, self.target_critic)
-        self.policy_params, self.old_params, self.critic_params, self.target_params = (
-            FlatParameters(module, name, eps=1e-8)
-            for module, name in zip(networks, ("policy", "policy", "critic", "critic"), strict=True)
+        layers = make_network(network, self.encoder, sizes, config.activation, init, head.size, 1.0)
+        self.policy = Policy(self.encoder, layers, head).to(self.device)
+        self.critic = TwinCritic(self.encoder, *self.actions.critic_shape, sizes, init).to(self.device)
+        self.old_policy, self.target_critic = copy.deepcopy(self.policy), copy.deepcopy(self.critic)
+        self.policy_params, self.old_params = (
+            FlatParameters(module, "policy", eps=1e-8) for module in (self.policy, self.old_policy)
         )
-        self.target_params.flat.copy_(self.critic_params.flat)
+        self.critic_params, self.target_params = (
+            FlatParameters(module, "critic", eps=1e-8) for module in (self.critic, self.target_critic)
+        )
         dual = Dual(config.ent_coef, rate=config.ent_coef_lr / self.actions.dimensions, minimum=1e-6, maximum=1e6)
         self.temperature = Penalty(at_least(self.actions.target_entropy), dual)
         self.learning_rate = torch.tensor(config.learning_rate, device=self.device)
@@ -244,8 +240,8 @@ class SAC(Agent):
         return self._open(buffer.sample(_STATES, self.rng, self.device).inputs)
 
     def _open(self, inputs: Inputs) -> Window:
-        self.old_params.flat.copy_(self.policy_params.flat)
         params = self.policy_params
+        self.old_params.load_state_dict(params.state_dict())
         move = self.limit.begin(partial(self.policy_at, inputs), params.flat, optimizer=params.optimizer)
         self._window = Window(inputs, self._weights(), move)
         return self._window

@@ -19,6 +19,8 @@ import klrl
 from klrl.cli.main import main
 from klrl.errors import UsageError
 
+OBS = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+
 
 @dataclass(frozen=True)
 class A2CConfig(klrl.OnPolicyConfig):
@@ -163,6 +165,16 @@ def test_any_module_does_as_the_network_and_comes_back(agent: str, own: Any) -> 
     assert mine.tolist() == theirs.tolist() == [0.0] * 9, "no dropout, and the same phases"
 
 
+def test_the_kl_of_sac_is_that_of_its_own_network_with_what_is_random_in_it() -> None:
+    box, two = spaces.Box(-1, 1, (4,)), spaces.Discrete(2)
+    agents = [klrl.SAC(box, two, klrl.SACConfig(hidden_sizes=(8,)), seed=seed, network=Net) for seed in (1, 2)]
+    agents[1].load_state_dict(agents[0].state_dict())
+    for agent in agents:
+        agent._open(agent.encoder(OBS))
+        old, new = (module(agent.encoder(OBS)) for module in (agent.old_policy, agent.policy))
+        assert klrl.kl.kl(old, new).tolist() == [0.0] * 5
+
+
 def test_a_network_that_cannot_be_used_is_named_in_one_line() -> None:
     box = spaces.Box(-1, 1, (4,))
     for bad, message in (
@@ -203,9 +215,6 @@ def agent(request: pytest.FixtureRequest) -> klrl.Agent:
     for key in ("n_epochs", "batch_size") if request.param != "ppo" else ():
         options.pop(key, None)
     return klrl.train(request.param, "CartPole-v1", **{**options, "total_timesteps": 700}, **more).agent
-
-
-OBS = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
 
 
 def next_update(agent: klrl.Agent) -> Any:

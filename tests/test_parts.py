@@ -112,7 +112,7 @@ def test_the_twin_critic_is_two_networks(images: bool, outputs: int) -> None:
     camera = spaces.Box(0, 255, (36, 36, 1), np.uint8)
     space: Any = spaces.Dict({"camera": camera, "number": number}) if images else number
     encoder = ObservationEncoder(space, CPU, normalize=False)
-    critic = TwinCritic(encoder, 2, (8, 5), outputs, torch.Generator().manual_seed(0))
+    critic = TwinCritic(encoder, 2, outputs, (8, 5), torch.Generator().manual_seed(0))
     obs = {key: np.stack([part.sample() for _ in range(6)]) for key, part in space.spaces.items()} if images else None
     inputs = encoder(obs if obs is not None else np.stack([number.sample() for _ in range(6)]))
     torch.manual_seed(0)

@@ -202,8 +202,8 @@ class TwinCritic(nn.Module):
         self,
         encoder: ObservationEncoder,
         action_width: int,
-        hidden_sizes: Sequence[int],
         outputs: int,
+        hidden_sizes: Sequence[int],
         rng: torch.Generator,
     ) -> None:
         super().__init__()
