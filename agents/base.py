@@ -19,7 +19,7 @@ from klrl.errors import UsageError
 from klrl.kl import Direction, KLLimit, KLReport, at_most, concatenate, freeze
 from klrl.kl.limit import Check, Overshoot, Rule
 from klrl.policies.encoder import Inputs, Observation, ObservationEncoder
-from klrl.policies.networks import OwnNetwork
+from klrl.policies.networks import OwnNetwork, name_of_network, named_network
 from klrl.policies.policy import Policy
 from klrl.policies.spaces import check_action_space, from_json, to_json
 from klrl.rundir import checkpoint
@@ -114,6 +114,7 @@ class Agent(ABC):
         self.config = self.Config() if config is None else config
         self.device = torch.device(device)
         self.rng = np.random.default_rng(seed)
+        self.network_name = "" if network is None else name_of_network(network)
         self.n_updates = 0
         with torch.random.fork_rng(devices=[]):
             self.setup(torch.Generator().manual_seed(seed), network)
@@ -201,7 +202,7 @@ class Agent(ABC):
     def description(self) -> State:
         """What it takes to make this agent again, beside ``state_dict``: its name, options and spaces, as JSON."""
         return {
-            "options": {"agent": self.name(), **to_dict(self.config)},
+            "options": {"agent": self.name(), "network": self.network_name, **to_dict(self.config)},
             "observation_space": to_json(self.observation_space),
             "action_space": to_json(self.action_space),
         }
@@ -218,8 +219,9 @@ class Agent(ABC):
         device: str | torch.device = "cpu",
         network: OwnNetwork | None = None,
     ) -> Self:
-        """The agent that ``save`` wrote, or that a run's folder holds. ``network``: the same as when it was made.
+        """The agent that ``save`` wrote, or that a run's folder holds.
 
+        ``network``: the one that it was made with, where that is no class in a module that is imported already.
         Raises UsageError where there is none, where a file is damaged, and where it was another class's.
         """
         source, content = checkpoint.newest(Path(path), which)
@@ -233,7 +235,9 @@ class Agent(ABC):
     def from_state(
         cls, state: Mapping[str, Any], device: str | torch.device = "cpu", network: OwnNetwork | None = None
     ) -> Self:
-        """The agent of a checkpoint's state."""
+        """The agent of a checkpoint's state, as ``load``."""
+        if network is None and state["options"]["network"]:
+            network = named_network(state["options"]["network"])
         options = {key: value for key, value in state["options"].items() if key in field_types(cls.Config)}
         observation_space, action_space = (from_json(state[key]) for key in ("observation_space", "action_space"))
         agent = cls(observation_space, action_space, build(cls.Config, options), device, 0, network)

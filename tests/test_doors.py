@@ -161,6 +161,8 @@ def test_any_module_does_as_the_network_and_comes_back(agent: str, own: Any) -> 
     obs = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
     loaded = klrl.load(run.folder, network=own)
     assert np.array_equal(loaded.predict(obs, deterministic=True)[0], run.agent.predict(obs, deterministic=True)[0])
+    run.agent.save("saved")
+    assert np.array_equal(type(loaded).load("saved").value(obs), loaded.value(obs)), "its class is known here"
     mine, theirs = (klrl.kl.kl(run.agent.distribution(obs), one.distribution(obs)) for one in (run.agent, loaded))
     assert mine.tolist() == theirs.tolist() == [0.0] * 9, "no dropout, and the same phases"
 

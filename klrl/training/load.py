@@ -9,7 +9,7 @@ from klrl.agents import registry
 from klrl.agents.base import Agent
 from klrl.envs.make import import_module, make_vector, registered
 from klrl.errors import UsageError
-from klrl.policies.networks import OwnNetwork, named_network
+from klrl.policies.networks import OwnNetwork
 from klrl.rundir import checkpoint
 from klrl.training.loop import Envs
 from klrl.training.run import RunConfig, config_of
@@ -81,7 +81,5 @@ def load_policy(
                 import_module(package, f"--import {package}")
         agent_class = agent or registry.find(options["agent"])
         config, _ = config_of(agent_class, options)
-        if network is None and config.network:
-            network = named_network(config.network)
         loaded = agent_class.from_state(content["state"], network=network)
         return LoadedPolicy(str(path), source, content["step"], loaded, config, options.get("env_id", ""))
