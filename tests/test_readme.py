@@ -1,4 +1,4 @@
-"""README's Python, run as it stands, block after block; and its commands, each with fewer steps."""
+"""README's Python and CONTRIBUTING's, run as they stand, block after block; and the commands, with fewer steps."""
 
 import re
 import shlex
@@ -10,15 +10,19 @@ from typing import Any
 
 import pytest
 
+import klrl
 from klrl.cli.main import main
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+(AGENT,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
 
-COMMANDS = re.findall(r"^\$ (?:\.venv/bin/)?((?:klrl|tensorboard) .*)$", README, re.MULTILINE)
-MY_PACKAGE = """import gymnasium as gym
+COMMANDS = re.findall(r"^\$ (?:python3 .* && )?(?:\.venv/bin/)?((?:klrl|tensorboard) .*)$", README, re.MULTILINE)
+(NETWORK,) = (block for block in BLOCKS if block.startswith("# my_package.py"))
+MY_PACKAGE = f"""import gymnasium as gym
 gym.register("MyEnv-v0", "gymnasium.envs.classic_control.cartpole:CartPoleEnv", max_episode_steps=50)
-"""
+{NETWORK}{AGENT}"""
 
 
 def shortened(words: list[str]) -> list[str]:
@@ -32,9 +36,15 @@ def shortened(words: list[str]) -> list[str]:
     return words
 
 
-def test_every_command_runs_in_order(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def _my_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package that README speaks of: an environment, a network and an agent."""
     Path("my_package.py").write_text(MY_PACKAGE)
     monkeypatch.syspath_prepend(".")
+
+
+@pytest.mark.usefixtures("_my_package")
+def test_every_command_runs_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     named = dict.fromkeys(re.findall(r"runs/(ppo-CartPole-v1-(\d)-[\d-]+)", README))
     assert [seed for _, seed in named] == ["0", "1"]
     for command in COMMANDS:
@@ -51,34 +61,54 @@ def test_every_command_runs_in_order(monkeypatch: pytest.MonkeyPatch, capsys: py
             made = sorted(Path("runs").glob(f"ppo-CartPole-v1-{seed}-*"))
             if made and not (Path("runs") / name).exists():
                 shutil.move(made[0], Path("runs") / name)
-    assert {command.split()[1] for command in COMMANDS} >= {"train", "resume", "sweep", "eval", "report", "compare"}
+    used = {command.split()[1] for command in COMMANDS}
+    assert used >= {"train", "resume", "sweep", "eval", "report", "compare", "record", "list"}
 
 
 def test_the_picture_is_there() -> None:
     (picture,) = re.findall(r"!\[.*?\]\((.*?)\)", README)
-    assert (Path(__file__).resolve().parent.parent / picture).stat().st_size > 1000
+    assert (ROOT / picture).stat().st_size > 1000
 
 
+@pytest.mark.usefixtures("_my_package")
 def test_python_blocks_run_in_order_and_are_short() -> None:
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 5
     names: dict[str, Any] = {}
     for block in BLOCKS:
-        assert len([line for line in block.splitlines() if line]) <= 10
         exec(compile(block.replace("50_000", "5_000"), "README.md", "exec"), names)
-    assert names["agent"].action_space == names["run"].agent.action_space
-    assert names["report"].kl.mean >= 0
+    assert [len([line for line in block.splitlines() if line]) for block in BLOCKS] == [5, 4, 11, 5, 18]
+    assert names["run"].agent.action_space == names["agent"].action_space
+    assert klrl.load("agents/mine").action_space == names["agent"].action_space
+    assert names["result"].kl.mean >= 0
+    assert 0 < names["move"].report.mean <= 0.01
     assert names["update"].report.mean > 0
     assert names["divergence"].tolist() == [pytest.approx(3 * 0.1**2 / 2)] * 8
 
 
+@pytest.mark.usefixtures("_my_package")
+def test_ones_own_network_and_agent_train_from_python() -> None:
+    names: dict[str, Any] = {"klrl": klrl}
+    exec("from my_package import VPG, MyNet", names)
+    section = README.split("## Your own parts\n")[1].split("\n## ")[0]
+    calls = re.findall(r"`klrl\.train\((.*?)\)`", section)
+    assert len(calls) == 2
+    for call in calls:
+        run = eval(f"klrl.train({call}, total_timesteps=2_000, n_envs=8, quiet=True)", names)
+        assert (run.folder / "metrics.jsonl").read_text().count('"kl/mean"') > 0
+
+
 def test_the_section_on_kl_alone_is_short() -> None:
-    section = README.split("## Use only the KL\n")[1].split("\n| what | for |")[0]
-    assert section.count("```python") == 3
+    section = README.split("## Use only the KL\n")[1].split("\nAlso there:")[0]
+    assert section.count("```python") == 1
     assert len([line for line in section.splitlines() if line]) <= 25
 
 
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) < 250
+
+
 def test_install_commands_are_those_that_ci_runs() -> None:
-    ci = (Path(__file__).resolve().parent.parent / ".ci" / "run").read_text()
+    ci = (ROOT / ".ci" / "run").read_text()
     command = 'python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e ".[dev]" && .venv/bin/pytest'
     assert f"$ {command}\n" in README
     assert f"\n{command}\n" in ci
