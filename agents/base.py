@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from klrl.buffers.protocol import Buffer
@@ -103,15 +104,18 @@ class Agent(ABC):
         config: Any = None,
         device: str | torch.device = "cpu",
         seed: int = 0,
-        network: OwnNetwork | None = None,
+        network: str | OwnNetwork | None = None,
     ) -> None:
-        """``network``: one's own, from encoded observations to features [B, F], or what makes it for a space.
+        """``config``: an instance of ``Config``, or its fields as a dict. ``network``: one's own, from encoded
+        observations to features [B, F], or what makes it for a space, or its "module:Class".
 
         Raises UsageError for spaces, options and networks that do not fit.
         """
         check_action_space(action_space)
         self.observation_space, self.action_space = observation_space, action_space
-        self.config = self.Config() if config is None else config
+        options = to_dict(config) if is_dataclass(config) else config or {}
+        self.config: Any = build(self.Config, options)
+        network = named_network(network) if isinstance(network, str) else network
         self.device = torch.device(device)
         self.rng = np.random.default_rng(seed)
         self.network_name = "" if network is None else name_of_network(network)
@@ -173,8 +177,8 @@ class Agent(ABC):
         """What the agent expects of states, [B], from observations [B, *shape]."""
 
     @abstractmethod
-    def new_buffer(self, n_envs: int) -> Buffer:
-        """An empty buffer of the kind that ``update`` takes."""
+    def new_buffer(self, n_envs: int, autoreset: AutoresetMode | str = AutoresetMode.NEXT_STEP) -> Buffer:
+        """An empty buffer of the kind that ``update`` takes, for environments that reset as ``autoreset`` says."""
 
     def ready(self, buffer: Any) -> bool:
         """Whether it is time for ``update``: by default, once the buffer is full."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from klrl.agents.base import CHUNK, Agent, KLTarget, State, chunks
@@ -116,9 +117,9 @@ class OnPolicyAgent(Agent):
         self.reward_scale = RewardScale(config.gamma, config.normalize_reward)
         self.limit = config.kl.make_limit(self.device)
 
-    def new_buffer(self, n_envs: int) -> RolloutBuffer:
+    def new_buffer(self, n_envs: int, autoreset: AutoresetMode | str = AutoresetMode.NEXT_STEP) -> RolloutBuffer:
         """An empty buffer for one rollout."""
-        return RolloutBuffer(self.observation_space, self.action_space, self.config.n_steps, n_envs)
+        return RolloutBuffer(self.observation_space, self.action_space, self.config.n_steps, n_envs, autoreset)
 
     @torch.no_grad()
     def value(self, obs: Observation) -> Tensor:
@@ -132,6 +133,8 @@ class OnPolicyAgent(Agent):
         Raises ValueError where it is not full, and NonFiniteError naming the field where it is not finite.
         """
         config, rows = self.config, rollout.n_steps * rollout.n_envs
+        self.policy_params.sync()
+        self.critic_params.sync()
         if not rollout.full:
             raise ValueError(f"the rollout holds {rollout.filled} of {rollout.n_steps} steps: fill it before update")
         rollout.check_finite()

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import entry_points
+from inspect import isabstract
 
 from klrl.agents.base import Agent
 from klrl.config import suggest
@@ -41,6 +42,6 @@ def names() -> list[str]:
 
 def _subclasses(cls: type[Agent]) -> Iterator[type[Agent]]:
     for subclass in cls.__subclasses__():
-        if "Config" in vars(subclass):  # what learns has options of its own
+        if not isabstract(subclass):
             yield subclass
         yield from _subclasses(subclass)

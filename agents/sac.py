@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import torch
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from klrl.agents.base import Actions, Agent, OffPolicyKLConfig, State, UpdateResult
@@ -141,7 +142,7 @@ class SAC(Agent):
         inputs, alpha = self.encoder(obs), torch.tensor(self.temperature.coefficient.value)
         return self.actions.value(self.policy(inputs), self.critic, inputs, alpha)
 
-    def new_buffer(self, n_envs: int) -> ReplayBuffer:
+    def new_buffer(self, n_envs: int, autoreset: AutoresetMode | str = AutoresetMode.NEXT_STEP) -> ReplayBuffer:
         """A replay buffer for ``n_envs`` environments. Raises UsageError where an update would outlast a window."""
         config = self.config
         steps = config.gradient_steps if config.gradient_steps >= 0 else config.train_freq * n_envs
@@ -150,10 +151,9 @@ class SAC(Agent):
                 f"--gradient-steps {config.gradient_steps}: an update takes 1 to --kl.every steps, not {steps}"
             )
         self.steps_seen, self.rows_seen, self._window = 0, 0, None
-        width = self.actions.stored_width
-        return ReplayBuffer(
-            self.observation_space, width, config.buffer_size, n_envs, config.gamma, config.n_step, config.buffer_folder
-        )
+        sizes = (self.actions.stored_width, config.buffer_size, n_envs)
+        more: Any = (config.gamma, config.n_step, config.buffer_folder, autoreset)
+        return ReplayBuffer(self.observation_space, *sizes, *more)
 
     def ready(self, buffer: ReplayBuffer) -> bool:
         warm = buffer.steps >= self.config.learning_starts and buffer.size > 0

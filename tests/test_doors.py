@@ -296,3 +296,30 @@ def test_frozen_layers_stay_frozen_and_the_rest_learns(agent: klrl.Agent) -> Non
     next_update(agent)
     assert torch.equal(mlp.layers[0].weight, first)
     assert not torch.equal(mlp.layers[-1].weight, last)
+
+
+def test_an_agent_of_ones_own_goes_on_from_weights_that_were_touched() -> None:
+    agent = A2C(spaces.Box(-1, 1, (4,)), spaces.Discrete(2))
+    next_update(agent)
+    mlp: Any = agent.policy.network.mlp
+    mlp.layers[0].requires_grad_(False)
+    mlp.layers[1] = torch.nn.Linear(64, 64)
+    first, second = mlp.layers[0].weight.clone(), mlp.layers[1].weight.clone()
+    next_update(agent)
+    assert torch.equal(mlp.layers[0].weight, first), "frozen"
+    assert not torch.equal(mlp.layers[1].weight, second), "new, and learning"
+
+
+def test_options_are_checked_where_an_agent_is_made() -> None:
+    box, two = spaces.Box(-1, 1, (4,)), spaces.Discrete(2)
+    for agent, config, message in (
+        (klrl.PPO, klrl.PPOConfig(n_epochs=-1), "--n-epochs must be at least 1, got -1"),
+        (klrl.TRPO, klrl.TRPOConfig(kl=klrl.KLConfig(on_overshoot="project")), "unknown option 'kl.penalty'"),
+        (klrl.PPO, klrl.SACConfig(), "unknown option 'buffer_size'"),
+        (klrl.PPO, {"kl": {"stop": -1}}, "--kl.stop must be at least 0"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            agent(box, two, config)
+    assert klrl.PPO(box, two, {"n_steps": 64, "kl": {"target": 0.05}}).config.kl.target == 0.05
+    held = klrl.PPO(box, two, klrl.PPOConfig(kl=klrl.KLTarget(0.01)))  # type: ignore[arg-type]
+    assert held.config.kl == klrl.KLConfig(target=0.01)

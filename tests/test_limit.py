@@ -34,6 +34,11 @@ def test_the_table_of_rules_is_what_the_options_offer() -> None:
     assert tuple(RULES) == get_args(Rule)
     with pytest.raises(ValueError, match="penalty must be one of adaptive, fixed, none, got 'hard'"):
         KLLimit(at_most(1.0), penalty="hard")  # type: ignore[arg-type]
+    for bad in ({"direction": "backward"}, {"check": "epochs"}, {"on_overshoot": "projekt"}):
+        with pytest.raises(ValueError, match="is none of"):
+            KLLimit(at_most(1.0), **bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"must be a Bound, such as at_most\(0.01\)"):
+        KLLimit(0.01)  # type: ignore[arg-type]
 
 
 def test_an_update_is_measured_and_beta_answers_once() -> None:

@@ -59,7 +59,7 @@ def _temperature(run: History) -> Anomaly | None:
         return None
     return Anomaly(
         f"the temperature was at its bound after {at_bound} of {len(alpha)} updates",
-        "the target entropy is out of reach or out of scale: set --target-entropy (or --target-entropy-share), "
+        "the target entropy is out of reach or out of scale: set --target-entropy (or --target-entropy-fraction), "
         "or scale the rewards",
     )
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -68,6 +68,11 @@ class KLLimit:
         device: torch.device | str = "cpu",
     ) -> None:
         self.bound = at_most(math.inf) if bound is None else bound
+        if not isinstance(self.bound, Bound):
+            raise ValueError(f"bound must be a Bound, such as at_most({bound!r}), got {bound!r}")
+        for given, known in ((direction, Direction), (check, Check), (on_overshoot, Overshoot)):
+            if given not in get_args(known):
+                raise ValueError(f"{given!r} is none of {', '.join(get_args(known))}")
         self.direction, self.stop, self.check, self.on_overshoot = direction, stop, check, on_overshoot
         if isinstance(penalty, str):
             if penalty not in RULES:
