@@ -4,16 +4,18 @@ torch is imported only inside the commands.
 """
 
 import json
+import math
 import os
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from klrl import __version__
-from klrl.cli.options import option_values, parse, parse_config, split_positional
+from klrl.cli.options import option_values, parse, parse_command, wants_help
 from klrl.config import build, suggest, to_dict
 from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, UsageError, needs
 
@@ -63,7 +65,7 @@ def _print_error(problem: Exception, code: int) -> int:
 
 
 def _dispatch(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or wants_help(arguments[:1]):
         print(_USAGE, end="")
         return
     if arguments[0] == "--version":
@@ -86,9 +88,9 @@ def _dispatch(arguments: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    help_wanted = any(word in ("-h", "--help") for word in arguments)
     from klrl.agents import registry
 
+    help_wanted = wants_help(arguments)
     if help_wanted and (not arguments or arguments[0].startswith("-")):
         arguments = [registry.names()[0], *arguments]
     names = [word for word in arguments[:2] if not word.startswith("-")]
@@ -125,66 +127,53 @@ def _train(arguments: list[str]) -> None:
 
 
 def _resume(arguments: list[str]) -> None:
-    names, words = split_positional(
-        arguments, 1, "resume needs a run folder: klrl resume runs/ppo-CartPole-v1-0-...", 1
-    )
     from klrl.training.run import ResumeConfig, resume
 
-    given = parse_config(ResumeConfig, words, "klrl resume RUN")
-    resume("".join(names), total_timesteps=given.total_timesteps)
+    example = "resume needs a run folder: klrl resume runs/ppo-CartPole-v1-0-..."
+    (run,), given = parse_command(ResumeConfig, arguments, "resume RUN", 1, 1, example)
+    resume(run, total_timesteps=given.total_timesteps)
 
 
 def _sweep(arguments: list[str]) -> None:
-    names, words = split_positional(
-        arguments, 2, "sweep needs an agent and an env: klrl sweep ppo CartPole-v1 --seeds 5", 2
-    )
     from klrl.sweep.sweep import SweepConfig, sweep
 
-    given = parse_config(SweepConfig, words, "klrl sweep AGENT ENV")
-    agent, env = names
+    example = "sweep needs an agent and an env: klrl sweep ppo CartPole-v1 --seeds 5"
+    (agent, env), given = parse_command(SweepConfig, arguments, "sweep AGENT ENV", 2, 2, example)
     sweep(agent, env, given)
 
 
 def _report(arguments: list[str]) -> None:
-    names, words = split_positional(arguments, 1, "report needs run folders: klrl report runs/ppo-CartPole-v1-0-...")
     from klrl.analysis.report import ReportConfig, report
 
-    given = parse_config(ReportConfig, words, "klrl report RUN...")
-    print(report(names, given))
+    example = "report needs run folders: klrl report runs/ppo-CartPole-v1-0-..."
+    print(report(*parse_command(ReportConfig, arguments, "report RUN...", 1, math.inf, example)))
 
 
 def _compare(arguments: list[str]) -> None:
-    names, words = split_positional(
-        arguments, 2, "compare needs two runs or checkpoints: klrl compare runs/a runs/b", 2
-    )
     from klrl.analysis.compare import CompareConfig, compare
 
-    given = parse_config(CompareConfig, words, "klrl compare A B")
-    a, b = names
+    example = "compare needs two runs or checkpoints: klrl compare runs/a runs/b"
+    (a, b), given = parse_command(CompareConfig, arguments, "compare A B", 2, 2, example)
     print(compare(a, b, given))
 
 
 def _record(arguments: list[str]) -> None:
-    names, words = split_positional(arguments, 1, "record needs a run folder or checkpoint: klrl record runs/a", 1)
     from klrl.analysis.record import RecordConfig, record
 
-    given = parse_config(RecordConfig, words, "klrl record RUN")
-    for path in record("".join(names), given):
-        print(path)
+    example = "record needs a run folder or checkpoint: klrl record runs/a"
+    (run,), given = parse_command(RecordConfig, arguments, "record RUN", 1, 1, example)
+    print(*record(run, given), sep="\n")
 
 
 def _eval(arguments: list[str]) -> None:
-    names, words = split_positional(
-        arguments, 1, "eval needs a run folder or checkpoint: klrl eval runs/ppo-CartPole-v1-0-...", 1
-    )
     from klrl.training.evaluation import FRESH_SEED, EvalConfig, run_episodes
     from klrl.training.load import load_policy
 
-    given = parse_config(EvalConfig, words, "klrl eval RUN")
-    trained = load_policy("".join(names), given.checkpoint, given.imports)
-    envs = trained.make_envs(given.episodes, given.env_id)
-    score = run_episodes(trained.agent, envs, trained.config.seed + FRESH_SEED, not given.stochastic)
-    envs.close()
+    example = "eval needs a run folder or checkpoint: klrl eval runs/ppo-CartPole-v1-0-..."
+    (run,), given = parse_command(EvalConfig, arguments, "eval RUN", 1, 1, example)
+    trained = load_policy(run, given.checkpoint, given.imports)
+    with closing(trained.make_envs(given.episodes, given.env_id)) as envs:
+        score = run_episodes(trained.agent, envs, trained.config.seed + FRESH_SEED, not given.stochastic)
     env = given.env_id or trained.env
     if given.json:
         print(json.dumps({"env_id": env, **score._asdict()}))
@@ -193,7 +182,7 @@ def _eval(arguments: list[str]) -> None:
 
 
 def _list(arguments: list[str]) -> None:
-    if arguments and arguments[0] in ("-h", "--help"):
+    if wants_help(arguments[:1]):
         print("usage: klrl list\n\nAgents, presets and their measured scores.")
         return
     if arguments:
@@ -214,8 +203,7 @@ def _list(arguments: list[str]) -> None:
 def _plot(arguments: list[str]) -> None:
     with needs("plot", "matplotlib"):
         from klrl.analysis import plots
-    help_wanted = any(word in ("-h", "--help") for word in arguments)
-    name, words = ("FIGURE", arguments) if help_wanted else ("".join(arguments[:1]), arguments[1:])
+    name, words = ("FIGURE", arguments) if wants_help(arguments) else ("".join(arguments[:1]), arguments[1:])
     given = parse(plots.PlotConfig, words, f"klrl plot {name}")
     if name not in plots.FIGURES:
         raise UsageError(

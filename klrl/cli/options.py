@@ -16,18 +16,22 @@ from klrl.errors import UsageError
 C = TypeVar("C")
 
 
-def split_positional(
-    arguments: Sequence[str], minimum: int, example: str, maximum: int | None = None
-) -> tuple[list[str], list[str]]:
-    """The positional words, which come first, and the options after them; with --help, no word is needed.
+def parse_command(
+    cls: type[C], arguments: Sequence[str], usage: str, least: int, most: float, example: str
+) -> tuple[list[str], C]:
+    """The positional words, which come first, and the dataclass ``cls`` from the options after them, checked.
 
-    Raises UsageError with the ``example`` where there are fewer than ``minimum`` or more than ``maximum`` words.
+    Raises UsageError, with the ``example`` where there are fewer than ``least`` words or more than ``most``.
     """
     count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
-    names, words = list(arguments[:count]), list(arguments[count:])
-    if not any(word in ("-h", "--help") for word in words) and not minimum <= count <= (maximum or count):
+    if not wants_help(arguments[count:]) and not least <= count <= most:
         raise UsageError(example)
-    return names, words
+    return list(arguments[:count]), build(cls, to_dict(parse(cls, arguments[count:], f"klrl {usage}")))
+
+
+def wants_help(arguments: Sequence[str]) -> bool:
+    """Whether --help is among the arguments, with which no positional word is needed."""
+    return not {"-h", "--help"}.isdisjoint(arguments)
 
 
 def option_values(arguments: Sequence[str], name: str) -> list[str]:
@@ -41,11 +45,6 @@ def option_values(arguments: Sequence[str], name: str) -> list[str]:
         if taking and word != name:
             found.append(word)
     return found
-
-
-def parse_config(cls: type[C], arguments: Sequence[str], prog: str) -> C:
-    """Build the dataclass ``cls`` from the options ``arguments``, each checked for type and range."""
-    return build(cls, to_dict(parse(cls, arguments, prog)))
 
 
 def parse(cls: Any, arguments: Sequence[str], prog: str) -> Any:
