@@ -98,7 +98,8 @@ def _train(arguments: list[str]) -> None:
         raise UsageError("train needs an agent and an env: klrl train ppo CartPole-v1")
 
     from klrl.envs.make import check, import_module
-    from klrl.training.run import RunConfig, resolve, run_training
+    from klrl.training.loop import RunConfig
+    from klrl.training.run import resolve, run_training
 
     agent, env, options = names[0], (names[1] if len(names) == 2 else None), arguments[len(names) :]
     files = option_values(options, "--config")

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import tyro
 from gymnasium.vector import VectorEnv
 
 from klrl.agents.base import Agent
 from klrl.config import PositiveInt
+from klrl.envs.make import Imports
 
 # Evaluations are seeded this far from training: those along the way, the final one, and those asked for afterwards.
 EVAL_SEED, FINAL_SEED, FRESH_SEED = 1_000_000, 1_000_001, 2_000_000
@@ -33,8 +33,7 @@ class EvalConfig:
     """Which of a run's checkpoints."""
     env_id: str = ""
     """Another environment with the same spaces; the run's own by default."""
-    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
-    """Packages to import first, for the environments they register."""
+    imports: Imports = ()
     stochastic: bool = False
     """Sample actions instead of taking the most likely ones."""
     json: bool = False
