@@ -46,22 +46,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         _dispatch(arguments)
-    except UsageError as problem:
-        sys.exit(_print_error(problem, 2))
     except BrokenPipeError:  # whoever read has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (NonFiniteError, EnvironmentFailedError, OSError) as problem:
-        sys.exit(_print_error(problem, 1))
+    except (UsageError, NonFiniteError, EnvironmentFailedError, OSError) as problem:
+        print(f"klrl: {' '.join(str(problem).split())}", file=sys.stderr)
+        sys.exit(2 if isinstance(problem, UsageError) else 1)
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _print_error(problem: Exception, code: int) -> int:
-    print(f"klrl: {' '.join(str(problem).split())}", file=sys.stderr)
-    return code
 
 
 def _dispatch(arguments: list[str]) -> None:

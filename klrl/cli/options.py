@@ -50,34 +50,25 @@ def option_values(arguments: Sequence[str], name: str) -> list[str]:
 def parse(cls: Any, arguments: Sequence[str], prog: str) -> Any:
     """Parse with tyro, and with numbers like 1e5 and 100_000, name=value tables, and errors of one line."""
     import tyro
-    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
+    whole_number = PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: _whole_number(words[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    )
+    table = PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME=VALUE ...]",
+        instance_from_str=lambda words: dict(_pair(word) for word in words),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{key}={json.dumps(part)}" for key, part in value.items()],
+    )
     registry = ConstructorRegistry()
-
-    @registry.primitive_rule
-    def whole_numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
-        if info.type is not int:
-            return None
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="INT",
-            instance_from_str=lambda words: _whole_number(words[0]),
-            is_instance=lambda value: isinstance(value, int),
-            str_from_instance=lambda value: [str(value)],
-        )
-
-    @registry.primitive_rule
-    def tables(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
-        if info.type_origin is not dict and info.type != dict[str, Any]:
-            return None
-        return PrimitiveConstructorSpec(
-            nargs="*",
-            metavar="[NAME=VALUE ...]",
-            instance_from_str=lambda words: dict(_pair(word) for word in words),
-            is_instance=lambda value: isinstance(value, dict),
-            str_from_instance=lambda value: [f"{key}={json.dumps(part)}" for key, part in value.items()],
-        )
-
+    registry.primitive_rule(lambda info: whole_number if info.type is int else None)
+    registry.primitive_rule(lambda info: table if dict in (info.type, info.type_origin) else None)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
