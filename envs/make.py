@@ -118,13 +118,10 @@ def _spec(env_id: str) -> Any:
 def _guard(env_id: str, kwargs: dict[str, Any], make: Callable[[], Any]) -> Any:
     try:
         return make()
-    except error.DependencyNotInstalled as problem:
-        entry_point = str(_spec(env_id).entry_point)
+    except (error.DependencyNotInstalled, ImportError) as problem:
         for extra in ("mujoco", "box2d"):
-            if extra in entry_point:
+            if isinstance(problem, error.DependencyNotInstalled) and extra in str(_spec(env_id).entry_point):
                 raise UsageError(f"env {env_id!r} needs an extra: pip install 'klrl[{extra}]'") from None
-        raise UsageError(f"env {env_id!r} needs a package that is not installed: {_line(problem)}") from None
-    except ImportError as problem:
         raise UsageError(f"env {env_id!r} needs a package that is not installed: {_line(problem)}") from None
     except Exception as problem:
         blamed = f"--env.kwargs {kwargs} does not fit {env_id}" if kwargs else f"env {env_id!r} cannot be made"
@@ -144,7 +141,4 @@ def presets() -> dict[str, dict[str, Any]]:
 
 def preset(agent: str, env: str | EnvFactory) -> dict[str, Any]:
     """The options that suit ``agent`` on ``env``; empty where there is no preset, so that the defaults hold."""
-    path = resources.files(klrl.envs) / "presets" / f"{env.rpartition(':')[2]}.toml" if isinstance(env, str) else None
-    if path is None or "/" in str(env) or not path.is_file():
-        return {}
-    return tomllib.loads(path.read_text()).get(agent, {}).get("config", {})
+    return presets().get(env.rpartition(":")[2], {}).get(agent, {}).get("config", {}) if isinstance(env, str) else {}
