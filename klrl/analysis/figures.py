@@ -167,14 +167,9 @@ def _legend(axes: Axes) -> None:
     )
 
 
-def as_svg(figure: Figure) -> str:
-    """The figure as an SVG document; the same figure always gives the same bytes."""
+def as_data(figure: Figure) -> str:
+    """The figure as a data: URL of an SVG, for a page that must not load anything; the same one for the same figure."""
     text = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "klrl", "font.family": "sans-serif"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
-
-
-def as_data(figure: Figure) -> str:
-    """The figure as a data: URL, for a page that must not load anything."""
-    return "data:image/svg+xml;base64," + base64.b64encode(as_svg(figure).encode()).decode()
+    return "data:image/svg+xml;base64," + base64.b64encode(text.getvalue().encode()).decode()

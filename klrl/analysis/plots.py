@@ -57,11 +57,11 @@ def kl_gaussian() -> Figure:
 def kl_2d() -> Figure:
     """Contours of pairs of two-dimensional normals, with both KLs."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    old = _normal_2d((0.0, 0.0), (1.0, 1.0), 0.0)
+    old = td.MultivariateNormal(torch.zeros(2), torch.eye(2))
     pairs = {
-        "shifted by one std": _normal_2d((1.0, 0.0), (1.0, 1.0), 0.0),
-        "twice as wide": _normal_2d((0.0, 0.0), (2.0, 2.0), 0.0),
-        "correlated (0.9)": _normal_2d((0.0, 0.0), (1.0, 1.0), 0.9),
+        "shifted by one std": td.MultivariateNormal(torch.tensor([1.0, 0.0]), torch.eye(2)),
+        "twice as wide": td.MultivariateNormal(torch.zeros(2), 4 * torch.eye(2)),
+        "correlated (0.9)": td.MultivariateNormal(torch.zeros(2), torch.tensor([[1.0, 0.9], [0.9, 1.0]])),
     }
     line = torch.linspace(-4.5, 4.5, 201)
     x, y = torch.meshgrid(line, line, indexing="xy")
@@ -240,9 +240,3 @@ def _describe(dist: td.Distribution) -> str:
 def _log_prob(dist: Any, x: Tensor) -> Tensor:
     """``dist.log_prob(x)``, which some of torch's distributions leave without types."""
     return dist.log_prob(x)
-
-
-def _normal_2d(mean: tuple[float, float], std: tuple[float, float], correlation: float) -> td.MultivariateNormal:
-    across = correlation * std[0] * std[1]
-    covariance = torch.tensor([[std[0] ** 2, across], [across, std[1] ** 2]])
-    return td.MultivariateNormal(torch.tensor(mean), covariance)

@@ -60,7 +60,8 @@ def record(path: str, config: RecordConfig) -> list[Path]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_without_display())
         trained = load_policy(path, config.checkpoint, config.imports)
-        folder = Path(config.output or _run_folder(trained) / "videos")
+        beside = trained.folder.parent
+        folder = Path(config.output or (beside.parent if beside.name == "checkpoints" else beside) / "videos")
         names = [f"{trained.folder.name}-episode-{i}.mp4" for i in range(config.episodes)]
         envs = stack.enter_context(contextlib.closing(_make_envs(trained, config)))
         fps = float(envs.metadata.get("render_fps") or 30)
@@ -131,8 +132,8 @@ class VideoRecorder(VectorWrapper):
         envs, running = self.env.unwrapped, np.flatnonzero(self._running).tolist()
         try:
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # Gymnasium's, of missing metadata
-                shown = {i: envs.envs[i].render() for i in running} if isinstance(envs, SyncVectorEnv) else None
-                frames: Any = shown if shown is not None else self.env.render()
+                sync = envs.envs if isinstance(envs, SyncVectorEnv) else None
+                frames: Any = {i: sync[i].render() for i in running} if sync else self.env.render()
                 return [(i, np.asarray(frames[i], np.uint8)[:, :, :3]) for i in running]
         except Exception as problem:
             text = " ".join(f"{type(problem).__name__}: {problem}".split())
@@ -142,12 +143,6 @@ class VideoRecorder(VectorWrapper):
             sys.unraisablehook = hook
             needs = "; without a display, MuJoCo needs libEGL or libOSMesa" if "mujoco" in sys.modules else ""
             raise UsageError(f"the environment cannot be rendered here: {text}{needs}") from None
-
-
-def _run_folder(trained: LoadedPolicy) -> Path:
-    """The run's folder; for a checkpoint outside of one, the folder that it lies in."""
-    parent = trained.folder.parent
-    return parent.parent if parent.name == "checkpoints" else parent
 
 
 def _make_envs(trained: LoadedPolicy, config: RecordConfig) -> Envs:

@@ -1,4 +1,4 @@
-"""One training loop for every agent: collect, update, log, evaluate, save."""
+"""Training runs: begun or gone on with, from options to a folder that holds the run."""
 
 import contextlib
 import gc
@@ -141,8 +141,8 @@ def run_training(
     if network is None and config.network:
         network = named_network(config.network)
     device = pick_device(config.device, lambda: images_of(env, config.env))
-    options = {"agent": name, "env_id": env_name(env), **to_dict(config), **to_dict(agent_config)}
     try:
+        options = {"agent": name, "env_id": env_name(env), **to_dict(config), **to_dict(agent_config)}
         toml = tomli_w.dumps(options)
         json.dumps(options)  # a checkpoint's form, which holds less
     except TypeError as problem:
