@@ -59,9 +59,11 @@ class Video:
         return encoder
 
     def finish(self) -> None:
-        """Give the video its name. Raises OSError unless it holds every frame."""
+        """Give the video its name, unless it has it. Raises OSError unless it holds every frame."""
         from imageio_ffmpeg import count_frames_and_secs
 
+        if self._encoder is None:
+            return
         self._encoder.close()
         try:
             written, _ = count_frames_and_secs(self._unfinished)
@@ -70,6 +72,7 @@ class Video:
         if written != self._frames:
             raise OSError(f"{self.path} cannot be written: {written} of {self._frames} frames arrived")
         os.replace(self._unfinished, self.path)
+        self._encoder = None
 
     def close(self) -> None:
         """Remove the file if it was not finished."""

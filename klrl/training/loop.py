@@ -254,7 +254,7 @@ class Loop:
                 envs = self.opened.enter_context(closing(make_vector(self.env, episodes, self.config.env)))
                 self._evaluators[episodes] = envs
             seed += self.config.seed
-            return run_episodes(self.agent, self._evaluators[episodes], seed, check=self.signals.check)
+            return run_episodes(self.agent, self._evaluators[episodes], seed, watch=lambda *_: self.signals.check())
         finally:
             _restore_random(before)
 
@@ -287,12 +287,8 @@ class Loop:
 def _random_state() -> State:
     """The global generators', which an environment or the user's code may draw from; an agent has its own."""
     kind, keys, *rest = np.random.get_state()  # a tuple, as set_state takes it back
-    version, words, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "numpy": [kind, np.asarray(keys).tolist(), *rest],
-        "python": [version, list(words), gauss],
-    }
+    numpy = [kind, np.asarray(keys).tolist(), *rest]
+    return {"torch": torch.get_rng_state(), "numpy": numpy, "python": random.getstate()}
 
 
 def _restore_random(state: State) -> None:
