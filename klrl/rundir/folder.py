@@ -21,11 +21,9 @@ def make_folder(parent: str, name: str) -> Path:
         os.makedirs(parent, exist_ok=True)
         for number in range(1, 10_000):
             folder = Path(parent) / (stem if number == 1 else f"{stem}-{number}")
-            try:
+            with contextlib.suppress(FileExistsError):
                 folder.mkdir()
-            except FileExistsError:
-                continue
-            return folder
+                return folder
     except OSError as problem:
         raise UsageError(
             f"--run-dir {parent}: {problem.strerror or problem}; choose a folder you can write to"

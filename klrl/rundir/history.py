@@ -74,16 +74,13 @@ def read_history(path: str | Path) -> History:
         _ = options["kl"]["direction"]
         rows = [row for _, row in read_rows(folder / "metrics.jsonl")]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as problem:
-        raise UsageError(f"{path} is not a run's folder: {_reason(problem)}") from None
+        why = f"{problem.strerror}: {problem.filename}" if isinstance(problem, OSError) else f"config.toml: {problem}"
+        raise UsageError(f"{path} is not a run's folder: {why}") from None
     tags = dict.fromkeys(["step", "wall", *(tag for row in rows for tag in row)])
     columns = {tag: np.array([row.get(tag, math.nan) for row in rows], np.float64) for tag in tags}
     done = bool(rows) and rows[-1]["step"] >= total and "eval/mean_reward" in rows[-1]
     state: Literal["finished", "running", "stopped"] = "running" if in_use(folder) else "stopped"
     return History(folder, options, *known, "finished" if done else state, columns)
-
-
-def _reason(problem: Exception) -> str:
-    return f"{problem.strerror}: {problem.filename}" if isinstance(problem, OSError) else f"config.toml: {problem}"
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, float]]]:

@@ -1,8 +1,7 @@
 """The trials of a sweep, one setting with one seed each, whose progress is read from the runs' folders.
 
-While a process works on a trial, it holds the lock of a file that the sweep opened for it; the system frees it when the
-process ends, however it ends. So no trial is worked on twice at once: not by two sweeps, and not after one was killed
-while its processes went on.
+While a process works on a trial, it holds the lock of a file that the sweep opened for it. So no trial is worked on
+twice at once: not by two sweeps, and not after one was killed while its processes went on.
 """
 
 import contextlib
