@@ -16,7 +16,7 @@ from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 import klrl.envs  # registers the probes
 from klrl.config import Positive, suggest
 from klrl.envs.wrappers import EpisodePosition, WatchedWorkers, make_seeded, next_step
-from klrl.errors import UsageError
+from klrl.errors import UsageError, one_line
 
 EnvFactory = Callable[[], gym.Env[Any, Any]]
 # An option of every command that makes environments; the words are its help.
@@ -108,7 +108,7 @@ def import_module(name: str, wanted_by: str) -> None:
     except ModuleNotFoundError as problem:
         raise UsageError(f"{wanted_by}: no module named {problem.name!r} is installed") from None
     except Exception as problem:
-        raise UsageError(f"{wanted_by}: importing {name!r} failed: {_line(problem)}") from None
+        raise UsageError(f"{wanted_by}: importing {name!r} failed: {one_line(problem)}") from None
 
 
 def _spec(env_id: str) -> Any:
@@ -122,14 +122,10 @@ def _guard(env_id: str, kwargs: dict[str, Any], make: Callable[[], Any]) -> Any:
         for extra in ("mujoco", "box2d"):
             if isinstance(problem, error.DependencyNotInstalled) and extra in str(_spec(env_id).entry_point):
                 raise UsageError(f"env {env_id!r} needs an extra: pip install 'klrl[{extra}]'") from None
-        raise UsageError(f"env {env_id!r} needs a package that is not installed: {_line(problem)}") from None
+        raise UsageError(f"env {env_id!r} needs a package that is not installed: {one_line(problem)}") from None
     except Exception as problem:
         blamed = f"--env.kwargs {kwargs} does not fit {env_id}" if kwargs else f"env {env_id!r} cannot be made"
-        raise UsageError(f"{blamed}: {_line(problem)}") from None
-
-
-def _line(problem: BaseException) -> str:
-    return f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+        raise UsageError(f"{blamed}: {one_line(problem)}") from None
 
 
 def presets() -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv, VectorWrapper
 
-from klrl.errors import EnvironmentFailedError, UsageError
+from klrl.errors import EnvironmentFailedError, UsageError, one_line
 from klrl.policies.encoder import replace_rows
 
 T = TypeVar("T")
@@ -102,8 +102,8 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
         return self.obs, 0.0, False, True, {"restarted": why}
 
     def _failure(self, problem: Exception, where: str) -> EnvironmentFailedError:
-        text = " ".join(f"{type(problem).__name__}: {problem}".split())
-        return EnvironmentFailedError(f"env {self.index} failed at {where} of episode {self.episode}: {text}")
+        what = f"env {self.index} failed at {where} of episode {self.episode}"
+        return EnvironmentFailedError(f"{what}: {one_line(problem)}")
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -17,7 +17,7 @@ from gymnasium.vector import SyncVectorEnv
 from klrl.analysis.video import Frame, Video, draw_text, find_encoder
 from klrl.config import Count, PositiveInt, Range
 from klrl.envs.make import Imports
-from klrl.errors import UsageError
+from klrl.errors import UsageError, one_line
 from klrl.kl import kl
 from klrl.policies.distributions import MultiCategorical
 from klrl.policies.encoder import Observation
@@ -115,7 +115,7 @@ def _frames(envs: Envs, running: list[int]) -> list[tuple[int, Frame]]:
             frames: Any = {i: sync[i].render() for i in running} if sync else envs.render()
             return [(i, np.asarray(frames[i], np.uint8)[:, :, :3]) for i in running]
     except Exception as problem:
-        text = " ".join(f"{type(problem).__name__}: {problem}".split())
+        text = one_line(problem)
         # A renderer that was only half made complains when it is collected, which is now, and unheard.
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
         traceback.clear_frames(problem.__traceback__)

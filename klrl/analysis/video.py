@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from klrl.errors import UsageError, needs
+from klrl.errors import UsageError, needs, refusals
 
 Frame = npt.NDArray[np.uint8]
 _MIN_WIDTH = 320  # of a frame that is written on, in pixels
@@ -49,10 +49,8 @@ class Video:
         from imageio_ffmpeg import write_frames
 
         folder = self.path.parent
-        try:
+        with refusals(f"--output {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise UsageError(f"--output {folder}: {problem.strerror or problem}") from None
         quality = {"quality": 8, "macro_block_size": 1, "ffmpeg_log_level": "quiet"}
         encoder = write_frames(self._unfinished, (width, height), fps=self._fps, **quality)
         encoder.send(None)

@@ -3,6 +3,7 @@
 torch is imported only inside the commands.
 """
 
+import argparse
 import json
 import math
 import os
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from klrl import __version__
-from klrl.cli.options import option_values, parse, parse_command, wants_help
+from klrl.cli.options import parse, parse_command, wants_help
 from klrl.config import build, suggest, to_dict
-from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, UsageError, needs
+from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, UsageError, needs, refusals
 
 _USAGE = """usage: klrl COMMAND ...
 
@@ -96,10 +97,13 @@ def _train(arguments: list[str]) -> None:
     from klrl.training.run import resolve, run_training
 
     agent, env, options = names[0], (names[1] if len(names) == 2 else None), arguments[len(names) :]
-    files = option_values(options, "--config")
-    saved = _read_config(files[-1], agent) if files else {}
-    networks = [name.partition(":")[0] for name in option_values(options, "--network")]
-    for package in [*saved.get("imports", ()), *option_values(options, "--import"), *networks]:
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of what tyro's defaults depend on
+    for name in ("--config", "--import", "--network"):
+        early.add_argument(name, dest=name, nargs="*", action="extend", default=[])
+    found = vars(early.parse_known_args(options)[0])
+    saved = _read_config(found["--config"][-1], agent) if found["--config"] else {}
+    networks = [name.partition(":")[0] for name in found["--network"]]
+    for package in [*saved.get("imports", ()), *found["--import"], *networks]:
         import_module(package, f"--import {package}")
     agent_class = registry.find(agent)
     config_class = agent_class.Config
@@ -211,9 +215,8 @@ def _plot(arguments: list[str]) -> None:
 
 def _read_config(path: str, agent: str) -> dict[str, Any]:
     try:
-        options = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise UsageError(f"--config {path}: {problem.strerror or problem}") from None
+        with refusals(f"--config {path}"):
+            options = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise UsageError(f"--config {path} is not valid TOML: {problem}") from None
     if options.pop("agent", agent) != agent:

@@ -34,19 +34,6 @@ def wants_help(arguments: Sequence[str]) -> bool:
     return not {"-h", "--help"}.isdisjoint(arguments)
 
 
-def option_values(arguments: Sequence[str], name: str) -> list[str]:
-    """The values given to option ``name``, found without a parser because the parser's defaults depend on them."""
-    found: list[str] = []
-    taking = False
-    for word in arguments:
-        if word.startswith(name + "="):
-            found.append(word.removeprefix(name + "="))
-        taking = (taking and not word.startswith("--")) or word == name
-        if taking and word != name:
-            found.append(word)
-    return found
-
-
 def parse(cls: Any, arguments: Sequence[str], prog: str) -> Any:
     """Parse with tyro, and with numbers like 1e5 and 100_000, name=value tables, and errors of one line."""
     import tyro

@@ -22,7 +22,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from klrl.errors import EnvironmentFailedError, UsageError
+from klrl.errors import EnvironmentFailedError, UsageError, refusals
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -234,12 +234,10 @@ def resolve(path: Path, which: str = "last") -> Path:
 
     The best has the highest evaluation; without any evaluation it is the last. Raises UsageError where there is none.
     """
-    try:
+    with refusals(str(path)):
         if (path / _MANIFEST).exists() or (path.name.startswith("step-") and not (path / "checkpoints").exists()):
             return path
         is_folder = path.is_dir()
-    except OSError as problem:
-        raise UsageError(f"{path}: {problem.strerror or problem}") from None
     if not is_folder:
         raise UsageError(f"no run or checkpoint at {path}")
     found = steps(path / "checkpoints")

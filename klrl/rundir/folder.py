@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from klrl.errors import UsageError
+from klrl.errors import UsageError, refusals
 
 try:
     import fcntl
@@ -17,17 +17,13 @@ except ModuleNotFoundError:  # Windows
 def make_folder(parent: str, name: str) -> Path:
     """A new folder ``parent/name-time``, numbered where that is taken. Raises UsageError where it cannot be made."""
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "_").replace(":", "_")
-    try:
+    with refusals(f"--run-dir {parent}", "; choose a folder you can write to"):
         os.makedirs(parent, exist_ok=True)
         for number in range(1, 10_000):
             folder = Path(parent) / (stem if number == 1 else f"{stem}-{number}")
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
                 return folder
-    except OSError as problem:
-        raise UsageError(
-            f"--run-dir {parent}: {problem.strerror or problem}; choose a folder you can write to"
-        ) from None
     raise UsageError(f"--run-dir {parent}: 10,000 runs of this second lie there already")
 
 
@@ -48,10 +44,9 @@ def locked(folder: Path) -> Iterator[None]:
     Raises UsageError where another process holds it, or where the folder cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        try:  # ten times: ``in_use`` in another process holds it for an instant
+        with refusals(str(folder), "; the run's folder must be writable"):
+            # Ten times: ``in_use`` in another process holds it for an instant.
             handle = stack.enter_context(try_lock(folder / "lock", 10))
-        except OSError as problem:
-            raise UsageError(f"{folder}: {problem.strerror or problem}; the run's folder must be writable") from None
         if handle is None:
             owner = (folder / "lock").read_bytes()[:32].decode(errors="replace").strip()
             raise UsageError(f"{folder} is still running, in process {owner or 'unknown'}")

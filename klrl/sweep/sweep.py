@@ -23,7 +23,7 @@ from klrl.analysis.report import ReportConfig, report
 from klrl.analysis.scores import score_of
 from klrl.config import Count, PositiveInt
 from klrl.envs.make import EnvConfig, Imports, check, import_module, make_vector
-from klrl.errors import Interrupted, UsageError
+from klrl.errors import Interrupted, refusals
 from klrl.sweep.grid import expand, file_name, parse_choices
 from klrl.sweep.trial import Status, Trial
 from klrl.training.signals import Signals
@@ -67,10 +67,8 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
         if setting.options["env"] not in [other.options["env"] for other in settings[:i]]:
             make_vector(env, 1, EnvConfig(kwargs=setting.options["env"]["kwargs"])).close()
     folder = Path(config.run_dir) / file_name(config.name or f"sweep-{agent}-{env}")
-    try:
+    with refusals(f"--run-dir {config.run_dir}"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise UsageError(f"--run-dir {config.run_dir}: {problem.strerror or problem}") from None
     trials = [Trial(setting, seed, folder / setting.name) for setting in settings for seed in range(config.seeds)]
     for trial in trials:
         trial.read()
