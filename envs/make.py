@@ -16,7 +16,7 @@ from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 import klrl.envs  # registers the probes
 from klrl.config import Positive, suggest
 from klrl.envs.wrappers import EpisodePosition, WatchedWorkers, make_seeded, next_step
-from klrl.errors import UsageError
+from klrl.errors import UsageError, one_line
 
 EnvFactory = Callable[[], gym.Env[Any, Any]]
 # An option of every command that makes environments; the words are its help.
@@ -108,7 +108,7 @@ def import_module(name: str, wanted_by: str) -> None:
     except ModuleNotFoundError as problem:
         raise UsageError(f"{wanted_by}: no module named {problem.name!r} is installed") from None
     except Exception as problem:
-        raise UsageError(f"{wanted_by}: importing {name!r} failed: {_line(problem)}") from None
+        raise UsageError(f"{wanted_by}: importing {name!r} failed: {one_line(problem)}") from None
 
 
 def _spec(env_id: str) -> Any:
@@ -118,21 +118,14 @@ def _spec(env_id: str) -> Any:
 def _guard(env_id: str, kwargs: dict[str, Any], make: Callable[[], Any]) -> Any:
     try:
         return make()
-    except error.DependencyNotInstalled as problem:
-        entry_point = str(_spec(env_id).entry_point)
+    except (error.DependencyNotInstalled, ImportError) as problem:
         for extra in ("mujoco", "box2d"):
-            if extra in entry_point:
+            if isinstance(problem, error.DependencyNotInstalled) and extra in str(_spec(env_id).entry_point):
                 raise UsageError(f"env {env_id!r} needs an extra: pip install 'klrl[{extra}]'") from None
-        raise UsageError(f"env {env_id!r} needs a package that is not installed: {_line(problem)}") from None
-    except ImportError as problem:
-        raise UsageError(f"env {env_id!r} needs a package that is not installed: {_line(problem)}") from None
+        raise UsageError(f"env {env_id!r} needs a package that is not installed: {one_line(problem)}") from None
     except Exception as problem:
         blamed = f"--env.kwargs {kwargs} does not fit {env_id}" if kwargs else f"env {env_id!r} cannot be made"
-        raise UsageError(f"{blamed}: {_line(problem)}") from None
-
-
-def _line(problem: BaseException) -> str:
-    return f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+        raise UsageError(f"{blamed}: {one_line(problem)}") from None
 
 
 def presets() -> dict[str, dict[str, Any]]:
@@ -144,7 +137,4 @@ def presets() -> dict[str, dict[str, Any]]:
 
 def preset(agent: str, env: str | EnvFactory) -> dict[str, Any]:
     """The options that suit ``agent`` on ``env``; empty where there is no preset, so that the defaults hold."""
-    path = resources.files(klrl.envs) / "presets" / f"{env.rpartition(':')[2]}.toml" if isinstance(env, str) else None
-    if path is None or "/" in str(env) or not path.is_file():
-        return {}
-    return tomllib.loads(path.read_text()).get(agent, {}).get("config", {})
+    return presets().get(env.rpartition(":")[2], {}).get(agent, {}).get("config", {}) if isinstance(env, str) else {}

@@ -35,7 +35,10 @@ _OBSERVATION_SPACES: dict[str, spaces.Space[Any]] = {
 
 
 class Probe(gym.Env[Any, Any]):
-    """One bit, one step, no reward; the probes below change one thing each."""
+    """One bit, one step, reward 1 for anything; the probes below change one thing each."""
+
+    bits = 1
+    """How many values the first bit may have: 2 where it is drawn."""
 
     def __init__(self, action: ActionKind = "discrete", observation: ObservationKind = "box") -> None:
         self.kind, self.shown = action, observation
@@ -45,17 +48,18 @@ class Probe(gym.Env[Any, Any]):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
-        self.bit = self.first_bit()
+        self.bit = int(self.np_random.integers(self.bits))
         return self.observe(), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         return self.observe(), self.reward(action), True, False, {}
 
-    def first_bit(self) -> int:
-        return 0
-
     def reward(self, action: Any) -> float:
-        return 0.0
+        return 1.0
+
+    @staticmethod
+    def value(bit: int, gamma: float) -> float:
+        return 1.0
 
     def observe(self) -> Any:
         number = np.array([2 * self.bit - 1], np.float32)
@@ -77,19 +81,11 @@ class Probe(gym.Env[Any, Any]):
 class OneStep(Probe):
     """Reward 1 for anything. Fails where the critic does not learn at all."""
 
-    def reward(self, action: Any) -> float:
-        return 1.0
-
-    @staticmethod
-    def value(bit: int, gamma: float) -> float:
-        return 1.0
-
 
 class RewardByObservation(Probe):
     """Reward +1 or -1 as the observation says. Fails where the critic does not see its input."""
 
-    def first_bit(self) -> int:
-        return int(self.np_random.integers(2))
+    bits = 2
 
     def reward(self, action: Any) -> float:
         return 2.0 * self.bit - 1.0
@@ -105,16 +101,11 @@ class RewardByAction(Probe):
     def reward(self, action: Any) -> float:
         return self.match(action, 1)
 
-    @staticmethod
-    def value(bit: int, gamma: float) -> float:
-        return 1.0
-
 
 class RewardByBoth(RewardByAction):
     """Reward 1 for the action that the observation calls for. Fails where rows of a batch are mixed up."""
 
-    def first_bit(self) -> int:
-        return int(self.np_random.integers(2))
+    bits = 2
 
     def reward(self, action: Any) -> float:
         return self.match(action, self.bit)

@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv, VectorWrapper
 
-from klrl.errors import EnvironmentFailedError, UsageError
+from klrl.errors import EnvironmentFailedError, UsageError, one_line
 from klrl.policies.encoder import replace_rows
 
 T = TypeVar("T")
@@ -102,8 +102,8 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
         return self.obs, 0.0, False, True, {"restarted": why}
 
     def _failure(self, problem: Exception, where: str) -> EnvironmentFailedError:
-        text = " ".join(f"{type(problem).__name__}: {problem}".split())
-        return EnvironmentFailedError(f"env {self.index} failed at {where} of episode {self.episode}: {text}")
+        what = f"env {self.index} failed at {where} of episode {self.episode}"
+        return EnvironmentFailedError(f"{what}: {one_line(problem)}")
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -142,18 +142,15 @@ class WatchedWorkers(VectorWrapper):
                 f"env {', '.join(map(str, slow))} gave no answer for {self.timeout:g} s (--env.timeout)"
             ) from None
         except (EOFError, OSError):
-            dead = self.dead(wait=1.0)
+            processes = self.workers.processes
+            for process in processes:  # the one that ended may take a moment to be seen as such
+                if not process.is_alive():
+                    break
+                process.join(1.0 / self.num_envs)
+            dead = [f"{i} (exit code {p.exitcode})" for i, p in enumerate(processes) if not p.is_alive()]
             raise EnvironmentFailedError(f"the worker of env {', '.join(dead) or '?'} died") from None
         finally:
             gym.logger.min_level = level
-
-    def dead(self, wait: float = 0.0) -> list[str]:
-        """The workers that ended, with their exit codes."""
-        for process in self.workers.processes:
-            if wait and not process.is_alive():
-                break
-            process.join(wait / self.num_envs)
-        return [f"{i} (exit code {p.exitcode})" for i, p in enumerate(self.workers.processes) if not p.is_alive()]
 
     def close(self, **kwargs: Any) -> None:
         """Ask the workers to end, and kill those that don't."""
@@ -232,8 +229,7 @@ class SameStepAsNextStep(VectorWrapper):
 
 def next_step(env: VectorEnv[Any, Any, Any], name: str) -> VectorEnv[Any, Any, Any]:
     """``env`` in NEXT_STEP mode. Raises UsageError for one whose episodes must be reset by hand."""
-    mode = env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
-    mode = AutoresetMode(mode) if not isinstance(mode, AutoresetMode) else mode
+    mode = AutoresetMode(env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
     if mode is AutoresetMode.DISABLED:
         raise UsageError(f"env {name} has autoreset disabled: make it with autoreset_mode NEXT_STEP")
     return SameStepAsNextStep(env) if mode is AutoresetMode.SAME_STEP else env

@@ -33,31 +33,19 @@ if TYPE_CHECKING:
     from klrl.training.run import resume as resume
     from klrl.training.run import train as train
 
-_HOME = {
-    "Agent": "klrl.agents.base",
-    "EnvironmentFailedError": "klrl.errors",
-    "Interrupted": "klrl.errors",
-    "KLConfig": "klrl.agents.base",
-    "KLTarget": "klrl.agents.base",
-    "NonFiniteError": "klrl.errors",
-    "OffPolicyKLConfig": "klrl.agents.base",
-    "OnPolicyAgent": "klrl.agents.on_policy",
-    "OnPolicyConfig": "klrl.agents.on_policy",
-    "PPO": "klrl.agents.ppo",
-    "PPOConfig": "klrl.agents.ppo",
-    "ReplayBuffer": "klrl.buffers.replay",
-    "RolloutBuffer": "klrl.buffers.rollout",
-    "Run": "klrl.training.run",
-    "SAC": "klrl.agents.sac",
-    "SACConfig": "klrl.agents.sac",
-    "TRPO": "klrl.agents.trpo",
-    "TRPOConfig": "klrl.agents.trpo",
-    "UpdateResult": "klrl.agents.base",
-    "UsageError": "klrl.errors",
-    "load": "klrl.training.load",
-    "resume": "klrl.training.run",
-    "train": "klrl.training.run",
+_NAMES = {
+    "klrl.agents.base": ["Agent", "KLConfig", "KLTarget", "OffPolicyKLConfig", "UpdateResult"],
+    "klrl.agents.on_policy": ["OnPolicyAgent", "OnPolicyConfig"],
+    "klrl.agents.ppo": ["PPO", "PPOConfig"],
+    "klrl.agents.sac": ["SAC", "SACConfig"],
+    "klrl.agents.trpo": ["TRPO", "TRPOConfig"],
+    "klrl.buffers.replay": ["ReplayBuffer"],
+    "klrl.buffers.rollout": ["RolloutBuffer"],
+    "klrl.errors": ["EnvironmentFailedError", "Interrupted", "NonFiniteError", "UsageError"],
+    "klrl.training.load": ["load"],
+    "klrl.training.run": ["Run", "resume", "train"],
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [*_HOME, "__version__"]
 

@@ -126,14 +126,11 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The dataclass as plain nested dicts and lists, ready for TOML or JSON."""
-    return {
-        f.name: to_dict(value)
-        if dataclasses.is_dataclass(value := getattr(config, f.name))
-        else list(value)
-        if isinstance(value, tuple)
-        else value
-        for f in dataclasses.fields(config)
-    }
+
+    def table(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in items}
+
+    return dataclasses.asdict(config, dict_factory=table)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The exceptions that klrl raises, and the message for a missing extra."""
+"""The exceptions that klrl raises, and those of others as one line that says what would do."""
 
 import contextlib
 from collections.abc import Iterator
@@ -37,3 +37,17 @@ def needs(extra: str, module: str) -> Iterator[None]:
         if (problem.name or "").partition(".")[0] != module:
             raise
         raise UsageError(f'this needs {module}: pip install "klrl[{extra}]"') from None
+
+
+@contextlib.contextmanager
+def refusals(what: str, advice: str = "") -> Iterator[None]:
+    """Raise UsageError, which begins with ``what``, where the system refuses what the block asks of it."""
+    try:
+        yield
+    except OSError as problem:
+        raise UsageError(f"{what}: {problem.strerror or problem}{advice}") from None
+
+
+def one_line(problem: Exception) -> str:
+    """The exception's type and message."""
+    return " ".join(f"{type(problem).__name__}: {problem}".split())

@@ -9,6 +9,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import distributions as td
+from torch.utils._pytree import tree_map
 
 from klrl.kl import Bound, KLReport, freeze, joint, measure
 
@@ -34,11 +35,7 @@ class KLCallback(BaseCallback):
     def _on_rollout_end(self) -> None:
         assert isinstance(self.model, OnPolicyAlgorithm), "KLCallback is for on-policy algorithms"
         stored = self.model.rollout_buffer.observations
-        flat = (
-            {key: part.reshape(-1, *part.shape[2:]) for key, part in stored.items()}
-            if isinstance(stored, dict)
-            else stored.reshape(-1, *stored.shape[2:])
-        )
+        flat = tree_map(lambda part: part.reshape(-1, *part.shape[2:]), stored)
         self._obs = self.model.policy.obs_to_tensor(flat)[0]
         with torch.no_grad():
             self._old = freeze(self._policy())

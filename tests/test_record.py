@@ -95,17 +95,17 @@ def test_a_video_has_a_frame_for_each_state_as_the_environment_draws_it(run: str
     envs = trained.make_envs(2, render_mode="rgb_array")
     expected: list[Any] = []
 
-    def draw() -> None:
+    def draw(*_: Any) -> None:
         expected.append(envs.render())
 
-    score = run_episodes(trained.agent, envs, trained.config.seed + FRESH_SEED, check=draw)
+    score = run_episodes(trained.agent, envs, trained.config.seed + FRESH_SEED, watch=draw)
     envs.close()
     for i, path in enumerate(paths):
         about, frames = watch(path)
         assert len(frames) == score.lengths[i] + 1
         assert imageio_ffmpeg.count_frames_and_secs(path)[0] == len(frames)
         assert about == ("h264", "yuv420p", 600, 400, 50.0)
-        for t in range(score.lengths[i]):
+        for t in range(score.lengths[i] + 1):
             assert np.abs(frames[t] - expected[t][i]).mean() < 0.5
         assert np.abs(frames[-1] - frames[0]).mean() > 0.5
 

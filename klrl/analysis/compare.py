@@ -151,7 +151,10 @@ def collect_states(agent: Agent, envs: Envs, steps: int, seed: int) -> Observati
 
 def compare_at(old: Agent, new: Agent, obs: Observation, seed: int = 0) -> StateComparison:
     """Measure how two agents differ at the observations [S, *shape]. Raises NonFiniteError where a policy is nan."""
-    first, second = (_unsquashed(agent.distribution(obs)).map_parameters(Tensor.double) for agent in (old, new))
+    both = [agent.distribution(obs) for agent in (old, new)]
+    # Between the normals before tanh all divergences are the same, and cancel less.
+    both = [dist.base if isinstance(dist, SquashedNormal) else dist for dist in both]
+    first, second = (dist.map_parameters(Tensor.double) for dist in both)
     if isinstance(first, MultiCategorical) and first.event_shape != second.event_shape:
         first, second = (_joined(dist, category_sizes(old.action_space)) for dist in (first, second))
     columns = [slice(i, i + 1) for i in range(first.event_shape[0])]
@@ -162,11 +165,6 @@ def compare_at(old: Agent, new: Agent, obs: Observation, seed: int = 0) -> State
     except ValueError as problem:
         raise NonFiniteError(str(problem)) from None
     return StateComparison(obs, (first, second), joint, js_stderr, torch.stack(parts))
-
-
-def _unsquashed(dist: Any) -> Any:
-    """The normals before tanh, between which all divergences are the same and cancel less."""
-    return dist.base if isinstance(dist, SquashedNormal) else dist
 
 
 def _joined(dist: Any, sizes: Sequence[int]) -> MultiCategorical:

@@ -74,7 +74,6 @@ def curves(groups: list[Group], tags: dict[str, str], ylabel: str, log: bool = F
     tags: what to draw, and what to call it; the first as a line, the others dashed and dotted.
     """
     figure, axes = _panel()
-    drawn = False
     for group, colour in zip(groups, cycle(COLOURS), strict=False):
         for style, (tag, name) in zip(("-", "--", ":"), tags.items(), strict=False):
             curve = group.curve(tag)
@@ -85,21 +84,15 @@ def curves(groups: list[Group], tags: dict[str, str], ylabel: str, log: bool = F
             axes.plot(steps, mean, style, color=colour, linewidth=1.4, label=label)
             if len(group.runs) > 1:
                 axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-            drawn = True
-    if drawn and log:
-        axes.set_yscale("log")
-    axes.set_ylabel(ylabel)
-    return _finish(figure, axes) if drawn else None
+    axes.set(ylabel=ylabel, yscale="log" if log and axes.lines else "linear")
+    return _finish(figure, axes) if axes.lines else None
 
 
 def returns(groups: list[Group]) -> Figure | None:
     """Training returns, drawn by ``curves``; of a single run also the evaluations and their spread over episodes."""
     if len(groups) > 1 or len(groups[0].runs) > 1:
         return curves(groups, {"rollout/ep_rew_mean": "training"}, "return")
-    run = groups[0].runs[0]
-    if not (run.has("rollout/ep_rew_mean") or run.has("eval/mean_reward")):
-        return None
-    figure, axes = _panel()
+    run, (figure, axes) = groups[0].runs[0], _panel()
     if run.has("rollout/ep_rew_mean"):
         axes.plot(run["step"], run["rollout/ep_rew_mean"], color=COLOURS[0], label="training, last 100 episodes")
     if run.has("eval/mean_reward"):
@@ -107,7 +100,7 @@ def returns(groups: list[Group]) -> Figure | None:
         style: dict[str, Any] = {"fmt": "o", "markersize": 3.5, "elinewidth": 0.8, "color": COLOURS[1]}
         axes.errorbar(run["step"], mean, std, **style, label="evaluation, std over episodes")
     axes.set_ylabel("return")
-    return _finish(figure, axes)
+    return _finish(figure, axes) if axes.lines else None
 
 
 PANELS: dict[str, Callable[[list[Group]], Figure | None]] = {
@@ -167,14 +160,9 @@ def _legend(axes: Axes) -> None:
     )
 
 
-def as_svg(figure: Figure) -> str:
-    """The figure as an SVG document; the same figure always gives the same bytes."""
+def as_data(figure: Figure) -> str:
+    """The figure as a data: URL of an SVG, for a page that must not load anything; the same one for the same figure."""
     text = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "klrl", "font.family": "sans-serif"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
-
-
-def as_data(figure: Figure) -> str:
-    """The figure as a data: URL, for a page that must not load anything."""
-    return "data:image/svg+xml;base64," + base64.b64encode(as_svg(figure).encode()).decode()
+    return "data:image/svg+xml;base64," + base64.b64encode(text.getvalue().encode()).decode()

@@ -57,11 +57,11 @@ def kl_gaussian() -> Figure:
 def kl_2d() -> Figure:
     """Contours of pairs of two-dimensional normals, with both KLs."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    old = _normal_2d((0.0, 0.0), (1.0, 1.0), 0.0)
+    old = td.MultivariateNormal(torch.zeros(2), torch.eye(2))
     pairs = {
-        "shifted by one std": _normal_2d((1.0, 0.0), (1.0, 1.0), 0.0),
-        "twice as wide": _normal_2d((0.0, 0.0), (2.0, 2.0), 0.0),
-        "correlated (0.9)": _normal_2d((0.0, 0.0), (1.0, 1.0), 0.9),
+        "shifted by one std": td.MultivariateNormal(torch.tensor([1.0, 0.0]), torch.eye(2)),
+        "twice as wide": td.MultivariateNormal(torch.zeros(2), 4 * torch.eye(2)),
+        "correlated (0.9)": td.MultivariateNormal(torch.zeros(2), torch.tensor([[1.0, 0.9], [0.9, 1.0]])),
     }
     line = torch.linspace(-4.5, 4.5, 201)
     x, y = torch.meshgrid(line, line, indexing="xy")
@@ -190,22 +190,20 @@ def figure_path(text: str, option: str) -> Path:
 
 def distribution(words: tuple[str, ...], option: str) -> td.Distribution:
     """Parse ``normal 0 1``, ``beta 2 5``, ``bernoulli 0.3`` or ``categorical 0.2 0.8``. Raises UsageError otherwise."""
-    kinds: dict[str, Any] = {"normal": td.Normal, "beta": td.Beta, "bernoulli": td.Bernoulli, "categorical": None}
-    if not words or words[0] not in kinds:
-        raise UsageError(f"{option} must begin with one of {', '.join(kinds)}, got {' '.join(words) or 'nothing'}")
+    kinds = {"normal": td.Normal, "beta": td.Beta, "bernoulli": td.Bernoulli, "categorical": td.Categorical}
+    usage = {"normal": "MEAN STD", "beta": "A B", "bernoulli": "P", "categorical": "P1 P2 ... summing to 1"}
+    name = words[0] if words else "nothing"
+    if name not in usage:
+        raise UsageError(f"{option} must begin with one of {', '.join(usage)}, got {' '.join(words) or name}")
     try:
-        numbers = [float(word) for word in words[1:]]
-        if not all(map(math.isfinite, numbers)):
+        numbers = torch.tensor([float(word) for word in words[1:]], dtype=torch.float64)
+        if not numbers.isfinite().all():
             raise ValueError("infinite or nan")
-        if words[0] == "categorical":
-            if abs(sum(numbers) - 1) > 1e-4:
-                raise ValueError("torch would scale them")
-            return td.Categorical(probs=torch.tensor(numbers, dtype=torch.float64), validate_args=True)
-        return kinds[words[0]](*(torch.tensor(x, dtype=torch.float64) for x in numbers), validate_args=True)
+        if name == "categorical" and abs(numbers.sum() - 1) > 1e-4:
+            raise ValueError("torch would scale them")
+        return kinds[name](*([numbers] if name == "categorical" else numbers), validate_args=True)
     except (ValueError, TypeError):
-        usage = {"normal": "MEAN STD", "beta": "A B", "bernoulli": "P", "categorical": "P1 P2 ... summing to 1"}
-        needed = f"{words[0]} {usage[words[0]]}, within their range"
-        raise UsageError(f"{option} {' '.join(words)}: needs {needed}") from None
+        raise UsageError(f"{option} {' '.join(words)}: needs {name} {usage[name]}, within their range") from None
 
 
 def _on_grid(old: td.Distribution, new: td.Distribution) -> tuple[td.Categorical, td.Categorical]:
@@ -240,9 +238,3 @@ def _describe(dist: td.Distribution) -> str:
 def _log_prob(dist: Any, x: Tensor) -> Tensor:
     """``dist.log_prob(x)``, which some of torch's distributions leave without types."""
     return dist.log_prob(x)
-
-
-def _normal_2d(mean: tuple[float, float], std: tuple[float, float], correlation: float) -> td.MultivariateNormal:
-    across = correlation * std[0] * std[1]
-    covariance = torch.tensor([[std[0] ** 2, across], [across, std[1] ** 2]])
-    return td.MultivariateNormal(torch.tensor(mean), covariance)

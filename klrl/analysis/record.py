@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from gymnasium.vector import SyncVectorEnv, VectorWrapper
+from gymnasium.vector import SyncVectorEnv
 
 from klrl.analysis.video import Frame, Video, draw_text, find_encoder
 from klrl.config import Count, PositiveInt, Range
 from klrl.envs.make import Imports
-from klrl.errors import UsageError
+from klrl.errors import UsageError, one_line
 from klrl.kl import kl
 from klrl.policies.distributions import MultiCategorical
 from klrl.policies.encoder import Observation
@@ -60,13 +60,27 @@ def record(path: str, config: RecordConfig) -> list[Path]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_without_display())
         trained = load_policy(path, config.checkpoint, config.imports)
-        folder = Path(config.output or _run_folder(trained) / "videos")
+        beside = trained.folder.parent
+        folder = Path(config.output or (beside.parent if beside.name == "checkpoints" else beside) / "videos")
         names = [f"{trained.folder.name}-episode-{i}.mp4" for i in range(config.episodes)]
         envs = stack.enter_context(contextlib.closing(_make_envs(trained, config)))
         fps = float(envs.metadata.get("render_fps") or 30)
         videos = [stack.enter_context(contextlib.closing(Video(folder / name, fps))) for name in names]
-        recorder = VideoRecorder(envs, videos, config.max_steps, Overlay(trained) if config.overlay else None)
-        run_episodes(trained.agent, recorder, trained.config.seed + FRESH_SEED + config.seed, not config.stochastic)
+        overlay = Overlay(trained) if config.overlay else None
+
+        def capture(obs: Observation, running: Any, returns: Any, step: int) -> None:
+            lines = overlay.lines(obs) if overlay is not None else None
+            for i, frame in _frames(envs, np.flatnonzero(running).tolist()):
+                if lines is not None:
+                    frame = draw_text(frame, [f"step {step}  return {returns[i]:.1f}", *lines[i]])
+                videos[i].add(frame)
+            for i in np.flatnonzero(~running).tolist():
+                videos[i].finish()
+
+        seed = trained.config.seed + FRESH_SEED + config.seed
+        run_episodes(trained.agent, envs, seed, not config.stochastic, capture, config.max_steps)
+        for video in videos:
+            video.finish()
     return [video.path for video in videos]
 
 
@@ -93,61 +107,21 @@ class Overlay:
         return [list(lines) for lines in zip(*parts, strict=True)]
 
 
-class VideoRecorder(VectorWrapper):
-    """A wrapper that records the first episode of each environment."""
-
-    def __init__(self, envs: Envs, videos: list[Video], max_steps: int, overlay: Overlay | None) -> None:
-        super().__init__(envs)
-        self._videos, self._max_steps, self._overlay = videos, max_steps, overlay
-        self._running = np.ones(envs.num_envs, np.bool_)
-        self._returns, self._steps = np.zeros(envs.num_envs), 0
-
-    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        obs, info = self.env.reset(**kwargs)
-        self._capture(obs)
-        return obs, info
-
-    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        obs, reward, terminated, truncated, info = self.env.step(actions)
-        self._steps += 1
-        self._returns += reward
-        truncated = truncated | (self._steps >= self._max_steps)
-        self._capture(obs)
-        ended = self._running & (terminated | truncated)
-        for i in np.flatnonzero(ended):
-            self._videos[i].finish()
-        self._running &= ~ended
-        return obs, reward, terminated, truncated, info
-
-    def _capture(self, obs: Observation) -> None:
-        lines = self._overlay.lines(obs) if self._overlay is not None else None
-        for i, frame in self._frames():
-            if lines is not None:
-                frame = draw_text(frame, [f"step {self._steps}  return {self._returns[i]:.1f}", *lines[i]])
-            self._videos[i].add(frame)
-
-    def _frames(self) -> list[tuple[int, Frame]]:
-        """A frame of each environment whose first episode has not ended, with the environment's index."""
-        envs, running = self.env.unwrapped, np.flatnonzero(self._running).tolist()
-        try:
-            with warnings.catch_warnings(action="ignore", category=UserWarning):  # Gymnasium's, of missing metadata
-                shown = {i: envs.envs[i].render() for i in running} if isinstance(envs, SyncVectorEnv) else None
-                frames: Any = shown if shown is not None else self.env.render()
-                return [(i, np.asarray(frames[i], np.uint8)[:, :, :3]) for i in running]
-        except Exception as problem:
-            text = " ".join(f"{type(problem).__name__}: {problem}".split())
-            # A renderer that was only half made complains when it is collected, which is now, and unheard.
-            hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-            traceback.clear_frames(problem.__traceback__)
-            sys.unraisablehook = hook
-            needs = "; without a display, MuJoCo needs libEGL or libOSMesa" if "mujoco" in sys.modules else ""
-            raise UsageError(f"the environment cannot be rendered here: {text}{needs}") from None
-
-
-def _run_folder(trained: LoadedPolicy) -> Path:
-    """The run's folder; for a checkpoint outside of one, the folder that it lies in."""
-    parent = trained.folder.parent
-    return parent.parent if parent.name == "checkpoints" else parent
+def _frames(envs: Envs, running: list[int]) -> list[tuple[int, Frame]]:
+    """A frame of each of the environments ``running``, with its index."""
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # Gymnasium's, of missing metadata
+            sync = envs.unwrapped.envs if isinstance(envs.unwrapped, SyncVectorEnv) else None
+            frames: Any = {i: sync[i].render() for i in running} if sync else envs.render()
+            return [(i, np.asarray(frames[i], np.uint8)[:, :, :3]) for i in running]
+    except Exception as problem:
+        text = one_line(problem)
+        # A renderer that was only half made complains when it is collected, which is now, and unheard.
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        traceback.clear_frames(problem.__traceback__)
+        sys.unraisablehook = hook
+        needs = "; without a display, MuJoCo needs libEGL or libOSMesa" if "mujoco" in sys.modules else ""
+        raise UsageError(f"the environment cannot be rendered here: {text}{needs}") from None
 
 
 def _make_envs(trained: LoadedPolicy, config: RecordConfig) -> Envs:

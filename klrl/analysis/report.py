@@ -15,7 +15,7 @@ from klrl.analysis import tables
 from klrl.analysis.anomalies import find_anomalies
 from klrl.analysis.scores import Group, group_runs, score_of
 from klrl.config import flatten
-from klrl.errors import UsageError, needs
+from klrl.errors import UsageError, needs, refusals
 from klrl.rundir.folder import replace_file
 from klrl.rundir.history import History, read_history
 
@@ -49,10 +49,8 @@ def report(paths: Sequence[str], config: ReportConfig) -> str:
             return str(path)
     if not config.output:
         return text
-    try:
+    with refusals(f"--output {config.output}"):
         Path(config.output).write_text(text, encoding="utf-8")
-    except OSError as problem:
-        raise UsageError(f"--output {config.output}: {problem.strerror or problem}") from None
     return config.output
 
 

@@ -48,9 +48,9 @@ class Group:
         if not kept.any():  # their steps do not overlap
             return None
         grid, table = grid[kept], table[:, kept]
-        means = _nanmean(_resampled(table), axis=1)
+        means = np.ma.masked_invalid(_resampled(table)).mean(axis=1).filled(math.nan)
         low, high = np.nanquantile(means, (0.025, 0.975), axis=0)
-        return grid, _nanmean(table, axis=0), low, high
+        return grid, np.ma.masked_invalid(table).mean(axis=0).filled(math.nan), low, high
 
 
 def score_of(runs: Sequence[History]) -> Score | None:
@@ -103,9 +103,3 @@ def iqm(values: Column) -> Any:
 def _resampled(rows: Column) -> Column:
     """[2000, n, ...]: bootstrap samples of the n first-axis entries, the same each time."""
     return rows[np.random.default_rng(0).integers(len(rows), size=(_RESAMPLES, len(rows)))]
-
-
-def _nanmean(values: Column, axis: int) -> Column:
-    known = np.isfinite(values)
-    total, count = np.where(known, values, 0.0).sum(axis), known.sum(axis)
-    return np.divide(total, count, out=np.full(total.shape, math.nan), where=count > 0)

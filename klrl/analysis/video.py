@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from klrl.errors import UsageError, needs
+from klrl.errors import UsageError, needs, refusals
 
 Frame = npt.NDArray[np.uint8]
 _MIN_WIDTH = 320  # of a frame that is written on, in pixels
@@ -49,19 +49,19 @@ class Video:
         from imageio_ffmpeg import write_frames
 
         folder = self.path.parent
-        try:
+        with refusals(f"--output {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise UsageError(f"--output {folder}: {problem.strerror or problem}") from None
         quality = {"quality": 8, "macro_block_size": 1, "ffmpeg_log_level": "quiet"}
         encoder = write_frames(self._unfinished, (width, height), fps=self._fps, **quality)
         encoder.send(None)
         return encoder
 
     def finish(self) -> None:
-        """Give the video its name. Raises OSError unless it holds every frame."""
+        """Give the video its name, unless it has it. Raises OSError unless it holds every frame."""
         from imageio_ffmpeg import count_frames_and_secs
 
+        if self._encoder is None:
+            return
         self._encoder.close()
         try:
             written, _ = count_frames_and_secs(self._unfinished)
@@ -70,6 +70,7 @@ class Video:
         if written != self._frames:
             raise OSError(f"{self.path} cannot be written: {written} of {self._frames} frames arrived")
         os.replace(self._unfinished, self.path)
+        self._encoder = None
 
     def close(self) -> None:
         """Remove the file if it was not finished."""

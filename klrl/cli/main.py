@@ -3,19 +3,22 @@
 torch is imported only inside the commands.
 """
 
+import argparse
 import json
+import math
 import os
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from klrl import __version__
-from klrl.cli.options import option_values, parse, parse_config, split_positional
+from klrl.cli.options import parse, parse_command, wants_help
 from klrl.config import build, suggest, to_dict
-from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, UsageError, needs
+from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, UsageError, needs, refusals
 
 _USAGE = """usage: klrl COMMAND ...
 
@@ -44,26 +47,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         _dispatch(arguments)
-    except UsageError as problem:
-        sys.exit(_print_error(problem, 2))
     except BrokenPipeError:  # whoever read has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (NonFiniteError, EnvironmentFailedError, OSError) as problem:
-        sys.exit(_print_error(problem, 1))
+    except (UsageError, NonFiniteError, EnvironmentFailedError, OSError) as problem:
+        print(f"klrl: {' '.join(str(problem).split())}", file=sys.stderr)
+        sys.exit(2 if isinstance(problem, UsageError) else 1)
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _print_error(problem: Exception, code: int) -> int:
-    print(f"klrl: {' '.join(str(problem).split())}", file=sys.stderr)
-    return code
-
-
 def _dispatch(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or wants_help(arguments[:1]):
         print(_USAGE, end="")
         return
     if arguments[0] == "--version":
@@ -86,9 +83,9 @@ def _dispatch(arguments: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    help_wanted = any(word in ("-h", "--help") for word in arguments)
     from klrl.agents import registry
 
+    help_wanted = wants_help(arguments)
     if help_wanted and (not arguments or arguments[0].startswith("-")):
         arguments = [registry.names()[0], *arguments]
     names = [word for word in arguments[:2] if not word.startswith("-")]
@@ -96,13 +93,17 @@ def _train(arguments: list[str]) -> None:
         raise UsageError("train needs an agent and an env: klrl train ppo CartPole-v1")
 
     from klrl.envs.make import check, import_module
-    from klrl.training.run import RunConfig, resolve, run_training
+    from klrl.training.loop import RunConfig
+    from klrl.training.run import resolve, run_training
 
     agent, env, options = names[0], (names[1] if len(names) == 2 else None), arguments[len(names) :]
-    files = option_values(options, "--config")
-    saved = _read_config(files[-1], agent) if files else {}
-    networks = [name.partition(":")[0] for name in option_values(options, "--network")]
-    for package in [*saved.get("imports", ()), *option_values(options, "--import"), *networks]:
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of what tyro's defaults depend on
+    for name in ("--config", "--import", "--network"):
+        early.add_argument(name, dest=name, nargs="*", action="extend", default=[])
+    found = vars(early.parse_known_args(options)[0])
+    saved = _read_config(found["--config"][-1], agent) if found["--config"] else {}
+    networks = [name.partition(":")[0] for name in found["--network"]]
+    for package in [*saved.get("imports", ()), *found["--import"], *networks]:
         import_module(package, f"--import {package}")
     agent_class = registry.find(agent)
     config_class = agent_class.Config
@@ -125,66 +126,53 @@ def _train(arguments: list[str]) -> None:
 
 
 def _resume(arguments: list[str]) -> None:
-    names, words = split_positional(
-        arguments, 1, "resume needs a run folder: klrl resume runs/ppo-CartPole-v1-0-...", 1
-    )
     from klrl.training.run import ResumeConfig, resume
 
-    given = parse_config(ResumeConfig, words, "klrl resume RUN")
-    resume("".join(names), total_timesteps=given.total_timesteps)
+    example = "resume needs a run folder: klrl resume runs/ppo-CartPole-v1-0-..."
+    (run,), given = parse_command(ResumeConfig, arguments, "resume RUN", 1, 1, example)
+    resume(run, total_timesteps=given.total_timesteps)
 
 
 def _sweep(arguments: list[str]) -> None:
-    names, words = split_positional(
-        arguments, 2, "sweep needs an agent and an env: klrl sweep ppo CartPole-v1 --seeds 5", 2
-    )
     from klrl.sweep.sweep import SweepConfig, sweep
 
-    given = parse_config(SweepConfig, words, "klrl sweep AGENT ENV")
-    agent, env = names
+    example = "sweep needs an agent and an env: klrl sweep ppo CartPole-v1 --seeds 5"
+    (agent, env), given = parse_command(SweepConfig, arguments, "sweep AGENT ENV", 2, 2, example)
     sweep(agent, env, given)
 
 
 def _report(arguments: list[str]) -> None:
-    names, words = split_positional(arguments, 1, "report needs run folders: klrl report runs/ppo-CartPole-v1-0-...")
     from klrl.analysis.report import ReportConfig, report
 
-    given = parse_config(ReportConfig, words, "klrl report RUN...")
-    print(report(names, given))
+    example = "report needs run folders: klrl report runs/ppo-CartPole-v1-0-..."
+    print(report(*parse_command(ReportConfig, arguments, "report RUN...", 1, math.inf, example)))
 
 
 def _compare(arguments: list[str]) -> None:
-    names, words = split_positional(
-        arguments, 2, "compare needs two runs or checkpoints: klrl compare runs/a runs/b", 2
-    )
     from klrl.analysis.compare import CompareConfig, compare
 
-    given = parse_config(CompareConfig, words, "klrl compare A B")
-    a, b = names
+    example = "compare needs two runs or checkpoints: klrl compare runs/a runs/b"
+    (a, b), given = parse_command(CompareConfig, arguments, "compare A B", 2, 2, example)
     print(compare(a, b, given))
 
 
 def _record(arguments: list[str]) -> None:
-    names, words = split_positional(arguments, 1, "record needs a run folder or checkpoint: klrl record runs/a", 1)
     from klrl.analysis.record import RecordConfig, record
 
-    given = parse_config(RecordConfig, words, "klrl record RUN")
-    for path in record("".join(names), given):
-        print(path)
+    example = "record needs a run folder or checkpoint: klrl record runs/a"
+    (run,), given = parse_command(RecordConfig, arguments, "record RUN", 1, 1, example)
+    print(*record(run, given), sep="\n")
 
 
 def _eval(arguments: list[str]) -> None:
-    names, words = split_positional(
-        arguments, 1, "eval needs a run folder or checkpoint: klrl eval runs/ppo-CartPole-v1-0-...", 1
-    )
     from klrl.training.evaluation import FRESH_SEED, EvalConfig, run_episodes
     from klrl.training.load import load_policy
 
-    given = parse_config(EvalConfig, words, "klrl eval RUN")
-    trained = load_policy("".join(names), given.checkpoint, given.imports)
-    envs = trained.make_envs(given.episodes, given.env_id)
-    score = run_episodes(trained.agent, envs, trained.config.seed + FRESH_SEED, not given.stochastic)
-    envs.close()
+    example = "eval needs a run folder or checkpoint: klrl eval runs/ppo-CartPole-v1-0-..."
+    (run,), given = parse_command(EvalConfig, arguments, "eval RUN", 1, 1, example)
+    trained = load_policy(run, given.checkpoint, given.imports)
+    with closing(trained.make_envs(given.episodes, given.env_id)) as envs:
+        score = run_episodes(trained.agent, envs, trained.config.seed + FRESH_SEED, not given.stochastic)
     env = given.env_id or trained.env
     if given.json:
         print(json.dumps({"env_id": env, **score._asdict()}))
@@ -193,7 +181,7 @@ def _eval(arguments: list[str]) -> None:
 
 
 def _list(arguments: list[str]) -> None:
-    if arguments and arguments[0] in ("-h", "--help"):
+    if wants_help(arguments[:1]):
         print("usage: klrl list\n\nAgents, presets and their measured scores.")
         return
     if arguments:
@@ -214,8 +202,7 @@ def _list(arguments: list[str]) -> None:
 def _plot(arguments: list[str]) -> None:
     with needs("plot", "matplotlib"):
         from klrl.analysis import plots
-    help_wanted = any(word in ("-h", "--help") for word in arguments)
-    name, words = ("FIGURE", arguments) if help_wanted else ("".join(arguments[:1]), arguments[1:])
+    name, words = ("FIGURE", arguments) if wants_help(arguments) else ("".join(arguments[:1]), arguments[1:])
     given = parse(plots.PlotConfig, words, f"klrl plot {name}")
     if name not in plots.FIGURES:
         raise UsageError(
@@ -228,9 +215,8 @@ def _plot(arguments: list[str]) -> None:
 
 def _read_config(path: str, agent: str) -> dict[str, Any]:
     try:
-        options = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise UsageError(f"--config {path}: {problem.strerror or problem}") from None
+        with refusals(f"--config {path}"):
+            options = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise UsageError(f"--config {path} is not valid TOML: {problem}") from None
     if options.pop("agent", agent) != agent:

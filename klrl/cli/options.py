@@ -16,69 +16,46 @@ from klrl.errors import UsageError
 C = TypeVar("C")
 
 
-def split_positional(
-    arguments: Sequence[str], minimum: int, example: str, maximum: int | None = None
-) -> tuple[list[str], list[str]]:
-    """The positional words, which come first, and the options after them; with --help, no word is needed.
+def parse_command(
+    cls: type[C], arguments: Sequence[str], usage: str, least: int, most: float, example: str
+) -> tuple[list[str], C]:
+    """The positional words, which come first, and the dataclass ``cls`` from the options after them, checked.
 
-    Raises UsageError with the ``example`` where there are fewer than ``minimum`` or more than ``maximum`` words.
+    Raises UsageError, with the ``example`` where there are fewer than ``least`` words or more than ``most``.
     """
     count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
-    names, words = list(arguments[:count]), list(arguments[count:])
-    if not any(word in ("-h", "--help") for word in words) and not minimum <= count <= (maximum or count):
+    if not wants_help(arguments[count:]) and not least <= count <= most:
         raise UsageError(example)
-    return names, words
+    return list(arguments[:count]), build(cls, to_dict(parse(cls, arguments[count:], f"klrl {usage}")))
 
 
-def option_values(arguments: Sequence[str], name: str) -> list[str]:
-    """The values given to option ``name``, found without a parser because the parser's defaults depend on them."""
-    found: list[str] = []
-    taking = False
-    for word in arguments:
-        if word.startswith(name + "="):
-            found.append(word.removeprefix(name + "="))
-        taking = (taking and not word.startswith("--")) or word == name
-        if taking and word != name:
-            found.append(word)
-    return found
-
-
-def parse_config(cls: type[C], arguments: Sequence[str], prog: str) -> C:
-    """Build the dataclass ``cls`` from the options ``arguments``, each checked for type and range."""
-    return build(cls, to_dict(parse(cls, arguments, prog)))
+def wants_help(arguments: Sequence[str]) -> bool:
+    """Whether --help is among the arguments, with which no positional word is needed."""
+    return not {"-h", "--help"}.isdisjoint(arguments)
 
 
 def parse(cls: Any, arguments: Sequence[str], prog: str) -> Any:
     """Parse with tyro, and with numbers like 1e5 and 100_000, name=value tables, and errors of one line."""
     import tyro
-    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
+    whole_number = PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: _whole_number(words[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    )
+    table = PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME=VALUE ...]",
+        instance_from_str=lambda words: dict(_pair(word) for word in words),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{key}={json.dumps(part)}" for key, part in value.items()],
+    )
     registry = ConstructorRegistry()
-
-    @registry.primitive_rule
-    def whole_numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
-        if info.type is not int:
-            return None
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="INT",
-            instance_from_str=lambda words: _whole_number(words[0]),
-            is_instance=lambda value: isinstance(value, int),
-            str_from_instance=lambda value: [str(value)],
-        )
-
-    @registry.primitive_rule
-    def tables(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
-        if info.type_origin is not dict and info.type != dict[str, Any]:
-            return None
-        return PrimitiveConstructorSpec(
-            nargs="*",
-            metavar="[NAME=VALUE ...]",
-            instance_from_str=lambda words: dict(_pair(word) for word in words),
-            is_instance=lambda value: isinstance(value, dict),
-            str_from_instance=lambda value: [f"{key}={json.dumps(part)}" for key, part in value.items()],
-        )
-
+    registry.primitive_rule(lambda info: whole_number if info.type is int else None)
+    registry.primitive_rule(lambda info: table if dict in (info.type, info.type_origin) else None)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):

@@ -22,7 +22,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from klrl.errors import EnvironmentFailedError, UsageError
+from klrl.errors import EnvironmentFailedError, UsageError, refusals
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -69,8 +69,7 @@ def save(
     """
     entries = [] if rows is None else _save_rows(folder, rows, saved_rows or [])
     target = folder / f"step-{step:012d}"
-    aside = folder / f"{_TEMPORARY}old-{target.name}-{os.getpid()}"
-    _write_folder(target, aside, {"step": step, "score": score, "state": state}, entries)
+    _write_folder(target, {"step": step, "score": score, "state": state}, entries)
     if saved_rows is not None:
         saved_rows[:] = entries
     return target
@@ -80,15 +79,13 @@ def write(target: Path, state: dict[str, Any]) -> Path:
     """Write ``state`` alone to the folder ``target``, which is new or was written so. Raises UsageError otherwise."""
     if target.exists() and not (target / _MANIFEST).is_file():
         raise UsageError(f"{target} exists and was not written by klrl: name a new folder")
-    aside = target.with_name(f"{_TEMPORARY}old-{target.name}-{os.getpid()}")
-    _write_folder(target, aside, {"step": 0, "score": None, "state": state}, [])
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(_write_folder(target, {"step": 0, "score": None, "state": state}, []), ignore_errors=True)
     return target
 
 
-def _write_folder(target: Path, aside: Path, content: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-    """Write a checkpoint's files beside ``target`` and rename them into place; what is there goes ``aside`` first."""
-    temporary = target.with_name(f"{_TEMPORARY}{target.name}-{os.getpid()}")
+def _write_folder(target: Path, content: dict[str, Any], entries: list[dict[str, Any]]) -> Path:
+    """Write a checkpoint's files beside ``target`` and rename them into place; where what was there was set aside."""
+    temporary, aside = (target.with_name(f"{_TEMPORARY}{old}{target.name}-{os.getpid()}") for old in ("", "old-"))
     tensors: dict[str, Tensor] = {}
     plain = {**content, "state": _split(content["state"], "", tensors)}
     files = {_TENSORS: save_tensors(tensors), _STATE: json.dumps(plain).encode()}
@@ -106,6 +103,7 @@ def _write_folder(target: Path, aside: Path, content: dict[str, Any], entries: l
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    return aside
 
 
 def _save_rows(folder: Path, rows: Rows, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -236,12 +234,10 @@ def resolve(path: Path, which: str = "last") -> Path:
 
     The best has the highest evaluation; without any evaluation it is the last. Raises UsageError where there is none.
     """
-    try:
+    with refusals(str(path)):
         if (path / _MANIFEST).exists() or (path.name.startswith("step-") and not (path / "checkpoints").exists()):
             return path
         is_folder = path.is_dir()
-    except OSError as problem:
-        raise UsageError(f"{path}: {problem.strerror or problem}") from None
     if not is_folder:
         raise UsageError(f"no run or checkpoint at {path}")
     found = steps(path / "checkpoints")

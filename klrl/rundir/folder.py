@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from klrl.errors import UsageError
+from klrl.errors import UsageError, refusals
 
 try:
     import fcntl
@@ -17,19 +17,13 @@ except ModuleNotFoundError:  # Windows
 def make_folder(parent: str, name: str) -> Path:
     """A new folder ``parent/name-time``, numbered where that is taken. Raises UsageError where it cannot be made."""
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "_").replace(":", "_")
-    try:
+    with refusals(f"--run-dir {parent}", "; choose a folder you can write to"):
         os.makedirs(parent, exist_ok=True)
         for number in range(1, 10_000):
             folder = Path(parent) / (stem if number == 1 else f"{stem}-{number}")
-            try:
+            with contextlib.suppress(FileExistsError):
                 folder.mkdir()
-            except FileExistsError:
-                continue
-            return folder
-    except OSError as problem:
-        raise UsageError(
-            f"--run-dir {parent}: {problem.strerror or problem}; choose a folder you can write to"
-        ) from None
+                return folder
     raise UsageError(f"--run-dir {parent}: 10,000 runs of this second lie there already")
 
 
@@ -45,49 +39,53 @@ def replace_file(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run's lock; the system frees it when the process ends, however it ends.
+    """Hold the run's lock.
 
     Raises UsageError where another process holds it, or where the folder cannot be written.
     """
-    try:
-        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-    except OSError as problem:
-        raise UsageError(f"{folder}: {problem.strerror or problem}; the run's folder must be writable") from None
-    try:
-        if not _acquire(handle):
-            owner = os.read(handle, 32).decode(errors="replace").strip()
+    with contextlib.ExitStack() as stack:
+        with refusals(str(folder), "; the run's folder must be writable"):
+            # Ten times: ``in_use`` in another process holds it for an instant.
+            handle = stack.enter_context(try_lock(folder / "lock", 10))
+        if handle is None:
+            owner = (folder / "lock").read_bytes()[:32].decode(errors="replace").strip()
             raise UsageError(f"{folder} is still running, in process {owner or 'unknown'}")
         os.truncate(handle, 0)
         os.write(handle, f"{os.getpid()}\n".encode())
         yield
+
+
+@contextlib.contextmanager
+def try_lock(path: Path, attempts: int = 1) -> Iterator[int | None]:
+    """Lock the file: the handle, which a child process can inherit, or None where another process has the lock.
+
+    The system frees it when the last process that has the handle ends, however it ends.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    try:
+        yield handle if _acquire(handle, attempts) else None
     finally:
         os.close(handle)
 
 
-def _acquire(handle: int) -> bool:
+def _acquire(handle: int, attempts: int = 1, shared: bool = False) -> bool:
     """Try to lock the open file, and return whether that succeeded."""
-    for _ in range(10):  # ``in_use`` in another process holds it for an instant
-        try:
+    for attempt in range(attempts):
+        time.sleep(0.02 if attempt else 0.0)
+        with contextlib.suppress(BlockingIOError):
             if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
             return True
-        except BlockingIOError:
-            time.sleep(0.02)
     return False
 
 
 def in_use(folder: Path) -> bool:
     """Whether a process holds the run's lock at this moment."""
-    if fcntl is None:
-        return False
     try:
         handle = os.open(folder / "lock", os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     except OSError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not _acquire(handle, shared=True)
     finally:
         os.close(handle)
-    return False

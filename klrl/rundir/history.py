@@ -27,21 +27,12 @@ class History:
     folder: Path
     options: dict[str, Any]
     """``config.toml``, groups as tables."""
+    agent: str
+    env: str
+    seed: int
     state: Literal["finished", "running", "stopped"]
     columns: dict[str, Column]
     """[rows] for each tag, nan where a row lacks it; "step" and "wall" (seconds) are among them."""
-
-    @property
-    def agent(self) -> str:
-        return str(self.options["agent"])
-
-    @property
-    def env(self) -> str:
-        return str(self.options["env_id"])
-
-    @property
-    def seed(self) -> int:
-        return int(self.options["seed"])
 
     @property
     def steps(self) -> int:
@@ -79,19 +70,17 @@ def read_history(path: str | Path) -> History:
     try:
         options = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
         total = int(options["total_timesteps"])
-        _ = options["agent"], options["env_id"], int(options["seed"]), options["kl"]["direction"]
+        known = str(options["agent"]), str(options["env_id"]), int(options["seed"])
+        _ = options["kl"]["direction"]
         rows = [row for _, row in read_rows(folder / "metrics.jsonl")]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as problem:
-        raise UsageError(f"{path} is not a run's folder: {_reason(problem)}") from None
+        why = f"{problem.strerror}: {problem.filename}" if isinstance(problem, OSError) else f"config.toml: {problem}"
+        raise UsageError(f"{path} is not a run's folder: {why}") from None
     tags = dict.fromkeys(["step", "wall", *(tag for row in rows for tag in row)])
     columns = {tag: np.array([row.get(tag, math.nan) for row in rows], np.float64) for tag in tags}
     done = bool(rows) and rows[-1]["step"] >= total and "eval/mean_reward" in rows[-1]
     state: Literal["finished", "running", "stopped"] = "running" if in_use(folder) else "stopped"
-    return History(folder, options, "finished" if done else state, columns)
-
-
-def _reason(problem: Exception) -> str:
-    return f"{problem.strerror}: {problem.filename}" if isinstance(problem, OSError) else f"config.toml: {problem}"
+    return History(folder, options, *known, "finished" if done else state, columns)
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, float]]]:

@@ -10,31 +10,28 @@ from typing import Any
 
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary, SummaryMetadata
-from tensorboard.compat.proto.tensor_pb2 import TensorProto
-from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
-from tensorboard.compat.proto.types_pb2 import DT_STRING
-from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from torch.utils.tensorboard.summary import custom_scalars, histogram_raw
 
 from klrl.rundir.folder import replace_file
 from klrl.rundir.history import Column, read_rows
 
-# Custom Scalars: what belongs together in one chart, for every agent.
+# Custom Scalars: what belongs together in one chart, for every agent, as patterns of tags.
 _LAYOUT = {
     "KL": {
-        "KL and its limit": ["kl/mean", "kl/p95", "kl/limit"],
-        "largest KL of a state": ["kl/max"],
-        "share of the limit": ["kl/of_limit"],
-        "coefficients: KL penalty, temperature": ["kl/coef", "train/ent_coef"],
-        "predicted and measured": ["kl/predicted", "kl/mean"],
-        "forward and reverse": ["kl/mean", "kl/reverse"],
-        "exact and sampled": ["kl/mean", "kl/k1", "kl/k3"],
+        "KL and its limit": ["^kl/mean$", "^kl/p95$", "^kl/limit$"],
+        "largest KL of a state": ["^kl/max$"],
+        "share of the limit": ["^kl/of_limit$"],
+        "coefficients: KL penalty, temperature": ["^kl/coef$", "^train/ent_coef$"],
+        "predicted and measured": ["^kl/predicted$", "^kl/mean$"],
+        "forward and reverse": ["^kl/mean$", "^kl/reverse$"],
+        "exact and sampled": ["^kl/mean$", "^kl/k1$", "^kl/k3$"],
     },
     "policy": {
-        "return": ["rollout/ep_rew_mean", "eval/mean_reward"],
-        "entropy": ["entropy/mean", "entropy/target"],
+        "return": ["^rollout/ep_rew_mean$", "^eval/mean_reward$"],
+        "entropy": ["^entropy/mean$", "^entropy/target$"],
     },
 }
 
@@ -58,7 +55,8 @@ class Logger:
             start = SessionLog(status=SessionLog.START)
             self._events.add_event(Event(wall_time=time.time(), step=resume_step, session_log=start))
             return
-        self._add(Summary(value=[_layout_summary()]), 0)
+        charts = {title: {name: ("Multiline", tags) for name, tags in part.items()} for title, part in _LAYOUT.items()}
+        self._add(custom_scalars(charts), 0)  # type: ignore[no-untyped-call]
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hparams.items()}
         self._add(hparams_pb(plain, trial_id=folder.name), 0)
 
@@ -73,16 +71,9 @@ class Logger:
     def write_histogram(self, step: int, tag: str, values: Column) -> None:
         """Record how ``values`` are spread, in 30 bins."""
         counts, edges = np.histogram(values, 30)
-        histogram = HistogramProto(
-            min=values.min(),
-            max=values.max(),
-            num=len(values),
-            sum=values.sum(),
-            sum_squares=np.square(values).sum(),
-            bucket_limit=edges[1:].tolist(),
-            bucket=counts.tolist(),
-        )
-        self._add(Summary(value=[Summary.Value(tag=tag, histo=histogram)]), step)
+        spread = values.min(), values.max(), len(values), values.sum(), np.square(values).sum()
+        bins = edges[1:].tolist(), counts.tolist()
+        self._add(histogram_raw(tag, *spread, *bins), step)  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         self._events.close()
@@ -103,27 +94,9 @@ def _cut(path: Path, step: int) -> float:
     return wall
 
 
-def _layout_summary() -> Any:
-    layout = layout_pb2.Layout(
-        category=[
-            layout_pb2.Category(
-                title=title,
-                chart=[
-                    layout_pb2.Chart(
-                        title=name,
-                        multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag}$" for tag in tags]),
-                    )
-                    for name, tags in charts.items()
-                ],
-            )
-            for title, charts in _LAYOUT.items()
-        ]
-    )
-    return Summary.Value(
-        tag="custom_scalars__config__",
-        tensor=TensorProto(dtype=DT_STRING, tensor_shape=TensorShapeProto(), string_val=[layout.SerializeToString()]),
-        metadata=SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="custom_scalars")),
-    )
+def warn(text: str) -> None:
+    """Print a line on stderr, even where ``quiet``."""
+    print(f"klrl: {text}", file=sys.stderr, flush=True)
 
 
 class Pace:
@@ -179,10 +152,6 @@ class Console:
             widths = (">15", ">9", ">13", "", "")
             words = [f"{word:{width}}" for word, width in zip(_words(step, metrics), widths, strict=False)]
             print("  ".join([f"{100 * min(step / self._total, 1):3.0f}%", *words]).rstrip(), flush=True)
-
-    def warn(self, text: str) -> None:
-        """Print a line on stderr, even where ``quiet``."""
-        print(f"klrl: {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the live line as it is and give the terminal back."""

@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from klrl.agents import registry
@@ -14,13 +15,7 @@ from klrl.config import flatten, merge, to_dict
 from klrl.errors import UsageError
 from klrl.training.run import resolve
 
-_OWN = {
-    "seed": "--seeds",
-    "run_dir": "--run-dir",
-    "quiet": "--quiet",
-    "verbose": "--quiet",
-    "imports": "--import",
-}
+_OWN = {"seed": "--seeds", "run_dir": "--run-dir", "quiet": "--quiet", "verbose": "--quiet", "imports": "--import"}
 
 
 @dataclass(frozen=True)
@@ -65,10 +60,7 @@ def expand(agent: str, env: str, choices: Mapping[str, Sequence[Any]], imports: 
         chosen = dict(zip(choices, values, strict=True))
         options: dict[str, Any] = {"imports": list(imports)} if imports else {}
         for path, value in chosen.items():
-            part: Any = value
-            for key in reversed(path.split(".")):
-                part = {key: part}
-            options = merge(options, part)
+            options = merge(options, reduce(lambda part, key: {key: part}, reversed(path.split(".")), value))
         run, own = resolve(registry.find(agent), env, options)
         options = {"agent": agent, "env_id": env, **to_dict(run), **to_dict(own)}
         texts = {key: f"{key}={_text(flatten(options).get(key, chosen[key]))}" for key in sorted(choices)}

@@ -5,11 +5,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Self, get_args
+from typing import Annotated, Literal, get_args
 
 import tyro
 from rich.console import Console
@@ -22,7 +23,7 @@ from klrl.analysis.report import ReportConfig, report
 from klrl.analysis.scores import score_of
 from klrl.config import Count, PositiveInt
 from klrl.envs.make import EnvConfig, Imports, check, import_module, make_vector
-from klrl.errors import Interrupted, UsageError
+from klrl.errors import Interrupted, refusals
 from klrl.sweep.grid import expand, file_name, parse_choices
 from klrl.sweep.trial import Status, Trial
 from klrl.training.signals import Signals
@@ -66,17 +67,15 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
         if setting.options["env"] not in [other.options["env"] for other in settings[:i]]:
             make_vector(env, 1, EnvConfig(kwargs=setting.options["env"]["kwargs"])).close()
     folder = Path(config.run_dir) / file_name(config.name or f"sweep-{agent}-{env}")
-    try:
+    with refusals(f"--run-dir {config.run_dir}"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise UsageError(f"--run-dir {config.run_dir}: {problem.strerror or problem}") from None
     trials = [Trial(setting, seed, folder / setting.name) for setting in settings for seed in range(config.seeds)]
     for trial in trials:
         trial.read()
     with Signals() as signals:
         try:
-            with Display(trials, config.quiet) as display:
-                _run_trials(trials, config.jobs or _cores(), signals, display)
+            with _display(trials, config.quiet) as show:
+                _run_trials(trials, config.jobs or _cores(), signals, show)
         except BaseException as problem:
             _stop(trials, problem.signum if isinstance(problem, Interrupted) else signal.SIGTERM)
             raise
@@ -87,7 +86,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run_trials(trials: list[Trial], jobs: int, signals: Signals, display: "Display") -> None:
+def _run_trials(trials: list[Trial], jobs: int, signals: Signals, show: Callable[[], None]) -> None:
     """Let at most ``jobs`` processes work until every trial is finished or failed."""
     while True:
         for trial in trials:
@@ -98,7 +97,7 @@ def _run_trials(trials: list[Trial], jobs: int, signals: Signals, display: "Disp
                 trial.begin()  # it may have ended, there
             elif trial.status == "waiting" and free > 0:
                 free -= trial.begin()
-        display.show()
+        show()
         signals.check()
         if all(trial.status in ("finished", "failed") for trial in trials):
             return
@@ -125,42 +124,33 @@ def _stop(trials: list[Trial], signum: int) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-class Display:
-    """The trials' progress: a live table on a terminal; elsewhere a line when a trial begins and when it ends."""
+@contextmanager
+def _display(trials: list[Trial], quiet: bool) -> Iterator[Callable[[], None]]:
+    """What shows the trials' progress: in a live table on a terminal; elsewhere a line where one begins and ends."""
+    shown: dict[int, str] = {}
+    due = 0.0
 
-    def __init__(self, trials: list[Trial], quiet: bool) -> None:
-        self._trials, self._quiet = trials, quiet
-        self._shown: dict[int, str] = {}
-        self._next = 0.0
-        self._live: Live | None = None
-        if not quiet and sys.stdout.isatty():
-            self._live = Live(console=Console(), auto_refresh=False)
+    def print_changes() -> None:
+        for i, trial in enumerate(trials):
+            if trial.status not in ("waiting", shown.get(i)):
+                shown[i] = trial.status
+                print("  ".join(text for text in [*row(trial), trial.problem] if text), flush=True)
 
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if self._live is not None:
-            if kind is None:
-                self._live.update(table(self._trials, len(self._trials)), refresh=True)
-            self._live.stop()
-
-    def show(self) -> None:
-        """Show what has changed."""
-        if self._live is not None and time.monotonic() >= self._next:
-            start = time.monotonic()
-            for trial in self._trials:
+    def redraw() -> None:
+        nonlocal due
+        if (start := time.monotonic()) >= due:
+            for trial in trials:
                 if trial.status in ("running", "elsewhere"):
                     trial.read()
-            self._live.update(table(self._trials, self._live.console.height - 4), refresh=True)
-            self._next = time.monotonic() + max(_REDRAW, 20 * (time.monotonic() - start))  # reading takes time, too
-        elif self._live is None and not self._quiet:
-            for i, trial in enumerate(self._trials):
-                if trial.status not in ("waiting", self._shown.get(i)):
-                    self._shown[i] = trial.status
-                    print("  ".join(text for text in [*row(trial), trial.problem] if text), flush=True)
+            live.update(table(trials, live.console.height - 4), refresh=True)
+            due = time.monotonic() + max(_REDRAW, 20 * (time.monotonic() - start))  # reading takes time, too
+
+    if quiet or not sys.stdout.isatty():
+        yield (lambda: None) if quiet else print_changes
+    else:
+        with Live(console=Console(), auto_refresh=False) as live:
+            yield redraw
+            live.update(table(trials, len(trials)), refresh=True)
 
 
 def row(trial: Trial) -> list[str]:
@@ -202,16 +192,11 @@ def _finish(trials: Sequence[Trial], folder: Path) -> None:
         scores.append((here[0].setting.label, f"{len(runs)} of {len(here)}", text))
     tables.show(("setting", "seeds", "mean return"), scores, "<>>")
     if any(trial.status == "finished" for trial in trials):
-        print(f"report      {_report(folder)}", flush=True)
+        # On every run in the folder, those of an earlier grid included.
+        form: Literal["html", "md"] = "html" if find_spec("matplotlib") else "md"
+        print("report     ", report([str(folder)], ReportConfig(str(folder / f"report.{form}"), form)), flush=True)
     failed = [trial for trial in trials if trial.status == "failed"]
     for trial in failed:
         print(f"klrl: {trial.setting.label} seed {trial.seed} failed: {trial.problem}", file=sys.stderr, flush=True)
     if failed:
         raise ChildProcessError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again")
-
-
-def _report(folder: Path) -> str:
-    """Report on every run in the sweep's folder, those of an earlier grid included; where the report lies."""
-    if find_spec("matplotlib"):
-        return report([str(folder)], ReportConfig(str(folder / "report.html")))
-    return report([str(folder)], ReportConfig(str(folder / "report.md"), "md"))

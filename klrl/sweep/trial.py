@@ -1,20 +1,16 @@
 """The trials of a sweep, one setting with one seed each, whose progress is read from the runs' folders.
 
-While a process works on a trial, it holds the lock of a file that the sweep opened for it; the system frees it when the
-process ends, however it ends. So no trial is worked on twice at once: not by two sweeps, and not after one was killed
-while its processes went on.
+While a process works on a trial, it holds the lock of a file that the sweep opened for it. So no trial is worked on
+twice at once: not by two sweeps, and not after one was killed while its processes went on.
 """
 
 import contextlib
-import fcntl
 import glob
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +18,7 @@ import tomli_w
 
 from klrl.errors import UsageError
 from klrl.rundir import checkpoint
-from klrl.rundir.folder import in_use
+from klrl.rundir.folder import in_use, try_lock
 from klrl.rundir.history import History, read_history, setting_of
 from klrl.sweep.grid import Setting, file_name
 
@@ -66,7 +62,7 @@ class Trial:
         run is finished, and nobody works on it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _try_lock(self.folder / f".{self.stem}.lock") as lock:
+        with try_lock(self.folder / f".{self.stem}.lock") as lock:
             if lock is None or any(map(in_use, self._runs())):
                 self.status, self.problem = "elsewhere", "another process is at work on it"
                 return True
@@ -120,20 +116,6 @@ def _saved_at(run: History) -> int:
     """The step of the run's last checkpoint; -1 where it has none."""
     saved = checkpoint.steps(run.folder / "checkpoints")
     return checkpoint.step_of(saved[-1]) if saved else -1
-
-
-@contextlib.contextmanager
-def _try_lock(path: Path) -> Iterator[int | None]:
-    """Lock the file: the handle, which a child process can inherit, or None where another process has the lock."""
-    handle: int | None = None
-    file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-    try:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            handle = file
-        yield handle
-    finally:
-        os.close(file)
 
 
 def failure_reason(text: str, code: int) -> str:

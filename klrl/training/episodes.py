@@ -33,7 +33,10 @@ class Episodes:
         if len(self._resetting):
             self._number[self._resetting] += 1
             self._begin[self._resetting] = len(self._actions)
-            self._forget()
+            spent = int(self._begin.min())
+            if spent > _SPENT:
+                del self._actions[:spent]
+                self._begin -= spent
         self.steps += len(reward) - len(self._resetting)
         self._returns += reward
         self._lengths += 1
@@ -44,21 +47,12 @@ class Episodes:
             self._returns[rows] = 0.0
             self._lengths[rows] = -1  # the row that resets brings it to 0
 
-    def _forget(self) -> None:
-        spent = int(self._begin.min())
-        if spent > _SPENT:
-            del self._actions[:spent]
-            self._begin -= spent
-
     def figures(self) -> dict[str, float]:
         """Means over the last 100 episodes; empty before the first has ended."""
         if not self.done:
             return {}
         returns, lengths = zip(*self.done, strict=True)
-        return {
-            "rollout/ep_rew_mean": statistics.fmean(returns),
-            "rollout/ep_len_mean": statistics.fmean(lengths),
-        }
+        return {"rollout/ep_rew_mean": statistics.fmean(returns), "rollout/ep_len_mean": statistics.fmean(lengths)}
 
     def forget_unfinished(self) -> None:
         """Where the environments begin anew."""

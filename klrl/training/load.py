@@ -11,8 +11,8 @@ from klrl.envs.make import import_module, make_vector, registered
 from klrl.errors import UsageError
 from klrl.policies.networks import OwnNetwork
 from klrl.rundir import checkpoint
-from klrl.training.loop import Envs
-from klrl.training.run import RunConfig, config_of
+from klrl.training.loop import Envs, RunConfig
+from klrl.training.run import config_of
 
 
 @dataclass(frozen=True)

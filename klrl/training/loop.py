@@ -3,21 +3,22 @@
 import random
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
 from klrl.agents.base import Agent, State, UpdateResult
-from klrl.buffers.protocol import Buffer
-from klrl.envs.make import can_replay
-from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, SkippedUpdateError
+from klrl.config import Count, PositiveInt, Seed, flatten
+from klrl.envs.make import EnvConfig, EnvFactory, Imports, can_replay, make_vector
+from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, SkippedUpdateError, UsageError
+from klrl.policies import spaces
 from klrl.rundir import checkpoint
-from klrl.rundir.logger import Console, Logger
+from klrl.rundir.logger import Console, Logger, warn
 from klrl.training.episodes import Episodes
 from klrl.training.evaluation import EVAL_SEED, FINAL_SEED, Evaluation, run_episodes
 from klrl.training.signals import Signals
@@ -26,6 +27,41 @@ _FINAL_EPISODES = 20
 _MOST_SKIPPED = 10
 _SAVE_SECONDS = 60.0
 Envs = VectorEnv[Any, Any, Any]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    total_timesteps: PositiveInt = 1_000_000
+    """Environment steps to train for; an on-policy run ends with the first whole rollout at or beyond this."""
+    seed: Seed = 0
+    """Seed of weights, environments and sampling."""
+    n_envs: PositiveInt = 8
+    """Environments stepped side by side."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the networks live; auto takes CUDA for image observations where there is one, else the CPU."""
+    threads: PositiveInt = 1
+    """CPU threads of torch; small networks are fastest with one."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Of float32 products; medium rounds to bfloat16, which is faster where the processor has units for it."""
+    run_dir: str = "runs"
+    """The folder in which the run's own folder is made."""
+    eval_every: Count = 20
+    """Updates (off-policy: blocks of kl.every steps) between two evaluations on separate environments; 0 never."""
+    eval_episodes: PositiveInt = 5
+    """Episodes of each of those evaluations; the final one has 20."""
+    save_every: Count = 0
+    """Steps between two checkpoints; 0 saves about once a minute. The last two and the best are kept."""
+    histogram_every: Count = 10
+    """Updates (off-policy: blocks) between two TensorBoard histograms of log10 KL over states; 0 none."""
+    quiet: bool = False
+    """Print only the final evaluation and where the run lies."""
+    verbose: bool = False
+    """Print a line for each update, not only for each tenth of the run."""
+    imports: Imports = ()
+    network: str = ""
+    """A network of one's own in place of hidden layers, module:Class: an nn.Module from inputs to features [B, F] that
+    is made with the observation space."""
+    env: EnvConfig = field(default_factory=EnvConfig)
 
 
 @dataclass
@@ -50,78 +86,82 @@ class Loop:
     """What a run consists of. ``run`` goes on from wherever it stands."""
 
     agent: Agent
-    buffer: Buffer
+    env: str | EnvFactory
     envs: Envs
     episodes: Episodes
-    make_envs: Callable[[int], Envs]
-    """Makes that many environments for an evaluation."""
-    folder: Path
+    config: RunConfig
     options: dict[str, Any]
-    seed: int
-    total: int
-    eval_every: int
-    eval_episodes: int
-    save_every: int
-    histogram_every: int
-    console: Console
-    logger: Logger
+    """The run's ``config.toml``."""
 
     def __post_init__(self) -> None:
         self.progress = Progress()
+        self.buffer = self.agent.new_buffer(self.config.n_envs)
         self.obs: Any = None
         self.signals = Signals()
+        self.resumed_at: int | None = None  # the step from which a restored loop logs
         self.saved_rows: list[dict[str, Any]] = []
         self.per_state: torch.Tensor | None = None  # KL of the last update, until it is logged
         self.provisional = False  # the figures are of an update that goes on if the run does
         self._saved_at, self._saved_time = 0, time.monotonic()
-        self._evaluator: Envs | None = None
+        self._evaluators: dict[int, Envs] = {}
 
-    def restore(self, state: State) -> None:
-        """Go on from the "loop" that ``_save`` wrote; ``episodes`` is restored, and ``envs`` made with its places."""
-        self.progress = Progress(**state["progress"])
-        self.per_state = state["per_state"]
+    def restore(self, source: Path, content: dict[str, Any]) -> None:
+        """Go on from a checkpoint that ``_save`` wrote; ``episodes`` is restored, and ``envs`` made with its places.
+
+        Raises UsageError where the environment has other spaces.
+        """
+        saved = content["state"]
+        for key in ("observation_space", "action_space"):
+            theirs, mine = spaces.from_json(saved[key]), getattr(self.agent, key)
+            if theirs != mine:
+                raise UsageError(f"checkpoint {source} is of a run with {key} {theirs}, but the environment has {mine}")
+        self.agent.load_state_dict(saved["agent"])
+        for start, rows in checkpoint.load_rows(source, content["rows"]):
+            self.buffer.put_rows(start, rows)
+        self.saved_rows, state = content["rows"], saved["loop"]
+        self.progress, self.per_state = Progress(**state["progress"]), state["per_state"]
         self.buffer.load_state_dict(state["buffer"])
-        self.obs, _ = self.envs.reset(seed=self.seed)
+        self.obs, _ = self.envs.reset(seed=self.config.seed)
         if not can_replay(self.envs):
-            self.console.warn("this environment's episodes cannot be replayed: they begin anew")
+            warn("this environment's episodes cannot be replayed: they begin anew")
             self.buffer.forget_unfinished()
             self.episodes.forget_unfinished()
         self._saved_at = self.episodes.steps
+        self.resumed_at = self.progress.logged + 1 if self.progress.figures is None else self.episodes.steps
         _restore_random(state["random"])
 
-    def run(self) -> Evaluation:
-        """Train until the steps are done; the final evaluation. Raises Interrupted after a signal, once saved."""
-        progress = self.progress
-        if self.obs is None:
-            self.obs, _ = self.envs.reset(seed=self.seed)
-        try:
-            with self.signals:
+    def run(self, folder: Path) -> Evaluation:
+        """Train until the steps are done, logging and saving in ``folder``; the final evaluation.
+
+        Raises Interrupted after a signal, once saved.
+        """
+        config, progress, self.checkpoints = self.config, self.progress, folder / "checkpoints"
+        logger = Logger(folder, flatten(self.options), self.resumed_at)
+        self.console = Console(config.total_timesteps, config.quiet, config.verbose)
+        with closing(self.console), closing(logger) as self.logger, self.signals, ExitStack() as self.opened:
+            if self.obs is None:
+                self.obs, _ = self.envs.reset(seed=config.seed)
+            try:
                 while True:
-                    try:
-                        if progress.figures is None:
-                            progress.figures = self._learn()
-                        score = self._assess(progress.figures)
-                    except Interrupted:
-                        self._save(None)
-                        raise
-                    except EnvironmentFailedError:
-                        if self.signals.signum:  # the signal reached the workers, too
-                            self._save(None)
-                            self.signals.check()
-                        raise
+                    if progress.figures is None:
+                        progress.figures = self._learn()
+                    score = self._assess(progress.figures)
                     if score is not None and self.finished:
                         return score
                     progress.figures, progress.began = None, self.episodes.steps
-        except NonFiniteError as problem:
-            saved = checkpoint.steps(self.folder / "checkpoints")
-            kept = f"; the last checkpoint is {saved[-1]}" if saved else ""
-            raise NonFiniteError(f"{problem}, {self.episodes.steps} steps into the run{kept}") from None
-        finally:
-            self._close_evaluator()
+            except (Interrupted, EnvironmentFailedError):
+                if self.signals.signum:  # which may have reached the workers, too
+                    self._save(None)
+                    self.signals.check()
+                raise
+            except NonFiniteError as problem:
+                saved = checkpoint.steps(self.checkpoints)
+                kept = f"; the last checkpoint is {saved[-1]}" if saved else ""
+                raise NonFiniteError(f"{problem}, {self.episodes.steps} steps into the run{kept}") from None
 
     @property
     def finished(self) -> bool:
-        return self.episodes.steps >= self.total
+        return self.episodes.steps >= self.config.total_timesteps
 
     def _learn(self) -> dict[str, float]:
         """Step the environments and update the agent until it reports; the report's figures."""
@@ -162,49 +202,44 @@ class Loop:
                 raise
             self.buffer.add(self.obs, action, reward, terminated, truncated, next_obs)
             self.episodes.add(env_action, reward, terminated | truncated)
-            if "restarted" in info:
-                self._warn(info["restarted"][info["_restarted"]])
+            for reason in info["restarted"][info["_restarted"]] if "restarted" in info else ():
+                warn(f"{reason}; the episode counts as truncated")
+                self.episodes.restarted += 1
             self.obs = next_obs
             if self.agent.ready(self.buffer):
                 due = time.perf_counter()
                 try:
-                    report = self.agent.update(self.buffer, progress.began / self.total)
+                    report = self.agent.update(self.buffer, progress.began / self.config.total_timesteps)
                 except SkippedUpdateError as problem:
-                    self._skip(str(problem))
+                    progress.skipped += 1
+                    if progress.skipped >= _MOST_SKIPPED:
+                        why = f"{_MOST_SKIPPED} updates in a row were skipped, the last as {problem}"
+                        raise NonFiniteError(why) from None
                 learning += time.perf_counter() - due
         return report, learning
 
-    def _skip(self, why: str) -> None:
-        self.progress.skipped += 1
-        if self.progress.skipped >= _MOST_SKIPPED:
-            raise NonFiniteError(f"{_MOST_SKIPPED} updates in a row were skipped, the last as {why}")
-
-    def _warn(self, reasons: Any) -> None:
-        for reason in reasons:
-            self.console.warn(f"{reason}; the episode counts as truncated")
-        self.episodes.restarted += len(reasons)
-
     def _assess(self, learned: dict[str, float]) -> Evaluation | None:
         """Evaluate where it is time, log, and save; the evaluation's score."""
-        progress, steps, figures, score = self.progress, self.episodes.steps, dict(learned), None
+        config, progress, steps = self.config, self.progress, self.episodes.steps
+        figures, score = dict(learned), None
         if self.finished:
             score = self._evaluate(_FINAL_EPISODES, FINAL_SEED)
-        elif self.eval_every and progress.updates % self.eval_every == 0:
-            score = self._evaluate(self.eval_episodes, EVAL_SEED)
+        elif config.eval_every and progress.updates % config.eval_every == 0:
+            score = self._evaluate(config.eval_episodes, EVAL_SEED)
         if score is not None:
             figures["eval/mean_reward"], figures["eval/std_reward"] = score.mean, score.std
             figures["eval/mean_ep_length"] = statistics.fmean(score.lengths)
             if self.finished:
                 figures["eval/final_return"] = score.mean
         self.logger.write(steps, figures)
-        if self.per_state is not None and self.histogram_every and progress.updates % self.histogram_every == 0:
+        if self.per_state is not None and config.histogram_every and progress.updates % config.histogram_every == 0:
             # In logarithms: KLs spread over decades, and on a plain axis all but the largest are one bar.
             magnitudes = self.per_state.double().clamp(1e-12, 1e12).log10().cpu().numpy()
             self.logger.write_histogram(steps, "kl/log10_per_state", magnitudes)
         self.console.update(steps, figures)
         improved = score is not None and score.mean > progress.best
-        by_steps = 0 < self.save_every <= steps - self._saved_at
-        by_time = self.save_every == 0 and time.monotonic() - self._saved_time >= _SAVE_SECONDS
+        by_steps = 0 < config.save_every <= steps - self._saved_at
+        by_time = config.save_every == 0 and time.monotonic() - self._saved_time >= _SAVE_SECONDS
         if self.finished or improved or by_steps or by_time:
             self._save(score)
         progress.best = max(progress.best, score.mean) if score is not None else progress.best
@@ -215,23 +250,20 @@ class Loop:
         """Episodes that leave the global generators as they were, so that training does not depend on them."""
         before = _random_state()
         try:
-            if self._evaluator is None or self._evaluator.num_envs != episodes:
-                self._close_evaluator()
-                self._evaluator = self.make_envs(episodes)
-            return run_episodes(self.agent, self._evaluator, self.seed + seed, check=self.signals.check)
+            if episodes not in self._evaluators:
+                envs = self.opened.enter_context(closing(make_vector(self.env, episodes, self.config.env)))
+                self._evaluators[episodes] = envs
+            seed += self.config.seed
+            return run_episodes(self.agent, self._evaluators[episodes], seed, watch=lambda *_: self.signals.check())
         finally:
             _restore_random(before)
-
-    def _close_evaluator(self) -> None:
-        if self._evaluator is not None:
-            self._evaluator.close()
-            self._evaluator = None
 
     def _save(self, score: Evaluation | None) -> None:
         """Save everything, as it is between two updates or in the middle of collecting."""
         progress = asdict(self.progress)
         if self.provisional:
             progress |= {"figures": None, "updates": self.progress.updates - 1}
+        parts = self.obs if isinstance(self.obs, dict) else {"": self.obs}
         state = {
             **self.agent.description(),
             "options": self.options,
@@ -240,39 +272,23 @@ class Loop:
                 "progress": progress,
                 "episodes": self.episodes.state_dict(),
                 "buffer": self.buffer.state_dict(),
-                "obs": {key: torch.from_numpy(np.array(part)) for key, part in _parts(self.obs)},
+                "obs": {key: torch.from_numpy(np.array(part)) for key, part in parts.items()},
                 "random": _random_state(),
                 "per_state": None if progress["figures"] is None else self.per_state,
                 "complete": self.finished and score is not None,
             },
         }
-        folder = self.folder / "checkpoints"
-        checkpoint.save(
-            folder, self.episodes.steps, state, None if score is None else score.mean, self.buffer, self.saved_rows
-        )
-        checkpoint.prune(folder)
+        mean = None if score is None else score.mean
+        checkpoint.save(self.checkpoints, self.episodes.steps, state, mean, self.buffer, self.saved_rows)
+        checkpoint.prune(self.checkpoints)
         self._saved_at, self._saved_time = self.episodes.steps, time.monotonic()
-
-
-def resume_step(state: State) -> int:
-    """The step from which a loop that is restored from ``state`` logs."""
-    progress = state["progress"]
-    return int(progress["logged"]) + 1 if progress["figures"] is None else int(state["episodes"]["steps"])
-
-
-def _parts(obs: Any) -> list[tuple[str, Any]]:
-    return list(obs.items()) if isinstance(obs, dict) else [("", obs)]
 
 
 def _random_state() -> State:
     """The global generators', which an environment or the user's code may draw from; an agent has its own."""
     kind, keys, *rest = np.random.get_state()  # a tuple, as set_state takes it back
-    version, words, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "numpy": [kind, np.asarray(keys).tolist(), *rest],
-        "python": [version, list(words), gauss],
-    }
+    numpy = [kind, np.asarray(keys).tolist(), *rest]
+    return {"torch": torch.get_rng_state(), "numpy": numpy, "python": random.getstate()}
 
 
 def _restore_random(state: State) -> None:

@@ -1,68 +1,30 @@
-"""One training loop for every agent: collect, update, log, evaluate, save."""
+"""Training runs: begun or gone on with, from options to a folder that holds the run."""
 
 import contextlib
 import gc
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import gymnasium as gym
 import tomli_w
 import torch
-import tyro
 
 from klrl.agents import registry
 from klrl.agents.base import Agent
-from klrl.config import Count, PositiveInt, Seed, build, field_types, flatten, merge, suggest, to_dict
+from klrl.config import Count, build, field_types, merge, suggest, to_dict
 from klrl.envs.make import EnvConfig, EnvFactory, env_name, import_module, make_vector, preset, registered
 from klrl.errors import Interrupted, UsageError
 from klrl.policies import spaces
 from klrl.policies.networks import OwnNetwork, name_of_network, named_network
 from klrl.rundir import checkpoint
 from klrl.rundir.folder import locked, make_folder, replace_file
-from klrl.rundir.logger import Console, Logger
 from klrl.training.episodes import Episodes
 from klrl.training.evaluation import FRESH_SEED, Evaluation, run_episodes
-from klrl.training.loop import Loop, resume_step
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    total_timesteps: PositiveInt = 1_000_000
-    """Environment steps to train for; an on-policy run ends with the first whole rollout at or beyond this."""
-    seed: Seed = 0
-    """Seed of weights, environments and sampling."""
-    n_envs: PositiveInt = 8
-    """Environments stepped side by side."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the networks live; auto takes CUDA for image observations where there is one, else the CPU."""
-    threads: PositiveInt = 1
-    """CPU threads of torch; small networks are fastest with one."""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """Of float32 products; medium rounds to bfloat16, which is faster where the processor has units for it."""
-    run_dir: str = "runs"
-    """The folder in which the run's own folder is made."""
-    eval_every: Count = 20
-    """Updates (off-policy: blocks of kl.every steps) between two evaluations on separate environments; 0 never."""
-    eval_episodes: PositiveInt = 5
-    """Episodes of each of those evaluations; the final one has 20."""
-    save_every: Count = 0
-    """Steps between two checkpoints; 0 saves about once a minute. The last two and the best are kept."""
-    histogram_every: Count = 10
-    """Updates (off-policy: blocks) between two TensorBoard histograms of log10 KL over states; 0 none."""
-    quiet: bool = False
-    """Print only the final evaluation and where the run lies."""
-    verbose: bool = False
-    """Print a line for each update, not only for each tenth of the run."""
-    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
-    """Packages to import first, for the environments they register."""
-    network: str = ""
-    """A network of one's own in place of hidden layers, module:Class: an nn.Module from inputs to features [B, F] that
-    is made with the observation space."""
-    env: EnvConfig = field(default_factory=EnvConfig)
+from klrl.training.loop import Loop, RunConfig
 
 
 @dataclass(frozen=True)
@@ -84,11 +46,8 @@ class Run:
 
     def evaluate(self, episodes: int = 20, deterministic: bool = True, seed: int = 0) -> Evaluation:
         """Episodes with the trained agent that are not those of the final evaluation; another seed gives others."""
-        envs = make_vector(self.env, episodes, self.config.env)
-        try:
+        with contextlib.closing(make_vector(self.env, episodes, self.config.env)) as envs:
             return run_episodes(self.agent, envs, self.config.seed + FRESH_SEED + seed, deterministic)
-        finally:
-            envs.close()
 
 
 def train(
@@ -161,7 +120,7 @@ def resume(
             config = replace(config, total_timesteps=total_timesteps)
         if state["complete"] and config.total_timesteps <= done:
             raise UsageError(f"{path} has its {config.total_timesteps:,} steps; --total-timesteps N trains it further")
-        return _run(agent_class, target, config, agent_config, network, folder, (source, content))
+        return run_training(agent_class, target, config, agent_config, network, folder, (source, content))
 
 
 def run_training(
@@ -170,31 +129,20 @@ def run_training(
     config: RunConfig,
     agent_config: Any,
     network: OwnNetwork | None = None,
-) -> Run:
-    """Train as configured: ``train`` after its options were resolved."""
-    if config.quiet and config.verbose:
-        raise UsageError("--quiet and --verbose contradict each other: give one of them")
-    for package in config.imports:
-        import_module(package, f"--import {package}")
-    return _run(agent_class, env, config, agent_config, network)
-
-
-def _run(
-    agent_class: type[Agent],
-    env: str | EnvFactory,
-    config: RunConfig,
-    agent_config: Any,
-    network: OwnNetwork | None,
     folder: Path | None = None,
     saved: tuple[Path, dict[str, Any]] | None = None,
 ) -> Run:
     """Train in a new folder, or go on in ``folder``, whose lock is held, from the checkpoint and content ``saved``."""
+    if config.quiet and config.verbose:
+        raise UsageError("--quiet and --verbose contradict each other: give one of them")
+    for package in config.imports:
+        import_module(package, f"--import {package}")
     name = agent_class.name()
     if network is None and config.network:
         network = named_network(config.network)
     device = pick_device(config.device, lambda: images_of(env, config.env))
-    options = {"agent": name, "env_id": env_name(env), **to_dict(config), **to_dict(agent_config)}
     try:
+        options = {"agent": name, "env_id": env_name(env), **to_dict(config), **to_dict(agent_config)}
         toml = tomli_w.dumps(options)
         json.dumps(options)  # a checkpoint's form, which holds less
     except TypeError as problem:
@@ -211,43 +159,17 @@ def _run(
         spaces.check_observation_space(envs.single_observation_space)
         spaces_of = envs.single_observation_space, envs.single_action_space
         agent = agent_class(*spaces_of, agent_config, device, config.seed, network)
-        buffer = agent.new_buffer(config.n_envs)
-        step = None
+        loop = Loop(agent, env, envs, episodes, config, options)
         if saved is not None:
             with checkpoint.refusing_misfits(saved[0]):
-                _restore(agent, buffer, *saved)
-                step = resume_step(state)
+                loop.restore(*saved)
         if folder is None:
             folder = make_folder(config.run_dir, f"{name}-{env_name(env)}-{config.seed}")
             stack.enter_context(locked(folder))
         replace_file(folder / "config.toml", toml)
-        console = stack.enter_context(contextlib.closing(Console(config.total_timesteps, config.quiet, config.verbose)))
-        logger = stack.enter_context(contextlib.closing(Logger(folder, flatten(options), step)))
-        loop = Loop(
-            agent,
-            buffer,
-            envs,
-            episodes,
-            lambda count: make_vector(env, count, config.env),
-            folder,
-            options,
-            config.seed,
-            config.total_timesteps,
-            config.eval_every,
-            config.eval_episodes,
-            config.save_every,
-            config.histogram_every,
-            console,
-            logger,
-        )
-        if saved is not None:
-            with checkpoint.refusing_misfits(saved[0]):
-                loop.restore(state)
-            loop.saved_rows = saved[1]["rows"]
         try:
-            score = loop.run()
+            score = loop.run(folder)
         except Interrupted:
-            console.close()
             line = f"stopped after {episodes.steps:,} steps; go on with: klrl resume {folder}"
             print(line, file=sys.stderr, flush=True)
             raise
@@ -279,18 +201,6 @@ def _process_settings(config: RunConfig) -> Iterator[None]:
         torch.set_flush_denormal(flushed)
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
-
-
-def _restore(agent: Agent, buffer: Any, source: Path, content: dict[str, Any]) -> None:
-    """Agent and replay rows from a checkpoint. Raises UsageError where they do not fit."""
-    state = content["state"]
-    for key in ("observation_space", "action_space"):
-        saved, mine = spaces.from_json(state[key]), getattr(agent, key)
-        if saved != mine:
-            raise UsageError(f"checkpoint {source} is of a run with {key} {saved}, but the environment has {mine}")
-    agent.load_state_dict(state["agent"])
-    for start, rows in checkpoint.load_rows(source, content["rows"]):
-        buffer.put_rows(start, rows)
 
 
 def config_of(agent_class: type[Agent], options: Mapping[str, Any]) -> tuple[RunConfig, Any]:
