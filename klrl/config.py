@@ -69,7 +69,10 @@ def build(cls: type[C], data: Mapping[str, Any], path: str = "") -> C:
     """
     fields = field_types(cls)
     # Within a group, what is not given is as this class has it, which need not be the group's own default.
-    groups = {f.name: f.default_factory() for f in dataclasses.fields(cls) if callable(f.default_factory)}  # type: ignore[arg-type]
+    groups = {
+        f.name: f.default_factory() if callable(f.default_factory) else f.default
+        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+    }
     data = {
         key: merge(to_dict(groups[key]), value)
         if dataclasses.is_dataclass(groups.get(key)) and isinstance(value, Mapping)

@@ -126,7 +126,7 @@ def test_an_imported_package_brings_agents_and_networks_to_the_command() -> None
     assert "bonus = 0.25" in config
     assert 'network = "my_package:Net"' in config
     for command in ("eval", "resume"):
-        more = ("--episodes", "1") if command == "eval" else ("--total-timesteps", "1100")
+        more = ("--episodes", "1") if command == "eval" else ("--total-timesteps", "1100", "--import", "my_package")
         done = klrl_command(command, str(folder), *more)
         assert done.returncode == 0, done.stderr
     with pytest.raises(UsageError, match="unknown agent 'mine'"):
@@ -308,6 +308,12 @@ def test_an_agent_of_ones_own_goes_on_from_weights_that_were_touched() -> None:
     next_update(agent)
     assert torch.equal(mlp.layers[0].weight, first), "frozen"
     assert not torch.equal(mlp.layers[1].weight, second), "new, and learning"
+
+
+def test_what_is_no_agent_is_refused_in_one_line() -> None:
+    for bad in (A2CConfig, klrl.OnPolicyAgent, 3):
+        with pytest.raises(UsageError, match=r"is no agent: train takes a name, or a subclass of klrl\.Agent"):
+            klrl.train(bad, "CartPole-v1")  # type: ignore[arg-type]
 
 
 def test_options_are_checked_where_an_agent_is_made() -> None:

@@ -46,13 +46,13 @@ class RunConfig:
     run_dir: str = "runs"
     """The folder in which the run's own folder is made."""
     eval_every: Count = 20
-    """Updates (off-policy: blocks of kl.every steps) between two evaluations on separate environments; 0 never."""
+    """Updates (off-policy: windows of kl.every steps) between two evaluations on separate environments; 0 never."""
     eval_episodes: PositiveInt = 5
     """Episodes of each of those evaluations; the final one has 20."""
     save_every: Count = 0
     """Steps between two checkpoints; 0 saves about once a minute. The last two and the best are kept."""
     histogram_every: Count = 10
-    """Updates (off-policy: blocks) between two TensorBoard histograms of log10 KL over states; 0 none."""
+    """Updates (off-policy: windows) between two TensorBoard histograms of log10 KL over states; 0 none."""
     quiet: bool = False
     """Print only the final evaluation and where the run lies."""
     verbose: bool = False

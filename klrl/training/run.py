@@ -4,8 +4,9 @@ import contextlib
 import gc
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from inspect import isabstract
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,16 @@ import torch
 from klrl.agents import registry
 from klrl.agents.base import Agent
 from klrl.config import Count, build, field_types, merge, suggest, to_dict
-from klrl.envs.make import EnvConfig, EnvFactory, env_name, import_module, make_vector, preset, registered
+from klrl.envs.make import (
+    EnvConfig,
+    EnvFactory,
+    Imports,
+    env_name,
+    import_module,
+    make_vector,
+    preset,
+    registered,
+)
 from klrl.errors import Interrupted, UsageError
 from klrl.policies import spaces
 from klrl.policies.networks import OwnNetwork, name_of_network, named_network
@@ -31,6 +41,7 @@ from klrl.training.loop import Loop, RunConfig
 class ResumeConfig:
     total_timesteps: Count = 0
     """Steps to train for, those done included; 0 keeps the run's own."""
+    imports: Imports = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,8 @@ def train(
     a nan or infinity; the run's checkpoints then stay.
     """
     agent_class = registry.find(agent) if isinstance(agent, str) else agent
+    if not (isinstance(agent_class, type) and issubclass(agent_class, Agent)) or isabstract(agent_class):
+        raise UsageError(f"{agent!r} is no agent: train takes a name, or a subclass of klrl.Agent with all its methods")
     if network is not None:
         config["network"] = network if isinstance(network, str) else name_of_network(network)
     run_config, agent_config = resolve(agent_class, env, config)
@@ -90,13 +103,14 @@ def resume(
     total_timesteps: int = 0,
     agent: type[Agent] | None = None,
     network: OwnNetwork | None = None,
+    imports: Iterable[str] = (),
 ) -> Run:
     """Go on with the run in folder ``path``, in that folder, as if it had not stopped.
 
     From its newest whole checkpoint; rows logged after that are dropped. ``env``, ``agent``, ``network``: the factory,
     class and network of a run that was given such. ``total_timesteps``: a new total, in place of the run's own; more
-    than are done. Raises UsageError where it is still running, where no checkpoint is whole, and where its steps are
-    done.
+    than are done. ``imports``: packages to import first. Raises UsageError where it is still running, where no
+    checkpoint is whole, and where its steps are done.
     """
     folder = Path(path)
     checkpoint.resolve(folder)
@@ -107,7 +121,7 @@ def resume(
         source, content = checkpoint.newest(folder, with_rows=True)
         with checkpoint.refusing_misfits(source):
             options, state = content["state"]["options"], content["state"]["loop"]
-            for package in options["imports"]:
+            for package in [*options["imports"], *imports]:
                 import_module(package, f"--import {package}")
             agent_class = agent or registry.find(options["agent"])
             config, agent_config = config_of(agent_class, options)
