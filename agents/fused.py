@@ -24,7 +24,7 @@ from klrl.policies.policy import Policy
 
 def applies(network: Any, *groups: FlatParameters) -> bool:
     """Whether ``network`` is a plain MLP whose weights, those of ``groups``, are on the CPU and none is frozen."""
-    plain = type(network) is Network and not network.torso.image_keys
+    plain = type(network) is Network and not network.torso.image_keys and network.mlp.is_plain
     return plain and all(group.frozen is None and group.flat.device.type == "cpu" for group in groups)
 
 

@@ -25,7 +25,9 @@ def find(name: str) -> type[Agent]:
         if entry.name == name:
             loaded: type[Agent] = entry.load()
             return loaded
-    imported = [cls for cls in _subclasses(Agent) if cls.name() == name]  # type: ignore[type-abstract]
+    # By where they are defined: of a class that was defined again, as in a notebook's cell, the newest.
+    known_as = {(c.__module__, c.__qualname__): c for c in _subclasses(Agent) if c.name() == name}  # type: ignore[type-abstract]
+    imported = list(known_as.values())
     if len(imported) == 1:
         return imported[0]
     if imported:

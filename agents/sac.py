@@ -70,7 +70,6 @@ class SACConfig:
 
 
 _TRACED = ("train/critic_loss", "train/q_mean", "train/actor_loss", "entropy/sampled")
-_COUNTS = ("n_updates", "steps_seen", "rows_seen")
 
 
 def critic_loss(q: Tensor, target: Tensor) -> Tensor:
@@ -126,7 +125,6 @@ class SAC(Agent):
         self.learning_rate = torch.tensor(config.learning_rate, device=self.device)
         self.noise = CorrelatedNoise(self.rng, config.noise_correlation)
         self.limit = config.kl.make_limit(self.device)
-        self.steps_seen, self.rows_seen = 0, 0
         self._window: Window | None = None
 
     def act(self, obs: Observation, deterministic: bool = False, rng: Any = None) -> Actions:
@@ -150,14 +148,14 @@ class SAC(Agent):
             raise UsageError(
                 f"--gradient-steps {config.gradient_steps}: an update takes 1 to --kl.every steps, not {steps}"
             )
-        self.steps_seen, self.rows_seen, self._window = 0, 0, None
+        self._window = None
         sizes = (self.actions.stored_width, config.buffer_size, n_envs)
         more: Any = (config.gamma, config.n_step, config.buffer_folder, autoreset)
         return ReplayBuffer(self.observation_space, *sizes, *more)
 
     def ready(self, buffer: ReplayBuffer) -> bool:
         warm = buffer.steps >= self.config.learning_starts and buffer.size > 0
-        return warm and buffer.vector_steps - self.rows_seen >= self.config.train_freq
+        return warm and buffer.new_vector_steps >= self.config.train_freq
 
     @torch.no_grad()
     def update(self, buffer: ReplayBuffer, progress: float = 0.0) -> UpdateResult | None:
@@ -167,10 +165,10 @@ class SAC(Agent):
         """
         self.policy_params.sync()
         self.critic_params.sync()
-        steps, made = self.config.gradient_steps, buffer.steps - self.steps_seen
+        steps = self.config.gradient_steps
         if steps < 0:  # the random steps of the beginning do not count
-            steps = min(made, self.config.train_freq * buffer.n_envs)
-        self.steps_seen, self.rows_seen = buffer.steps, buffer.vector_steps
+            steps = min(buffer.new_steps, self.config.train_freq * buffer.n_envs)
+        buffer.new_steps = buffer.new_vector_steps = 0
         result = None
         for _ in range(steps):
             window = self._window or self._begin_window(buffer)
@@ -279,7 +277,7 @@ class SAC(Agent):
             "limit": self.limit.state_dict(),
             "rng": self.rng.bit_generator.state,
             "noise": self.noise.state_dict(),
-            "counts": {name: getattr(self, name) for name in _COUNTS},
+            "n_updates": self.n_updates,
             "window": window,
         }
 
@@ -294,5 +292,4 @@ class SAC(Agent):
         self.limit.load_state_dict(state["limit"])
         self.rng.bit_generator.state = state["rng"]
         self.noise.load_state_dict(state["noise"])
-        for name in _COUNTS:
-            setattr(self, name, int(state["counts"][name]))
+        self.n_updates = int(state["n_updates"])

@@ -11,9 +11,10 @@ from helpers import collect, train
 
 from klrl.agents.base import KLConfig
 from klrl.agents.on_policy import OnPolicyConfig
-from klrl.agents.ppo import PPOConfig
-from klrl.agents.trpo import TRPOConfig
+from klrl.agents.ppo import PPO, PPOConfig
+from klrl.agents.trpo import TRPO, TRPOConfig
 from klrl.envs.make import EnvConfig, make_vector
+from klrl.kl import kl
 
 _COMMON: dict[str, Any] = {
     "n_steps": 32,
@@ -97,3 +98,53 @@ def test_state_continues_bit_for_bit(config: OnPolicyConfig) -> None:
     assert results[0] == results[1]
     assert torch.equal(agent.policy_params.flat, copy.policy_params.flat)
     assert torch.equal(agent.critic_params.flat, copy.critic_params.flat)
+
+
+def test_one_module_for_all_is_copied_so_that_policy_and_critic_share_nothing() -> None:
+    shared = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh())
+    env = make_vector("CartPole-v1", 8, EnvConfig())
+    config = TRPOConfig(n_steps=32, learning_rate=1e-2)
+    agent = TRPO(env.single_observation_space, env.single_action_space, config, network=lambda space: shared)
+    buffer = agent.new_buffer(8)
+    obs, _ = env.reset(seed=0)
+    for _ in range(3):
+        obs = collect(agent, env, buffer, obs)
+        inputs = agent.encoder(buffer.obs_before_steps())
+        before = agent.policy_at(inputs)
+        report = agent.update(buffer).kl
+        after = kl(before, agent.policy_at(inputs))[torch.from_numpy(buffer.valid).flatten()]
+        assert report.mean == pytest.approx(float(after.double().mean()), rel=1e-6)
+        assert 0 < report.mean <= 0.01
+
+
+def test_what_acts_is_what_learns_where_a_layer_is_no_plain_one() -> None:
+    class Mirror(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return -super().forward(x)
+
+    obs = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    for change in ("subclass", "hook", "parametrization", "no bias"):
+        agent = PPO(gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(2))
+        layers: Any = agent.policy.network.mlp.layers  # type: ignore[union-attr]
+        torch.nn.init.normal_(layers[-1].weight)
+        if change == "subclass":
+            layers[-1] = Mirror(64, 2)
+        elif change == "hook":
+            layers[-1].register_forward_hook(lambda module, given, output: -output)
+        elif change == "parametrization":
+            torch.nn.utils.parametrizations.weight_norm(layers[-1])
+        else:
+            layers[-1] = torch.nn.Linear(64, 2, bias=False)
+        acted = agent.predict(obs, deterministic=True)[0]
+        assert (acted == agent.distribution(obs).mode[:, 0].numpy()).all(), change
+
+
+def test_a_frozen_policy_stands_still_and_its_critic_learns() -> None:
+    for kind in (PPO, TRPO):
+        env = make_vector("CartPole-v1", 8, EnvConfig())
+        agent = kind(env.single_observation_space, env.single_action_space, {"n_steps": 32})
+        agent.policy.requires_grad_(False)
+        critic, buffer = agent.critic_params.flat.clone(), agent.new_buffer(8)
+        collect(agent, env, buffer, env.reset(seed=0)[0])
+        assert agent.update(buffer).kl.max == 0.0
+        assert not torch.equal(agent.critic_params.flat, critic)

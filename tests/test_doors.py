@@ -316,6 +316,18 @@ def test_what_is_no_agent_is_refused_in_one_line() -> None:
             klrl.train(bad, "CartPole-v1")  # type: ignore[arg-type]
 
 
+def test_an_agent_that_never_reports_or_takes_a_name_of_klrls_is_refused() -> None:
+    class Silent(A2C):
+        def update(self, rollout: klrl.RolloutBuffer, progress: float = 0.0) -> Any:
+            super().update(rollout, progress)
+
+    with pytest.raises(UsageError, match="silent: neither update nor finish_window gave an UpdateResult"):
+        klrl.train(Silent, "CartPole-v1", total_timesteps=300, n_envs=4, quiet=True)
+    mine = type("PPO", (klrl.PPO,), {})
+    with pytest.raises(UsageError, match="the name 'ppo' is of an agent of klrl's"):
+        klrl.train(mine, "CartPole-v1")
+
+
 def test_options_are_checked_where_an_agent_is_made() -> None:
     box, two = spaces.Box(-1, 1, (4,)), spaces.Discrete(2)
     for agent, config, message in (

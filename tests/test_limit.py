@@ -1,5 +1,6 @@
 """KLLimit: measured, taken back, measured again, adapted; in klrl's order and in anybody's loop."""
 
+import copy
 import math
 from typing import Any, get_args
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from klrl.agents.base import KLConfig, KLTarget, OffPolicyKLConfig
-from klrl.kl import RULES, Dual, KLLimit, at_most, joint, kl, state_mean
+from klrl.kl import RULES, Dual, KLLimit, at_least, at_most, joint, kl, state_mean
 from klrl.kl.limit import Rule
 
 OBS = torch.linspace(-1, 1, 12).view(6, 2)
@@ -187,3 +188,52 @@ def test_a_policy_without_a_closed_form_is_estimated() -> None:
         assert move.exceeded()
     assert move.report.estimated
     assert move.report.mean == pytest.approx(0.5, rel=0.2)
+
+
+def test_a_fresh_torch_optimizer_is_restored_to_having_no_state() -> None:
+    network = made()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1.0)
+    limit = KLLimit(at_most(1e-6), on_overshoot="rollback")
+    for steps in (0, 1):
+        before = copy.deepcopy(optimizer.state_dict())
+        assert len(before["state"]) == steps  # the bias alone has a gradient
+        with limit.update(lambda: policy(network), list(network.parameters()), optimizer=optimizer) as move:
+            network.bias.sum().backward()
+            optimizer.step()
+        assert move.report.rolled_back == 1.0
+        assert len(optimizer.state_dict()["state"]) == steps
+        shift(network, 0.0)
+        optimizer.step()  # so that it has a state
+
+
+def test_weights_that_are_not_the_policys_are_refused_where_they_cannot_hold_it() -> None:
+    for rule in ("rollback", "project"):
+        network = made()
+        others = [weight.detach().clone() for weight in network.parameters()]
+        move = KLLimit(at_most(0.01), on_overshoot=rule).begin(lambda: policy(network), others)  # type: ignore[arg-type]  # noqa: B023
+        shift(network, 1.0)
+        with pytest.raises(ValueError, match="depends on more than the weights that were given"):
+            move.end()
+
+
+def test_weights_that_turned_nan_are_taken_back_before_the_update_is_refused() -> None:
+    network = made()
+    move = KLLimit(at_most(0.01), on_overshoot="project").begin(lambda: policy(network), list(network.parameters()))
+    shift(network, math.nan)
+    with pytest.raises(ValueError, match=r"nan|Normal"):
+        move.end()
+    assert bool(network.bias.isfinite().all())
+
+
+def test_what_does_not_have_one_value_per_state_is_refused_at_the_beginning() -> None:
+    limit, categorical = KLLimit(at_most(0.01)), td.Categorical(logits=torch.zeros(6, 3))
+    for given, message in (
+        ({"actions": torch.zeros(6, 1, dtype=torch.int64)}, "log-probabilities of the actions must have one value"),
+        ({"mask": torch.ones(6, 1, dtype=torch.bool)}, "mask must have one value per state"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            limit.begin(lambda: categorical, **given)
+    with pytest.raises(ValueError, match=r"wrap it in joint"):
+        limit.begin(lambda: td.Normal(torch.zeros(6, 2), 1.0))
+    with pytest.raises(ValueError, match="limited from above"):
+        KLLimit(at_least(0.1))

@@ -18,6 +18,7 @@ from klrl.errors import NonFiniteError, UsageError
 from klrl.policies.encoder import Inputs, ObservationEncoder, replace_rows
 
 Rows = npt.NDArray[np.float32]
+_COUNTS = ("size", "steps", "written", "new_steps", "new_vector_steps")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class ReplayBuffer(Buffer):
             f"image {key}": _storage((2, capacity, *shape), np.uint8, folder)
             for key, shape in self.encoder.images.items()
         }
-        self.size, self.steps, self.vector_steps, self.written = 0, 0, 0, 0
+        self.size, self.steps, self.written = 0, 0, 0
+        self.new_steps, self.new_vector_steps = 0, 0  # since the agent last learned, which sets them to 0
         self._ended: npt.NDArray[np.bool_] = np.zeros(n_envs, np.bool_)
         self._shown: Any = None  # what the environments showed last, where one of them ended
         # Of each environment, the steps whose sum of n rewards is not complete: inputs, action, reward.
@@ -109,7 +111,8 @@ class ReplayBuffer(Buffer):
                 while len(self._pending[env]) == self.n_step or (done and self._pending[env]):
                     self._write_first(env, bool(terminated[env]), _pick(after, env))
         self.steps += len(valid)
-        self.vector_steps += len(valid) > 0
+        self.new_steps += len(valid)
+        self.new_vector_steps += len(valid) > 0
         self._ended = ended & (self.autoreset is AutoresetMode.NEXT_STEP)
         self._shown = replace_rows(next_obs, next_obs, ()) if self._ended.any() else None
 
@@ -130,11 +133,11 @@ class ReplayBuffer(Buffer):
             for i, (before, action, reward) in enumerate(steps):
                 copies = {key: torch.from_numpy(part) for key, part in before.items()}
                 pending[f"{env} {i}"] = {"before": copies, "action": torch.from_numpy(action), "reward": reward}
-        counts = {name: getattr(self, name) for name in ("size", "steps", "vector_steps", "written")}
+        counts = {name: getattr(self, name) for name in _COUNTS}
         return {**counts, "ended": self._ended.tolist(), "pending": pending}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("size", "steps", "vector_steps", "written"):
+        for name in _COUNTS:
             setattr(self, name, state[name])
         self._ended = np.array(state["ended"], np.bool_)
         self._pending = [[] for _ in range(self.n_envs)]

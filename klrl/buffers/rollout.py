@@ -61,6 +61,7 @@ class RolloutBuffer(Buffer):
         """
         if action.shape != self.action.shape[1:]:
             raise ValueError(f"action has shape {action.shape}, the buffer holds {self.action.shape[1:]} a step")
+        terminated, truncated = np.asarray(terminated), np.asarray(truncated)
         ended = terminated | truncated
         reached = led_to(self.autoreset, next_obs, ended, final_obs)
         if self._ended.any() and self._shown:

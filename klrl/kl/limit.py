@@ -1,5 +1,6 @@
 """``KLLimit``: how far an update may move a policy, what holds it back, and what happens where it went too far."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,6 +71,8 @@ class KLLimit:
         self.bound = at_most(math.inf) if bound is None else bound
         if not isinstance(self.bound, Bound):
             raise ValueError(f"bound must be a Bound, such as at_most({bound!r}), got {bound!r}")
+        if self.bound.sign < 0 or self.bound.limit < 0:
+            raise ValueError(f"a KL is limited from above, at 0 or more: at_most(0.02), not {self.bound}")
         for given, known in ((direction, Direction), (check, Check), (on_overshoot, Overshoot)):
             if given not in get_args(known):
                 raise ValueError(f"{given!r} is none of {', '.join(get_args(known))}")
@@ -120,9 +123,10 @@ class Move:
     """An update that is under way: how far it went, and its ``report`` once it has ended.
 
     ``policy()``: the policy at a fixed batch of B states, as it now is. ``weights``: what it depends on, to be taken
-    back in place, and ``optimizer``: what "rollback" restores beside it. ``mask``: bool [B], the states that count.
-    ``actions``: one for each state, drawn from the old policy, for the estimates k1 and k3. ``old``: the policy at the
-    beginning, where it is known already. Raises ValueError where an overshoot is to be taken back without ``weights``.
+    back in place, and ``optimizer``, or its tensors: what "rollback" restores beside it. ``mask``: bool [B], the
+    states that count. ``actions``: one for each state, drawn from the old policy, for the estimates k1 and k3.
+    ``old``: the policy at the beginning, where it is known already. Raises ValueError where these do not have one
+    value per state, and where an overshoot is to be taken back without ``weights``.
     """
 
     def __init__(
@@ -132,19 +136,28 @@ class Move:
         weights: Tensor | Sequence[Tensor] = (),
         mask: Tensor | None = None,
         *,
-        optimizer: Sequence[Tensor] = (),
+        optimizer: torch.optim.Optimizer | Sequence[Tensor] = (),
         actions: Tensor | None = None,
         old: td.Distribution | None = None,
     ) -> None:
         self.limit, self.policy, self.mask, self.actions = limit, policy, mask, actions
         self.weights = [weights] if isinstance(weights, Tensor) else list(weights)
-        self.restored = [*self.weights, *optimizer]
+        self.restored = [*self.weights, *([] if isinstance(optimizer, torch.optim.Optimizer) else optimizer)]
         if limit.on_overshoot != "keep" and not self.weights:
             raise ValueError(f"on_overshoot {limit.on_overshoot!r} takes weights back: give them")
         with torch.no_grad():
             self.old = freeze(policy()) if old is None else old
             self.old_log_prob = None if actions is None else self.old.log_prob(actions)
+        if len(self.old.batch_shape) != 1:
+            raise ValueError(
+                f"the policy has batch shape {tuple(self.old.batch_shape)}, not [B]: wrap it in joint(...)"
+            )
+        for name, given in (("mask", mask), ("log-probabilities of the actions", self.old_log_prob)):
+            if given is not None and given.shape != self.old.batch_shape:
+                raise ValueError(f"{name} must have one value per state: {tuple(given.shape)}, {self.old.batch_shape}")
         self.before = [] if limit.on_overshoot == "keep" else [tensor.detach().clone() for tensor in self.restored]
+        self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
+        self.optimizer_before = copy.deepcopy(self.optimizer.state_dict()) if self.optimizer and self.before else {}
         self.log_ratio: Tensor | None = None
         """log new(a) - log old(a) of ``actions``, [B], at the last measurement."""
         self.stopped_at = 0
@@ -187,23 +200,36 @@ class Move:
     def end(self) -> KLReport:
         """Measure the update, take back what overshot, measure again, and adapt the coefficient.
 
-        Raises ValueError where the new policy has no KL, as its parameters are not finite; nothing adapts then.
+        Raises ValueError where the new policy has no KL, as its parameters are not finite, and where it still is above
+        the limit once it was taken back. Nothing adapts then, and what can be taken back is.
         """
-        limit, report, kept = self.limit, self.check(), 1.0
+        limit, kept = self.limit, 1.0
+        try:
+            report = self.check()
+        except ValueError:
+            self._restore()
+            raise
         reached, beta = report.limited, limit.penalty.coefficient.value
         if limit.on_overshoot != "keep" and not limit.bound.holds(reached):
             kept = self._take_back(reached)
             report = self.check()
+            if not limit.bound.holds(report.limited):
+                raise ValueError("the policy depends on more than the weights that were given to be taken back")
         limit.adapt(reached)
         settled = replace(report, attempted=reached, rolled_back=1 - kept, coefficient=beta)
         self._report = replace(settled, stopped_at=self.stopped_at)
         return self._report
 
+    def _restore(self) -> None:
+        for tensor, before in zip(self.restored, self.before, strict=False):
+            tensor.copy_(before)
+        if self.optimizer is not None and self.before:
+            self.optimizer.load_state_dict(self.optimizer_before)
+
     def _take_back(self, reached: float) -> float:
         """Move the weights back as ``on_overshoot`` says; the fraction of the update that is kept."""
         if self.limit.on_overshoot == "rollback":
-            for tensor, before in zip(self.restored, self.before, strict=True):
-                tensor.copy_(before)
+            self._restore()
             return 0.0
         ends = [weight.detach().clone() for weight in self.weights]
 

@@ -18,6 +18,8 @@ def jacobian(outputs: Sequence[Tensor], group: FlatParameters) -> tuple[Push, Pu
     each output to J^T g, [P].
     """
     weights = {name: p for name, p in group.parameters.items() if p.requires_grad}
+    if not weights:  # all are frozen
+        return lambda _: tuple(torch.zeros_like(output) for output in outputs), lambda _: torch.zeros_like(group.flat)
     with torch.enable_grad():
         # J^T u is linear in u, and the transpose of that map is J.
         probes = [torch.zeros_like(output, requires_grad=True) for output in outputs]

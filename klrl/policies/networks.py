@@ -42,6 +42,15 @@ class MLP(nn.Module):
             x = tanh_(x) if self.activation == "tanh" else x.relu_()
         return last(x)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether every layer is what it was made as, so that its weights say all of it: no subclass, no hook."""
+        modules: Any = self._modules["layers"]
+        return all(
+            type(m) is nn.Linear and m.bias is not None and not m._forward_hooks and not m._forward_pre_hooks
+            for m in modules._modules.values()
+        )
+
     def forward_numpy(self, x: Array) -> Array:
         """The forward pass on views of the weights, which must lie in CPU memory: for acting on a handful of rows,
         where the cost of torch's calls would exceed that of the arithmetic."""
@@ -120,7 +129,8 @@ class FeatureNetwork(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=rng)))
-            features = copy.deepcopy(own) if isinstance(own, nn.Module) else own(encoder.space)
+            # A copy in any case: policy and critic never share weights, whose KL could not be held.
+            features = copy.deepcopy(own if isinstance(own, nn.Module) else own(encoder.space))
             # In evaluation mode, as a policy is a function of its weights: no dropout, no batch's statistics.
             self.features = features.eval()
             try:

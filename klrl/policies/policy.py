@@ -50,8 +50,8 @@ class Policy(nn.Module):
         encoder, parts = self.encoder, self._modules  # looking a module's modules up costs a microsecond each
         network: Any = parts["network"]
         head: Any = parts["head"]
-        if type(network) is Network and encoder.plain and encoder.device.type == "cpu":
-            mlp: Any = network._modules["mlp"]
+        mlp: Any = network._modules["mlp"] if type(network) is Network else None
+        if mlp is not None and encoder.plain and encoder.device.type == "cpu" and mlp.is_plain:
             output = mlp.forward_numpy(encoder.to_numpy(obs))  # type: ignore[arg-type]
         else:
             with torch.inference_mode():

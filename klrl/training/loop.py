@@ -187,11 +187,16 @@ class Loop:
         """Step and update until there is a report; it, and the seconds that the updates took."""
         progress, learning = self.progress, 0.0
         report: UpdateResult | None = None
+        silent = False
         while report is None:
             self.signals.check()
             if self.finished and (report := self.agent.finish_window(self.buffer)) is not None:
                 self.provisional = report.kl.rolled_back == 0
                 break
+            if silent:
+                raise UsageError(
+                    f"{self.agent.name()}: neither update nor finish_window gave an UpdateResult at the end"
+                )
             action = self.agent.act(self.obs)
             env_action = self.agent.env_action(action)
             try:
@@ -210,6 +215,7 @@ class Loop:
                 due = time.perf_counter()
                 try:
                     report = self.agent.update(self.buffer, progress.began / self.config.total_timesteps)
+                    silent = report is None and self.finished
                 except SkippedUpdateError as problem:
                     progress.skipped += 1
                     if progress.skipped >= _MOST_SKIPPED:

@@ -77,6 +77,8 @@ def train(
     agent_class = registry.find(agent) if isinstance(agent, str) else agent
     if not (isinstance(agent_class, type) and issubclass(agent_class, Agent)) or isabstract(agent_class):
         raise UsageError(f"{agent!r} is no agent: train takes a name, or a subclass of klrl.Agent with all its methods")
+    if agent_class.name() in registry.BUILT_IN and registry.find(agent_class.name()) is not agent_class:
+        raise UsageError(f"the name {agent_class.name()!r} is of an agent of klrl's: call {agent!r} otherwise")
     if network is not None:
         config["network"] = network if isinstance(network, str) else name_of_network(network)
     run_config, agent_config = resolve(agent_class, env, config)

@@ -74,10 +74,13 @@ def main(doc: str | None, prefix: str = "", peers: Sequence[str] = tuple(PEERS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", nargs="+", choices=list(works), default=list(works))
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(peers))
+    parser.add_argument("--against", type=Path, help="another checkout of klrl, in place of the peers")
     parser.add_argument("--output", type=Path, help="a file for the table, beside the terminal")
     options = parser.parse_args()
     file = options.output.open("w") if options.output else None
-    for line in table([works[name] for name in options.work], options.peers, options.rounds):
+    chosen = [works[name] for name in options.work]
+    rows = against(chosen, options.against, options.rounds) if options.against else None
+    for line in rows or table(chosen, options.peers, options.rounds):
         print(line, flush=True)
         if file is not None:
             print(line, file=file, flush=True)
@@ -108,10 +111,26 @@ def table(works: list[str], peers: list[str], rounds: int) -> Iterator[str]:
         yield f"Left out, as not installed: {', '.join(missing)}."
 
 
-def measure(one: str, work: str) -> float:
-    """Steps per second of klrl or of a peer, in a process of its own. Exits with what that says where it fails."""
-    command = [sys.executable, str(Path(__file__).with_name("peers.py")), one, json.dumps(WORKS[work])]
-    done = subprocess.run(command, capture_output=True, text=True)
+def against(works: list[str], other: Path, rounds: int) -> Iterator[str]:
+    """The lines of a table of this checkout and an ``other``, in alternation."""
+    yield machine(rounds)
+    yield ""
+    yield "| work | before steps/s | now steps/s | ratio: median (min to max) |"
+    yield "|---|---|---|---|"
+    for work in works:
+        pairs = [(measure("klrl", work, other.resolve()), measure("klrl", work)) for _ in range(rounds)]
+        ratios = [now / before for before, now in pairs]
+        before, now, ratio = (statistics.median(each) for each in (*zip(*pairs, strict=True), ratios))
+        yield f"| {title(work)} | {before:,.0f} | {now:,.0f} | {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
+
+
+def measure(one: str, work: str, root: Path = Path(__file__).resolve().parents[2]) -> float:
+    """Steps per second of klrl (of the checkout ``root``) or of a peer, in a process of its own.
+
+    Exits with what that says where it fails.
+    """
+    command = [sys.executable, str(root / "tests" / "benchmarks" / "peers.py"), one, json.dumps(WORKS[work])]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)})
     if done.returncode:
         raise SystemExit(f"{one} on {work} failed:\n{done.stderr}")
     return float(done.stdout.splitlines()[-1])
