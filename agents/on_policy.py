@@ -173,9 +173,9 @@ class OnPolicyAgent(Agent):
         Returns the norm before, a scalar tensor. learning_rate: a scalar tensor on the agent's device.
         """
         norm = clip_(gradient, max_grad_norm)
-        params = (self.policy_params, self.critic_params)
-        for group, part in zip(params, torch.split(gradient, [p.flat.numel() for p in params]), strict=True):
-            group.adam_step(part, learning_rate)
+        end = self.policy_params.flat.numel()
+        self.policy_params.adam_step(gradient[:end], learning_rate)
+        self.critic_params.adam_step(gradient[end:], learning_rate)
         return norm
 
     def diagnostics(self, batch: Batch) -> dict[str, float]:

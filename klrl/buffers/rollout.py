@@ -63,7 +63,8 @@ class RolloutBuffer(Buffer):
             raise ValueError(f"action has shape {action.shape}, the buffer holds {self.action.shape[1:]} a step")
         terminated, truncated = np.asarray(terminated), np.asarray(truncated)
         ended = terminated | truncated
-        reached = led_to(self.autoreset, next_obs, ended, final_obs)
+        plain = self.autoreset is AutoresetMode.NEXT_STEP and final_obs is None
+        reached = next_obs if plain else led_to(self.autoreset, next_obs, ended, final_obs)
         if self._ended.any() and self._shown:
             check_continues(_row(self.obs, self.filled), obs, self._ended)
         if self.full:

@@ -11,6 +11,7 @@ forbid (logit -inf) drop out. KL >= 0 always and KL(p||p) = 0 exactly.
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
@@ -183,8 +184,13 @@ def concatenate(dists: list[D]) -> D:
     return _map_parameters(dists[0], lambda _: next(whole))
 
 
+@cache
+def _is_parametric(cls: Any) -> bool:  # which Python takes long to find out
+    return issubclass(cls, Parametric)
+
+
 def _map_parameters(dist: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(dist, Parametric):
+    if _is_parametric(type(dist)):
         return dist.map_parameters(function)
     if isinstance(dist, td.Independent):
         return td.Independent(_map_parameters(dist.base_dist, function), dist.reinterpreted_batch_ndims)

@@ -45,22 +45,29 @@ class MLP(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether every layer is what it was made as, so that its weights say all of it: no subclass, no hook."""
-        modules: Any = self._modules["layers"]
-        return all(
-            type(m) is nn.Linear and m.bias is not None and not m._forward_hooks and not m._forward_pre_hooks
-            for m in modules._modules.values()
-        )
+        return self._find() is not None
 
-    def forward_numpy(self, x: Array) -> Array:
-        """The forward pass on views of the weights, which must lie in CPU memory: for acting on a handful of rows,
-        where the cost of torch's calls would exceed that of the arithmetic."""
+    def _find(self) -> list[int] | None:
+        """Where the weights and biases lie, None where a layer is no plain one."""
         modules: Any = self._modules["layers"]
-        layers: list[Any] = [layer._parameters for layer in modules._modules.values()]
-        lie_at = [parameter.data_ptr() for layer in layers for parameter in layer.values()]
+        lie_at: list[int] = []
+        for layer in modules._modules.values():
+            weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+            if type(layer) is not nn.Linear or bias is None or layer._forward_hooks or layer._forward_pre_hooks:
+                return None
+            lie_at += (weight.data_ptr(), bias.data_ptr())
+        return lie_at
+
+    def forward_numpy(self, x: Array) -> Array | None:
+        """The forward pass on views of the weights, which must lie in CPU memory: for acting on a handful of rows,
+        where the cost of torch's calls would exceed that of the arithmetic. None where a layer is no plain one."""
+        lie_at = self._find()
+        if lie_at is None:
+            return None
         if self._numpy[0] != lie_at:  # a layer is new, or lies elsewhere than it did
-            views = [(layer["weight"].detach().numpy().T, layer["bias"].detach().numpy()) for layer in layers]
+            views = [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in self.layers]  # type: ignore[operator]
             self._numpy = lie_at, views
-        views, last = self._numpy[1], len(layers) - 1
+        views, last = self._numpy[1], len(lie_at) // 2 - 1
         for i, (weight, bias) in enumerate(views):
             x = x @ weight
             x += bias

@@ -32,10 +32,12 @@ class FlatParameters:
         self.first_moment, self.second_moment = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
         self.count = torch.zeros((), device=self.flat.device)
         self.frozen: Tensor | None = None
+        self.views = self.unflatten(self.flat)
         self.sync()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.views = self.unflatten(self.flat)
         self.sync()  # a copy's weights are tensors of their own, and no views of its vector
 
     def sync(self) -> None:
@@ -45,25 +47,25 @@ class FlatParameters:
         from the weights that they left. Raises UsageError that names the parameter where shape, number, dtype or device
         are others.
         """
-        now, views = dict(self.module.named_parameters()), self.unflatten(self.flat)
+        now = dict(self.module.named_parameters())
         if now.keys() != self.parameters.keys():
             odd = sorted(now.keys() ^ self.parameters.keys())[0]
             raise UsageError(f"{self.name}.{odd} was added or removed after the agent was made: make a new agent")
-        for name, parameter in now.items():
-            view = views[name]
+        for name, view in self.views.items():
+            parameter = now[name]
+            if parameter.data_ptr() == view.data_ptr() and parameter.dtype == view.dtype:
+                continue
             for what in ("shape", "dtype", "device"):
                 mine, theirs = getattr(view, what), getattr(parameter, what)
                 if mine != theirs:
                     raise UsageError(f"{self.name}.{name} has {what} {theirs}, and was made with {mine}")
-            if parameter.data_ptr() != view.data_ptr():
-                view.copy_(parameter.detach())
-                parameter.data = view
-        self.parameters = now
+            view.copy_(parameter.detach())
+            parameter.data = view
+        self.parameters, frozen = now, [not p.requires_grad for p in now.values()]
         self.frozen = None
-        if any(not p.requires_grad for p in now.values()):
-            self.frozen = torch.cat(
-                [torch.full_like(p, not p.requires_grad, dtype=torch.bool).flatten() for p in now.values()]
-            )
+        if any(frozen):
+            parts = [torch.full_like(p, f, dtype=torch.bool) for p, f in zip(now.values(), frozen, strict=True)]
+            self.frozen = torch.cat([part.flatten() for part in parts])
             self.first_moment[self.frozen] = self.second_moment[self.frozen] = 0.0
 
     @property

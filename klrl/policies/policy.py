@@ -50,10 +50,11 @@ class Policy(nn.Module):
         encoder, parts = self.encoder, self._modules  # looking a module's modules up costs a microsecond each
         network: Any = parts["network"]
         head: Any = parts["head"]
-        mlp: Any = network._modules["mlp"] if type(network) is Network else None
-        if mlp is not None and encoder.plain and encoder.device.type == "cpu" and mlp.is_plain:
+        output = None
+        if type(network) is Network and encoder.plain and encoder.device.type == "cpu":
+            mlp: Any = network._modules["mlp"]
             output = mlp.forward_numpy(encoder.to_numpy(obs))  # type: ignore[arg-type]
-        else:
+        if output is None:
             with torch.inference_mode():
                 output = network(encoder(obs)).cpu().numpy()
         return head.sample(output, rng)

@@ -48,6 +48,7 @@ WORKS: dict[str, dict[str, Any]] = {
 }
 """By name: the agent, what all do alike under SB3's names, and the environment steps before and during the clock."""
 
+_HERE = Path(__file__).resolve().parents[2]
 TITLES = {
     "ppo": "PPO, {env}, {n_envs} x {n_steps} steps, minibatch {batch_size}, {n_epochs} epochs",
     "trpo": "TRPO, {env}, {n_envs} x {n_steps} steps, {cg_max_steps} CG steps, {n_critic_updates} critic passes",
@@ -124,7 +125,7 @@ def against(works: list[str], other: Path, rounds: int) -> Iterator[str]:
         yield f"| {title(work)} | {before:,.0f} | {now:,.0f} | {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
 
 
-def measure(one: str, work: str, root: Path = Path(__file__).resolve().parents[2]) -> float:
+def measure(one: str, work: str, root: Path = _HERE) -> float:
     """Steps per second of klrl (of the checkout ``root``) or of a peer, in a process of its own.
 
     Exits with what that says where it fails.
