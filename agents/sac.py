@@ -4,6 +4,7 @@ Continuous and discrete actions differ in ``sac_continuous`` and ``sac_discrete`
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -193,7 +194,7 @@ class SAC(Agent):
         alpha = torch.tensor(self.temperature.coefficient.value, device=self.device)
         window.trace.append(self._step(batch, noise, alpha, moves=window.move.stopped_at == 0))
         *metrics, entropy, weights = window.trace[-1].tolist()
-        if not torch.tensor([*metrics, entropy, weights]).sum().isfinite():
+        if not math.isfinite(sum(metrics) + entropy + weights):
             self._load_weights(window.before)
             self._window = None
             found = dict(zip(_TRACED, [*metrics, entropy], strict=True))

@@ -190,7 +190,7 @@ def _is_parametric(cls: Any) -> bool:  # which Python takes long to find out
 
 
 def _map_parameters(dist: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if _is_parametric(type(dist)):
+    if _is_parametric(type(dist)):  # type: ignore[arg-type]
         return dist.map_parameters(function)
     if isinstance(dist, td.Independent):
         return td.Independent(_map_parameters(dist.base_dist, function), dist.reinterpreted_batch_ndims)
