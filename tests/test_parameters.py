@@ -283,3 +283,16 @@ def test_a_network_that_is_another_is_refused_by_the_parameters_name(
     change(flat.module)
     with pytest.raises(UsageError, match=message):
         flat.sync()
+
+
+def test_weights_that_were_transposed_in_place_are_taken_in_as_they_are() -> None:
+    module = torch.nn.Linear(3, 3)
+    flat = FlatParameters(module, "policy")
+    wanted = module.weight.detach().t().clone()
+    module.weight.data = module.weight.data.t()
+    flat.sync()
+    assert torch.equal(module.weight, wanted)
+    assert torch.equal(flat.flat[:9].view(3, 3), wanted)
+    module.bias.data = flat.flat[:3].view(1, 3)
+    with pytest.raises(UsageError, match=r"policy.bias has shape"):
+        flat.sync()

@@ -77,7 +77,7 @@ class MLP(nn.Module):
 
 
 def tanh_(x: Tensor) -> Tensor:
-    """tanh in place; without gradients on the CPU NumPy's, which takes a tenth of the time on some processors."""
+    """tanh in place; without gradients on the CPU NumPy's, which some processors do much faster."""
     if torch.is_grad_enabled() or x.device.type != "cpu":
         return x.tanh_()
     array = x.numpy()

@@ -53,13 +53,14 @@ class FlatParameters:
             raise UsageError(f"{self.name}.{odd} was added or removed after the agent was made: make a new agent")
         for name, view in self.views.items():
             parameter = now[name]
-            if parameter.data_ptr() == view.data_ptr() and parameter.dtype == view.dtype:
+            same = all(getattr(parameter, what) == getattr(view, what) for what in ("dtype", "shape"))
+            if same and parameter.data_ptr() == view.data_ptr() and parameter.stride() == view.stride():
                 continue
             for what in ("shape", "dtype", "device"):
                 mine, theirs = getattr(view, what), getattr(parameter, what)
                 if mine != theirs:
                     raise UsageError(f"{self.name}.{name} has {what} {theirs}, and was made with {mine}")
-            view.copy_(parameter.detach())
+            view.copy_(parameter.detach().clone())  # which may be another view of the same vector
             parameter.data = view
         self.parameters, frozen = now, [not p.requires_grad for p in now.values()]
         self.frozen = None
