@@ -41,7 +41,7 @@ class SACConfig:
     """Steps with random actions before the first update."""
     train_freq: PositiveInt = 1
     """Steps of each environment between two updates."""
-    gradient_steps: Annotated[int, Range(-1)] = 1
+    gradient_steps: Annotated[int, Range(-1)] = -1
     """Gradient steps of an update, at most kl.every; -1 takes as many as environment steps were made."""
     batch_size: PositiveInt = 256
     """Transitions of a gradient step."""
@@ -121,8 +121,9 @@ class SAC(Agent):
         self.critic_params, self.target_params = (
             FlatParameters(module, "critic", eps=1e-8) for module in (self.critic, self.target_critic)
         )
-        dual = Dual(config.ent_coef, rate=config.ent_coef_lr / self.actions.dimensions, minimum=1e-6, maximum=1e6)
-        self.temperature = Penalty(at_least(self.actions.target_entropy), dual)
+        rate = config.ent_coef_lr / self.actions.dimensions
+        self.alpha = Dual(config.ent_coef, rate=rate, minimum=1e-6, maximum=1e6)
+        self.temperature = Penalty(at_least(self.actions.target_entropy), self.alpha)
         self.learning_rate = torch.tensor(config.learning_rate, device=self.device)
         self.noise = CorrelatedNoise(self.rng, config.noise_correlation)
         self.limit = config.kl.make_limit(self.device)
@@ -138,7 +139,7 @@ class SAC(Agent):
     @torch.no_grad()
     def value(self, obs: Observation) -> Tensor:
         """What the lower critic expects, [B]: of the mode of continuous actions, over all of discrete ones."""
-        inputs, alpha = self.encoder(obs), torch.tensor(self.temperature.coefficient.value)
+        inputs, alpha = self.encoder(obs), torch.tensor(self.alpha.value)
         return self.actions.value(self.policy(inputs), self.critic, inputs, alpha)
 
     def new_buffer(self, n_envs: int, autoreset: AutoresetMode | str = AutoresetMode.NEXT_STEP) -> ReplayBuffer:
@@ -156,7 +157,7 @@ class SAC(Agent):
 
     def ready(self, buffer: ReplayBuffer) -> bool:
         warm = buffer.steps >= self.config.learning_starts and buffer.size > 0
-        return warm and buffer.new_vector_steps >= self.config.train_freq
+        return warm and buffer.new_steps >= self.config.train_freq * buffer.n_envs
 
     @torch.no_grad()
     def update(self, buffer: ReplayBuffer, progress: float = 0.0) -> UpdateResult | None:
@@ -166,10 +167,9 @@ class SAC(Agent):
         """
         self.policy_params.sync()
         self.critic_params.sync()
-        steps = self.config.gradient_steps
-        if steps < 0:  # the random steps of the beginning do not count
-            steps = min(buffer.new_steps, self.config.train_freq * buffer.n_envs)
-        buffer.new_steps = buffer.new_vector_steps = 0
+        due = self.config.train_freq * buffer.n_envs
+        steps = due if self.config.gradient_steps < 0 else self.config.gradient_steps
+        buffer.new_steps %= due  # what is over counts for the next update; the random steps of the beginning do not
         result = None
         for _ in range(steps):
             window = self._window or self._begin_window(buffer)
@@ -191,7 +191,7 @@ class SAC(Agent):
     def _gradient_step(self, window: Window, batch: Transitions) -> None:
         """Take one step of critics, policy, targets and temperature, and see whether the policy is to stop."""
         noise = self.actions.draw_noise(self.rng, len(batch.reward)).to(self.device)
-        alpha = torch.tensor(self.temperature.coefficient.value, device=self.device)
+        alpha = torch.tensor(self.alpha.value, device=self.device)
         window.trace.append(self._step(batch, noise, alpha, moves=window.move.stopped_at == 0))
         *metrics, entropy, weights = window.trace[-1].tolist()
         if not math.isfinite(sum(metrics) + entropy + weights):
@@ -199,13 +199,25 @@ class SAC(Agent):
             self._window = None
             found = dict(zip(_TRACED, [*metrics, entropy], strict=True))
             raise SkippedUpdateError(f"a loss or weight is not finite after {self.n_updates} gradient steps: {found}")
-        self.temperature.adapt(entropy)
+        self._adapt_temperature(entropy, window.move)
         self.n_updates += 1
         window.steps += 1
         if window.move.stopped_at == 0 and window.steps < self.config.kl.every:
             tenth = max(1, self.config.kl.every // 10)
             if not window.move.exceeded("minibatch", at=window.steps) and window.steps % tenth == 0:
                 window.move.exceeded("epoch", at=window.steps)
+
+    def _adapt_temperature(self, entropy: float, move: Move) -> None:
+        """Let alpha answer the entropy in so far as the policy can answer alpha, so that it does not wind up.
+
+        A stopped policy answers nothing. Under a penalty beta * KL(old || policy) the best policy answers a change of
+        log alpha by alpha / (alpha + beta) of what it does without: the curvatures of both terms in a normal's log
+        scale, or in logits. Half of beta counts, as the penalty begins to pull only once the policy has moved.
+        """
+        alpha, beta = self.alpha.value, self.limit.penalty.coefficient.value
+        share = 0.0 if move.stopped_at else alpha / (alpha + 0.5 * beta)
+        target = self.temperature.bound.limit
+        self.temperature.adapt(target + share * (entropy - target))
 
     def _step(self, batch: Transitions, noise: Tensor, alpha: Tensor, moves: bool) -> Tensor:
         """Adam on both losses and the targets' step: critic loss, mean target, policy loss, entropy, sum of weights.
@@ -247,10 +259,12 @@ class SAC(Agent):
 
     def _end_window(self, window: Window) -> UpdateResult:
         report = window.move.end()
+        if report.rolled_back:  # alpha goes back with the policy that it answered
+            self.alpha.retrace(window.before["alpha"], 1 - report.rolled_back)
         self._window = None
         means = torch.stack(window.trace).double().mean(0).tolist() if window.trace else []
         metrics = dict(zip(_TRACED, means, strict=False))
-        alpha, target = self.temperature.coefficient.value, self.temperature.bound.limit
+        alpha, target = self.alpha.value, self.temperature.bound.limit
         return UpdateResult(report, metrics | {"train/ent_coef": alpha, "entropy/target": target})
 
     def _weights(self) -> State:
@@ -258,14 +272,14 @@ class SAC(Agent):
             "policy": self.policy_params.state_dict(),
             "critic": self.critic_params.state_dict(),
             "target": self.target_params.flat.clone(),
-            "alpha": self.temperature.coefficient.state_dict(),
+            "alpha": self.alpha.state_dict(),
         }
 
     def _load_weights(self, state: Mapping[str, Any]) -> None:
         self.policy_params.load_state_dict(state["policy"])
         self.critic_params.load_state_dict(state["critic"])
         self.target_params.flat.copy_(state["target"])
-        self.temperature.coefficient.load_state_dict(state["alpha"])
+        self.alpha.load_state_dict(state["alpha"])
 
     def state_dict(self) -> State:
         window: State = {}

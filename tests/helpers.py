@@ -58,6 +58,7 @@ QUICK: dict[str, Any] = {
     "quiet": True,
 }
 SMALL_SAC = SACConfig(
+    gradient_steps=1,
     hidden_sizes=(32,),
     batch_size=64,
     learning_starts=64,

@@ -108,7 +108,13 @@ def runs() -> None:
     for seed in (0, 1):
         klrl.train("ppo", "CartPole-v1", total_timesteps=3000, seed=seed, **small)
     klrl.train("trpo", "CartPole-v1", total_timesteps=3000, **small)
-    sac = {"learning_starts": 100, "hidden_sizes": [32], "kl": {"every": 200, "target": 0.5}, "histogram_every": 2}
+    sac = {
+        "learning_starts": 100,
+        "gradient_steps": 1,
+        "hidden_sizes": [32],
+        "kl": {"every": 200, "target": 0.5},
+        "histogram_every": 2,
+    }
     klrl.train("sac", "CartPole-v1", total_timesteps=2000, quiet=True, **sac)
 
 

@@ -19,6 +19,7 @@ SMALL = {
     "trpo": {"n_envs": 4, "n_steps": 50, "batch_size": 50},
     "sac": {
         "n_envs": 2,
+        "gradient_steps": 1,
         "learning_starts": 100,
         "batch_size": 32,
         "hidden_sizes": (16, 16),

@@ -70,7 +70,7 @@ def test_the_discrete_losses_match_a_hand_computed_example() -> None:
     to_bias = agent.critic_params.unflatten(to_critic)["biases.0"].flatten().tolist()
     assert to_bias == pytest.approx([0.0, errors[0], 0.0, errors[1]], rel=1e-5)
     obs = np.zeros((1, 1), np.float32)
-    alpha = agent.temperature.coefficient.value
+    alpha = agent.alpha.value
     value = sum(x * (q - alpha * math.log(x)) for x, q in zip(p, lower, strict=True))
     assert float(agent.value(obs)) == pytest.approx(value, rel=1e-5)
 

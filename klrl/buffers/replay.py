@@ -18,7 +18,7 @@ from klrl.errors import NonFiniteError, UsageError
 from klrl.policies.encoder import Inputs, ObservationEncoder, replace_rows
 
 Rows = npt.NDArray[np.float32]
-_COUNTS = ("size", "steps", "written", "new_steps", "new_vector_steps")
+_COUNTS = ("size", "steps", "written", "new_steps")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ReplayBuffer(Buffer):
             for key, shape in self.encoder.images.items()
         }
         self.size, self.steps, self.written = 0, 0, 0
-        self.new_steps, self.new_vector_steps = 0, 0  # since the agent last learned, which sets them to 0
+        self.new_steps = 0  # since the agent last learned, which counts them down
         self._ended: npt.NDArray[np.bool_] = np.zeros(n_envs, np.bool_)
         self._shown: Any = None  # what the environments showed last, where one of them ended
         # Of each environment, the steps whose sum of n rewards is not complete: inputs, action, reward.
@@ -112,7 +112,6 @@ class ReplayBuffer(Buffer):
                     self._write_first(env, bool(terminated[env]), _pick(after, env))
         self.steps += len(valid)
         self.new_steps += len(valid)
-        self.new_vector_steps += len(valid) > 0
         self._ended = ended & (self.autoreset is AutoresetMode.NEXT_STEP)
         self._shown = replace_rows(next_obs, next_obs, ()) if self._ended.any() else None
 

@@ -180,6 +180,11 @@ class Dual:
         lowest, highest = self._range
         self._log_value = min(max(self._log_value + min(max(step, -1.0), 1.0), lowest), highest)
 
+    def retrace(self, before: dict[str, float], kept: float) -> None:
+        """Keep the fraction ``kept`` of the way in log value since ``before``, a state_dict; 0 goes back to it."""
+        self._log_value = before["log_value"] + kept * (self._log_value - before["log_value"])
+        self._last_excess = before.get("last_excess")
+
     def state_dict(self) -> dict[str, float]:
         last = {} if self._last_excess is None else {"last_excess": self._last_excess}
         return {"log_value": self._log_value, **last}
