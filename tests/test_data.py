@@ -108,6 +108,14 @@ def test_reward_scale_is_the_deviation_of_the_discounted_return() -> None:
     assert np.allclose(half[1], reward[25:] / np.std(seen), rtol=1e-4)
 
 
+@pytest.mark.parametrize("unit", [1e-12, 1e-5, 1e8])
+def test_the_scale_of_rewards_does_not_depend_on_their_unit(unit: float) -> None:
+    reward = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    ended, valid = np.zeros((50, 3), np.bool_), np.ones((50, 3), np.bool_)
+    scaled = [RewardScale(0.9)((reward * factor).astype(np.float32), ended, valid) for factor in (1.0, unit)]
+    assert np.allclose(scaled[1], scaled[0], rtol=1e-4)
+
+
 def test_rewards_without_variance_are_left_alone() -> None:
     scale, ended = RewardScale(0.99), np.ones((5, 2), np.bool_)
     assert scale(np.ones((5, 2), np.float32), ended, ended).tolist() == [[1.0, 1.0]] * 5

@@ -73,7 +73,7 @@ class RewardScale:
             self.mean = float(self.mean + delta * len(sample) / total)
             self.count = float(total)
         deviation = np.sqrt(self.var)
-        if deviation <= 1e-4 * (1.0 + abs(self.mean)):  # returns that do not vary have no scale to be divided by
+        if deviation <= 1e-4 * abs(self.mean):  # returns that do not vary have no scale to be divided by
             return reward
         return (reward / deviation).astype(np.float32)
 
