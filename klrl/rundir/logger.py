@@ -12,7 +12,7 @@ import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard.summary import custom_scalars, histogram_raw
 
 from klrl.rundir.folder import replace_file
@@ -49,7 +49,8 @@ class Logger:
             # TensorBoard reads files in the order of their names, which begin with the second.
             while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
                 time.sleep(0.05)
-        self._events = EventFileWriter(str(folder))
+        # Looked up now, as other packages (wandb with sync_tensorboard) put a writer of theirs in its place.
+        self._events = event_file_writer.EventFileWriter(str(folder))
         self._lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         if resume_step is not None:
             start = SessionLog(status=SessionLog.START)
