@@ -23,7 +23,7 @@ from klrl.cli.main import main
 from klrl.envs.probes import OneStep
 from klrl.kl import kl
 from klrl.rundir import checkpoint
-from klrl.training.evaluation import FRESH_SEED, run_episodes
+from klrl.training.evaluation import evaluation_seed, run_episodes
 from klrl.training.load import LoadedPolicy, load_policy
 from klrl.training.run import RunConfig
 
@@ -98,7 +98,7 @@ def test_a_video_has_a_frame_for_each_state_as_the_environment_draws_it(run: str
     def draw(*_: Any) -> None:
         expected.append(envs.render())
 
-    score = run_episodes(trained.agent, envs, trained.config.seed + FRESH_SEED, watch=draw)
+    score = run_episodes(trained.agent, envs, evaluation_seed("afterwards", trained.config.seed), watch=draw)
     envs.close()
     for i, path in enumerate(paths):
         about, frames = watch(path)

@@ -26,7 +26,7 @@ from klrl.policies.distributions import MultiCategorical
 from klrl.policies.encoder import Observation
 from klrl.policies.spaces import category_sizes
 from klrl.policies.squashed import SquashedHead, SquashedNormal
-from klrl.training.evaluation import FRESH_SEED, Evaluation, run_episodes
+from klrl.training.evaluation import Evaluation, evaluation_seed, run_episodes
 from klrl.training.load import LoadedPolicy, load_policy
 from klrl.training.loop import Envs
 
@@ -111,7 +111,7 @@ def compare_policies(old: LoadedPolicy, new: LoadedPolicy, config: CompareConfig
     NonFiniteError where a policy is nan.
     """
     _check_alike(old, new)
-    agents, seed = (old.agent, new.agent), config.seed + FRESH_SEED
+    agents, seed = (old.agent, new.agent), evaluation_seed("afterwards", config.seed)
     visited, returns = [], []
     for agent in agents:
         with closing(old.make_envs(min(_ENVS, config.steps), config.env)) as envs:

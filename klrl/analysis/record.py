@@ -22,7 +22,7 @@ from klrl.kl import kl
 from klrl.policies.distributions import MultiCategorical
 from klrl.policies.encoder import Observation
 from klrl.rundir import checkpoint
-from klrl.training.evaluation import FRESH_SEED, run_episodes
+from klrl.training.evaluation import evaluation_seed, run_episodes
 from klrl.training.load import LoadedPolicy, load_policy
 from klrl.training.loop import Envs
 
@@ -77,7 +77,7 @@ def record(path: str, config: RecordConfig) -> list[Path]:
             for i in np.flatnonzero(~running).tolist():
                 videos[i].finish()
 
-        seed = trained.config.seed + FRESH_SEED + config.seed
+        seed = evaluation_seed("afterwards", trained.config.seed, config.seed)
         run_episodes(trained.agent, envs, seed, not config.stochastic, capture, config.max_steps)
         for video in videos:
             video.finish()

@@ -55,8 +55,9 @@ class History:
 
     @property
     def final_return(self) -> float:
-        """The final evaluation's mean; of an unfinished run, the last 100 training episodes'."""
-        return self.last("eval/mean_reward" if self.state == "finished" else "rollout/ep_rew_mean")
+        """The final evaluation's mean; of a run without one, the last 100 training episodes'."""
+        evaluated = self.state == "finished" and self.options.get("final_episodes") != 0
+        return self.last("eval/mean_reward" if evaluated else "rollout/ep_rew_mean")
 
 
 def setting_of(options: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +79,8 @@ def read_history(path: str | Path) -> History:
         raise UsageError(f"{path} is not a run's folder: {why}") from None
     tags = dict.fromkeys(["step", "wall", *(tag for row in rows for tag in row)])
     columns = {tag: np.array([row.get(tag, math.nan) for row in rows], np.float64) for tag in tags}
-    done = bool(rows) and rows[-1]["step"] >= total and "eval/mean_reward" in rows[-1]
+    evaluated = bool(rows) and ("eval/mean_reward" in rows[-1] or options.get("final_episodes") == 0)
+    done = evaluated and rows[-1]["step"] >= total
     state: Literal["finished", "running", "stopped"] = "running" if in_use(folder) else "stopped"
     return History(folder, options, *known, "finished" if done else state, columns)
 

@@ -1,5 +1,6 @@
 """Whole episodes with an agent that does not learn: during training, at its end, and whenever one asks."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -12,9 +13,17 @@ from klrl.config import PositiveInt
 from klrl.envs.make import Imports
 from klrl.policies.encoder import Observation
 
-# Evaluations are seeded this far from training: those along the way, the final one, and those asked for afterwards.
-EVAL_SEED, FINAL_SEED, FRESH_SEED = 1_000_000, 1_000_001, 2_000_000
+_PURPOSES = ("during", "final", "afterwards")
 _MOST_EVAL_STEPS = 27_000  # of an episode that neither the environment nor the policy ends; Atari's half hour
+
+
+def evaluation_seed(purpose: Literal["during", "final", "afterwards"], run_seed: int, number: int = 0) -> int:
+    """The seed of a run's evaluations, below 2^31: hashed, so that those of neighbouring runs share no episode.
+
+    ``number``: of evaluations that are asked for afterwards, each with episodes of its own.
+    """
+    words = np.random.SeedSequence([run_seed, number], spawn_key=(_PURPOSES.index(purpose),)).generate_state(1)
+    return int(words[0]) >> 1
 
 
 class Evaluation(NamedTuple):
@@ -24,6 +33,9 @@ class Evaluation(NamedTuple):
     std: float
     returns: list[float]
     lengths: list[int]
+
+
+NO_EPISODES = Evaluation(math.nan, math.nan, [], [])
 
 
 @dataclass(frozen=True)

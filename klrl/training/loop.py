@@ -1,6 +1,5 @@
 """The training loop of every agent: collect and learn until there is a report, then evaluate, log and save."""
 
-import random
 import statistics
 import time
 from contextlib import ExitStack, closing
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
-from klrl.agents.base import Agent, State, UpdateResult
+from klrl.agents.base import Agent, UpdateResult
 from klrl.config import Count, PositiveInt, Seed, flatten
 from klrl.envs.make import EnvConfig, EnvFactory, Imports, can_replay, make_vector
 from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, SkippedUpdateError, UsageError
@@ -20,10 +19,10 @@ from klrl.policies import spaces
 from klrl.rundir import checkpoint
 from klrl.rundir.logger import Console, Logger, warn
 from klrl.training.episodes import Episodes
-from klrl.training.evaluation import EVAL_SEED, FINAL_SEED, Evaluation, run_episodes
+from klrl.training.evaluation import NO_EPISODES, Evaluation, evaluation_seed, run_episodes
+from klrl.training.randomness import random_state, random_state_kept, restore_random_state
 from klrl.training.signals import Signals
 
-_FINAL_EPISODES = 20
 _MOST_SKIPPED = 10
 _SAVE_SECONDS = 60.0
 Envs = VectorEnv[Any, Any, Any]
@@ -48,7 +47,9 @@ class RunConfig:
     eval_every: Count = 20
     """Updates (off-policy: windows of kl.every steps) between two evaluations on separate environments; 0 never."""
     eval_episodes: PositiveInt = 5
-    """Episodes of each of those evaluations; the final one has 20."""
+    """Episodes of each of those evaluations."""
+    final_episodes: Count = 20
+    """Episodes of the final evaluation, once everything is saved and the training environments are closed; 0 none."""
     save_every: Count = 0
     """Steps between two checkpoints; 0 saves about once a minute. The last two and the best are kept."""
     histogram_every: Count = 10
@@ -128,7 +129,7 @@ class Loop:
             self.episodes.forget_unfinished()
         self._saved_at = self.episodes.steps
         self.resumed_at = self.progress.logged + 1 if self.progress.figures is None else self.episodes.steps
-        _restore_random(state["random"])
+        restore_random_state(state["random"])
 
     def run(self, folder: Path) -> Evaluation:
         """Train until the steps are done, logging and saving in ``folder``; the final evaluation.
@@ -146,8 +147,8 @@ class Loop:
                     if progress.figures is None:
                         progress.figures = self._learn()
                     score = self._assess(progress.figures)
-                    if score is not None and self.finished:
-                        return score
+                    if self.finished:
+                        return score or NO_EPISODES
                     progress.figures, progress.began = None, self.episodes.steps
             except (Interrupted, EnvironmentFailedError):
                 if self.signals.signum:  # which may have reached the workers, too
@@ -228,10 +229,12 @@ class Loop:
         """Evaluate where it is time, log, and save; the evaluation's score."""
         config, progress, steps = self.config, self.progress, self.episodes.steps
         figures, score = dict(learned), None
-        if self.finished:
-            score = self._evaluate(_FINAL_EPISODES, FINAL_SEED)
+        if self.finished and config.final_episodes:
+            self._save(None)  # an evaluation may fail, or take longer than anyone waits
+            self._close_environments()
+            score = self._evaluate(config.final_episodes, evaluation_seed("final", config.seed))
         elif config.eval_every and progress.updates % config.eval_every == 0:
-            score = self._evaluate(config.eval_episodes, EVAL_SEED)
+            score = self._evaluate(config.eval_episodes, evaluation_seed("during", config.seed))
         if score is not None:
             figures["eval/mean_reward"], figures["eval/std_reward"] = score.mean, score.std
             figures["eval/mean_ep_length"] = statistics.fmean(score.lengths)
@@ -254,15 +257,17 @@ class Loop:
 
     def _evaluate(self, episodes: int, seed: int) -> Evaluation:
         """Episodes that leave the global generators as they were, so that training does not depend on them."""
-        before = _random_state()
-        try:
+        with random_state_kept():
             if episodes not in self._evaluators:
                 envs = self.opened.enter_context(closing(make_vector(self.env, episodes, self.config.env)))
                 self._evaluators[episodes] = envs
-            seed += self.config.seed
             return run_episodes(self.agent, self._evaluators[episodes], seed, watch=lambda *_: self.signals.check())
-        finally:
-            _restore_random(before)
+
+    def _close_environments(self) -> None:
+        """Close those of training and evaluation, for tasks of which no two instances may exist."""
+        for envs in (self.envs, *self._evaluators.values()):
+            envs.close()
+        self._evaluators.clear()
 
     def _save(self, score: Evaluation | None) -> None:
         """Save everything, as it is between two updates or in the middle of collecting."""
@@ -279,26 +284,12 @@ class Loop:
                 "episodes": self.episodes.state_dict(),
                 "buffer": self.buffer.state_dict(),
                 "obs": {key: torch.from_numpy(np.array(part)) for key, part in parts.items()},
-                "random": _random_state(),
+                "random": random_state(),
                 "per_state": None if progress["figures"] is None else self.per_state,
-                "complete": self.finished and score is not None,
+                "complete": self.finished and (score is not None or not self.config.final_episodes),
             },
         }
         mean = None if score is None else score.mean
         checkpoint.save(self.checkpoints, self.episodes.steps, state, mean, self.buffer, self.saved_rows)
         checkpoint.prune(self.checkpoints)
         self._saved_at, self._saved_time = self.episodes.steps, time.monotonic()
-
-
-def _random_state() -> State:
-    """The global generators', which an environment or the user's code may draw from; an agent has its own."""
-    kind, keys, *rest = np.random.get_state()  # a tuple, as set_state takes it back
-    numpy = [kind, np.asarray(keys).tolist(), *rest]
-    return {"torch": torch.get_rng_state(), "numpy": numpy, "python": random.getstate()}
-
-
-def _restore_random(state: State) -> None:
-    torch.set_rng_state(state["torch"])
-    np.random.set_state(tuple(state["numpy"]))
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))

@@ -33,8 +33,9 @@ from klrl.policies.networks import OwnNetwork, name_of_network, named_network
 from klrl.rundir import checkpoint
 from klrl.rundir.folder import locked, make_folder, replace_file
 from klrl.training.episodes import Episodes
-from klrl.training.evaluation import FRESH_SEED, Evaluation, run_episodes
+from klrl.training.evaluation import Evaluation, evaluation_seed, run_episodes
 from klrl.training.loop import Loop, RunConfig
+from klrl.training.randomness import random_state_kept
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,13 @@ class Run:
     env: str | EnvFactory
     config: RunConfig
     score: Evaluation
-    """The final evaluation, 20 episodes."""
+    """The final evaluation; of no episodes and nan with ``final_episodes`` 0."""
 
     def evaluate(self, episodes: int = 20, deterministic: bool = True, seed: int = 0) -> Evaluation:
         """Episodes with the trained agent that are not those of the final evaluation; another seed gives others."""
         with contextlib.closing(make_vector(self.env, episodes, self.config.env)) as envs:
-            return run_episodes(self.agent, envs, self.config.seed + FRESH_SEED + seed, deterministic)
+            chosen = evaluation_seed("afterwards", self.config.seed, seed)
+            return run_episodes(self.agent, envs, chosen, deterministic)
 
 
 def train(
@@ -157,14 +159,17 @@ def run_training(
     if network is None and config.network:
         network = named_network(config.network)
     device = pick_device(config.device, lambda: images_of(env, config.env))
+    # A resumed run keeps its name, whatever the factory that it is given is called.
+    env_id = env_name(env) if saved is None else saved[1]["state"]["options"]["env_id"]
     try:
-        options = {"agent": name, "env_id": env_name(env), **to_dict(config), **to_dict(agent_config)}
+        options = {"agent": name, "env_id": env_id, **to_dict(config), **to_dict(agent_config)}
         toml = tomli_w.dumps(options)
         json.dumps(options)  # a checkpoint's form, which holds less
     except TypeError as problem:
         raise UsageError(f"--env.kwargs holds a value that a config file or checkpoint cannot: {problem}") from None
     episodes, positions = Episodes(config.n_envs), []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(random_state_kept(config.seed))
         if saved is not None:
             with checkpoint.refusing_misfits(saved[0]):
                 state = saved[1]["state"]["loop"]
@@ -180,7 +185,7 @@ def run_training(
             with checkpoint.refusing_misfits(saved[0]):
                 loop.restore(*saved)
         if folder is None:
-            folder = make_folder(config.run_dir, f"{name}-{env_name(env)}-{config.seed}")
+            folder = make_folder(config.run_dir, f"{name}-{env_id}-{config.seed}")
             stack.enter_context(locked(folder))
         replace_file(folder / "config.toml", toml)
         try:
@@ -189,7 +194,8 @@ def run_training(
             line = f"stopped after {episodes.steps:,} steps; go on with: klrl resume {folder}"
             print(line, file=sys.stderr, flush=True)
             raise
-    print(f"evaluation  {score.mean:.1f} +- {score.std:.1f} over {len(score.returns)} episodes")
+    if score.returns:
+        print(f"evaluation  {score.mean:.1f} +- {score.std:.1f} over {len(score.returns)} episodes")
     print(f"run         {folder}")
     print(f"watch       tensorboard --logdir {config.run_dir}", flush=True)
     return Run(agent, folder, env, config, score)
