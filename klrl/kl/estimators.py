@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from klrl.kl.divergence import raise_nan
+from klrl.kl.divergence import NoClosedFormError, name_of, raise_nan
 
 
 @contextmanager
@@ -68,21 +68,32 @@ def kl_estimate(log_ratio: Tensor, kind: Literal["k1", "k2", "k3"] = "k3") -> Es
 
 
 def mc_kl(old: td.Distribution, new: td.Distribution, n: int = 256) -> StateEstimates:
-    """Estimate KL(old || new) per state from ``n`` samples of ``old`` for each, by k3: never negative.
+    """Estimate KL(old || new) per state, from ``n`` samples of each of the two for each.
 
-    Unbiased where old has mass wherever new has; elsewhere it is too small by new's mass outside of old's support. For
-    pairs without a closed form (mixtures). Needs ``old.sample`` and both ``log_prob``; no gradients. A sample that
-    ``new`` cannot produce makes the estimate infinite. Raises ValueError for fewer than 2 samples, and for parameters
-    that are nan.
+    For pairs without a closed form (mixtures). With m = (old + new) / 2 and r = new / old it is the mean over m of
+    old/m * (r - 1 - log r): unbiased whatever the supports, never negative, and of a weight that is at most 2, where
+    the mean over old alone (k3) has infinite variance as soon as one standard deviation grows by 1.42.
+    Source: multiple importance sampling with the balance heuristic, Veach and Guibas (1995), section 3.3.
+
+    Needs ``sample`` and ``log_prob`` of both; no gradients. A sample of old that ``new`` cannot produce makes the
+    estimate infinite. Raises ValueError for fewer than 2 samples, for parameters that are nan, and where one of the two
+    cannot be sampled or score samples.
     """
     size = _size(n)
     with torch.no_grad():
-        sample = old.sample(size)
-        x = (_log_prob(new, sample) - old.log_prob(sample)).double()
-        terms = torch.expm1(x) - x
-        if bool(terms.isnan().any()):
+        try:
+            ratios = [(_log_prob(new, x) - _log_prob(old, x)).double() for x in (old.sample(size), new.sample(size))]
+        except NotImplementedError:
+            names = f"{name_of(old)} and {name_of(new)}"
+            raise NoClosedFormError(f"{names}: one has no sample or log_prob to estimate their KL from") from None
+        # old/m = 2 / (1 + r), times r - 1 - log r; 2 where old has no mass.
+        terms = [2 * (torch.tanh(x / 2) - x * torch.sigmoid(-x)) for x in ratios]
+        terms = [torch.where(x == math.inf, 2.0, t.clamp_min(0.0)) for x, t in zip(ratios, terms, strict=True)]
+        if any(bool(t.isnan().any()) for t in terms):
             raise_nan(old, new)
-        return _over_samples(terms)
+        parts = [_over_samples(t) for t in terms]
+    value, stderr = (torch.stack(x) for x in zip(*parts, strict=True))
+    return StateEstimates(value.mean(0), stderr.square().sum(0).sqrt() / 2)
 
 
 def mc_entropy(dist: td.Distribution, n: int = 256) -> StateEstimates:
