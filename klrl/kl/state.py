@@ -52,7 +52,8 @@ def _twin(x: Any, function: Callable[[Any], Any], seen: dict[int, Any]) -> Any:
         items = [_twin(item, function, seen) for item in x]
         return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
     if isinstance(x, list):
-        seen[id(x)] = twin = copy.copy(x)
+        twin: Any = copy.copy(x)
+        seen[id(x)] = twin
         twin[:] = [_twin(item, function, seen) for item in x]
     elif isinstance(x, dict):
         seen[id(x)] = twin = copy.copy(x)
@@ -80,7 +81,7 @@ def _bare(x: Any) -> Any:
         raise _unreadable(x, "it is not a Python object with attributes")
     for base in cls.__mro__:
         if not base.__module__.startswith("torch."):
-            if base is not object and getattr(base, "__slots__", ()):
+            if base is not object and vars(base).get("__slots__"):
                 raise _unreadable(x, "it has __slots__")
             for name, value in vars(base).items():
                 if isinstance(value, Tensor | nn.Module):
@@ -113,7 +114,12 @@ def _unreadable(x: object, why: str) -> NotSupportedError:
 
 def _leaves(x: Any) -> list[Any]:
     found: list[Any] = []
-    map_state(x, lambda leaf: (found.append(leaf), leaf)[1])
+
+    def collect(leaf: Any) -> Any:
+        found.append(leaf)
+        return leaf
+
+    map_state(x, collect)
     return found
 
 
@@ -149,8 +155,6 @@ def in_float64(dist: Any) -> Any:
     """One of torch's distributions in float64, differentiable in its parameters; what it derived from them is dropped,
     to be computed again."""
     twin = map_state(dist, lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x)
-    both = {"probs", "logits"} & vars(twin).keys()
-    if len(both) == 2:
-        given = "logits" if getattr(twin, "_param", None) is twin.logits else "probs"
-        del twin.__dict__[(both - {given}).pop()]
+    for derived in [name for name in vars(twin) if name in ("probs", "logits")][1:]:  # what was given came first
+        del twin.__dict__[derived]
     return twin
