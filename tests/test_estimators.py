@@ -18,8 +18,18 @@ def normals(mean: float, std: float, dims: int) -> tuple[td.Distribution, td.Dis
 
 @pytest.mark.parametrize(
     ("mean", "std", "dims"),
-    [(0.1, 1.1, 1), (0.0, 2.0, 1), (0.0, 5.0, 1), (0.0, 0.5, 1), (0.0, 0.1, 1), (0.01, 1.0, 1), (3.0, 1.0, 1)]
-    + [(0.05, 1.05, 17), (0.0, 2.0, 17), (0.5, 1.0, 17)],
+    [
+        (0.1, 1.1, 1),
+        (0.0, 2.0, 1),
+        (0.0, 5.0, 1),
+        (0.0, 0.5, 1),
+        (0.0, 0.1, 1),
+        (0.01, 1.0, 1),
+        (3.0, 1.0, 1),
+        (0.05, 1.05, 17),
+        (0.0, 2.0, 17),
+        (0.5, 1.0, 17),
+    ],
 )
 def test_the_interval_of_mc_kl_holds_the_exact_value(mean: float, std: float, dims: int) -> None:
     torch.manual_seed(0)
