@@ -1,9 +1,11 @@
 """Transforms with parameters of their own: frozen by value, compared by value, or refused by name."""
 
 import functools
+import inspect
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -225,7 +227,19 @@ def test_a_transform_whose_state_cannot_be_read_is_refused_by_name(transform: td
 
 
 @pytest.mark.parametrize(
-    "held", [torch.tanh, functools.lru_cache, None, {"a": [1, (2.0, torch.ones(1))]}, lambda x: x, {1, 2}, torch.Size()]
+    "held",
+    [
+        torch.tanh,
+        functools.lru_cache,
+        None,
+        {"a": [1, (2.0, torch.ones(1))]},
+        {1, 2},
+        torch.Size(),
+        np.float32(1.0),
+        lambda x: x,
+        lambda x, sizes=(1, [2]): x,
+        inspect.FullArgSpec([], None, None, None, [], None, {}),
+    ],
 )
 def test_ordinary_attributes_are_read(held: Any) -> None:
     assert kl(freeze(policy(holding(held))), policy(holding(held))).tolist() == [0.0] * STATES

@@ -2,6 +2,7 @@
 
 import copy
 import enum
+import numbers
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,9 +14,8 @@ from torch import distributions as td
 _INVERSE: Any = td.transforms._InverseTransform
 # What a transform remembers beside its state: its inverse, which it makes again, and the last value it was given.
 _MEMORY = {"_inv": None, "_cached_x_y": (None, None)}
-_FUNCTIONS = types.FunctionType | types.BuiltinFunctionType
-_PLAIN = bool | int | float | complex | str | bytes | None | type | types.ModuleType | enum.Enum
-_LEAVES = _PLAIN | types.BuiltinFunctionType | torch.dtype | torch.device | td.constraints.Constraint
+_PLAIN = numbers.Number | str | bytes | None | type | types.ModuleType | enum.Enum
+_LEAVES = _PLAIN | types.BuiltinFunctionType | torch.dtype | torch.device | torch.Size | td.constraints.Constraint
 
 
 class NotSupportedError(ValueError):
@@ -49,8 +49,7 @@ def _twin(x: Any, function: Callable[[Any], Any], seen: dict[int, Any]) -> Any:
         function(frozenset(x))
         return copy.copy(x)
     if isinstance(x, tuple):
-        items = [_twin(item, function, seen) for item in x]
-        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
+        return tuple.__new__(type(x), [_twin(item, function, seen) for item in x])
     if isinstance(x, list):
         twin: Any = copy.copy(x)
         seen[id(x)] = twin
@@ -96,13 +95,17 @@ def _bare(x: Any) -> Any:
 
 def _refuse_hidden(x: Any, function: types.FunctionType) -> None:
     """Raise NotSupportedError where ``function`` reads tensors or what else may change from outside of itself."""
-    held = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
-    held += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    kept = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+    kept += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     used = [function.__globals__.get(name) for name in function.__code__.co_names]
-    if not all(isinstance(value, _PLAIN | _FUNCTIONS) for value in held) or any(
-        isinstance(value, Tensor | nn.Module | td.Transform) for value in used
-    ):
+    if not all(map(_is_constant, kept)) or any(isinstance(x, Tensor | nn.Module | td.Transform) for x in used):
         raise _unreadable(x, f"{function.__qualname__} reads variables from outside of it")
+
+
+def _is_constant(x: Any) -> bool:
+    if isinstance(x, dict):
+        return all(map(_is_constant, x.values()))
+    return all(map(_is_constant, x)) if isinstance(x, list | tuple) else isinstance(x, _LEAVES | types.FunctionType)
 
 
 def _unreadable(x: object, why: str) -> NotSupportedError:
