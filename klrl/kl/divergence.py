@@ -5,7 +5,7 @@ get a small one: each is second order in the difference of the two policies, as 
 float32 leaves an error of about 1e-7, which is more than the KL of a small policy step.
 
 Conventions: 0*log 0 = 0; where old has mass and new has none, KL is +inf, never a clamped number; actions that both
-forbid (logit -inf) drop out. KL >= 0 always and KL(p||p) = 0 exactly.
+forbid (logit -inf) drop out. KL >= 0 always and KL(p||p) = 0 exactly, but for the rounding of formulas of torch's own.
 """
 
 import contextlib
