@@ -51,7 +51,8 @@ class KLConfig(KLTarget):
     """How far an update may move the policy, and what answers an excess."""
 
     penalty: Rule = "adaptive"
-    """KL penalty in the loss: its coefficient doubles or halves outside a band around the target, stays, or is 0."""
+    """KL penalty in the loss: its coefficient doubles after an update above 1.5 targets (above 1 where overshoots are
+    undone or moved back) and halves after one below 1/1.5, stays, or is 0."""
     coef: NonNegative = 1.0
     """The penalty's coefficient at the start; an adaptive one stays within 1e-4 to 1e4."""
     stop: NonNegative = 1.5
@@ -60,7 +61,8 @@ class KLConfig(KLTarget):
     """When the whole batch's exact KL is measured: after each epoch, each minibatch, or only after the update, which
     then cannot be stopped."""
     on_overshoot: Overshoot = "keep"
-    """What happens to an update whose KL ends above the target: kept, undone, or moved back to the boundary."""
+    """What happens to an update whose KL ends above the target: kept, undone, or moved back to the boundary. Without a
+    penalty, one update after the other may be undone."""
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,39 @@ def test_coefficients_refuse_what_means_nothing() -> None:
             Adaptive(bad)
 
 
+def test_a_band_refuses_a_bound_that_it_would_answer_the_wrong_way() -> None:
+    beta = Adaptive(1.0)
+    for bound in (at_least(1.0), at_most(-1.0)):
+        with pytest.raises(ValueError, match=r"Adaptive answers at_most a limit of 0 or more, not Bound.*Dual"):
+            Penalty(bound, beta).adapt(0.5)
+    assert beta.value == 1.0
+
+
+MAKERS = {"value": lambda: Fixed(0.5), "log_value": lambda: Adaptive(2.0), "count": lambda: Annealed(0.0, 1.0, 100)}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_state_takes_numbers_of_any_type_and_nothing_else(name: str) -> None:
+    for number in (1, 1.0, np.float32(1.0), np.int64(1), torch.tensor(1.0)):
+        coefficient: Any = MAKERS[name]()
+        coefficient.load_state_dict({name: number})
+        assert coefficient.state_dict() == {name: 1.0}
+        assert type(coefficient.state_dict()[name]) is float
+    for bad in ("1.0", None, [1.0], math.nan, INF, np.ones(2)):
+        with pytest.raises(ValueError, match=f"{name} of the state must be a finite number, got"):
+            MAKERS[name]().load_state_dict({name: bad})
+    with pytest.raises(ValueError, match=f"the state has no '{name}', but 'other': of another rule"):
+        MAKERS[name]().load_state_dict({"other": 1.0})
+
+
+def test_a_dual_takes_its_last_excess_as_a_number() -> None:
+    dual = Dual(1.0, proportional=1.0)
+    dual.load_state_dict({"log_value": np.float64(0.5), "last_excess": np.float32(0.25)})
+    assert dual.state_dict() == {"log_value": 0.5, "last_excess": 0.25}
+    with pytest.raises(ValueError, match="last_excess of the state must be a finite number, got 'x'"):
+        dual.load_state_dict({"log_value": 0.5, "last_excess": "x"})
+
+
 def test_penalty_term_points_against_the_excess() -> None:
     x = torch.tensor(0.5)
     assert float(Penalty(at_most(0.1), Fixed(2.0)).term(x)) == 1.0

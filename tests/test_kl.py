@@ -155,6 +155,11 @@ def test_our_distributions_are_registered_with_torch() -> None:
     assert torch.allclose(kl(old, new), categorical_kl(old.logits, new.logits).sum(-1))
 
 
+def test_a_joint_categorical_has_its_probabilities() -> None:
+    logits = torch.tensor([[[0.0, math.log(3.0)], [0.0, -INF]]])
+    assert torch.allclose(MultiCategorical(logits).probs, torch.tensor([[[0.25, 0.75], [1.0, 0.0]]]))
+
+
 def test_what_cannot_be_compared_is_named() -> None:
     with pytest.raises(ValueError, match="Normal and Categorical"):
         kl(td.Normal(torch.zeros(2), torch.ones(2)), td.Categorical(logits=torch.zeros(2, 2)))

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch import distributions as td
 
 from klrl.agents.base import KLConfig, KLTarget, OffPolicyKLConfig
-from klrl.kl import RULES, Dual, KLLimit, at_least, at_most, joint, kl, state_mean
-from klrl.kl.limit import Rule
+from klrl.kl import RULES, Dual, KLLimit, NoClosedFormError, at_least, at_most, joint, kl, state_mean
+from klrl.kl.limit import Overshoot, Rule
 
 OBS = torch.linspace(-1, 1, 12).view(6, 2)
 
@@ -40,6 +40,33 @@ def test_the_table_of_rules_is_what_the_options_offer() -> None:
             KLLimit(at_most(1.0), **bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must be a Bound, such as at_most\(0.01\)"):
         KLLimit(0.01)  # type: ignore[arg-type]
+
+
+def test_numbers_below_zero_are_refused() -> None:
+    for name in ("stop", "coef"):
+        for number in (-1.0, math.nan):
+            with pytest.raises(ValueError, match=f"{name} must be at least 0, got {number}"):
+                KLLimit(at_most(1.0), **{name: number})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rule", get_args(Overshoot))
+def test_beta_doubles_above_its_upper_edge_and_halves_below_its_lower(rule: Any) -> None:
+    upper = 1.5 if rule == "keep" else 1.0
+    for of_limit, expected in ((upper * 1.01, 2.0), (upper * 0.99, 1.0), (1.01 / 1.5, 1.0), (0.99 / 1.5, 0.5)):
+        network = made()
+        limit = KLLimit(at_most(0.02), on_overshoot=rule)
+        with limit.update(lambda: policy(network), list(network.parameters())) as move:  # noqa: B023
+            shift(network, math.sqrt(of_limit * 0.02 / 1.5))
+        assert move.report.attempted == pytest.approx(of_limit * 0.02, rel=1e-4)
+        assert float(limit.beta) == expected
+
+
+def test_a_saved_limit_of_another_rule_is_refused_in_one_line() -> None:
+    limit = KLLimit(at_most(0.02))
+    with pytest.raises(ValueError, match="the state has no 'log_value', but 'value': of another rule"):
+        limit.load_state_dict(KLLimit(at_most(0.02), penalty="fixed").state_dict())
+    with pytest.raises(ValueError, match="log_value of the state must be a finite number, got '"):
+        limit.load_state_dict({"log_value": "0.5"})  # type: ignore[dict-item]
 
 
 def test_an_update_is_measured_and_beta_answers_once() -> None:
@@ -187,6 +214,9 @@ def test_a_policy_without_a_closed_form_is_estimated() -> None:
             means += 1.0
         assert move.exceeded()
     assert move.report.estimated
+    with pytest.raises(NoClosedFormError, match=r"MixtureSameFamily; .*with penalty='none', stop and on_overshoot"):
+        KLLimit(at_most(0.02)).term(move.old, mixture())
+    assert KLLimit(at_most(0.02), penalty="none").term(move.old, mixture()) == 0.0
     assert move.report.mean == pytest.approx(0.5, rel=0.2)
 
 

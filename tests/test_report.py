@@ -126,6 +126,9 @@ ANOMALIES = {
     "the return fell late: from 100 to 10": {
         "rollout/ep_rew_mean": dict.fromkeys(range(10, 30), 100.0) | dict.fromkeys(range(30, 40), 10.0)
     },
+    "6 updates in a row were taken back: nothing moves": {
+        "health/undone_in_a_row": {11 + i: 2.0 + i for i in range(5)} | {30: 2.0}
+    },
     "2 episodes were cut off": {"health/restarted_episodes": {39: 2.0}},
 }
 

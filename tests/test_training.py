@@ -19,12 +19,14 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 import klrl
 from klrl.agents import registry
+from klrl.analysis.anomalies import find_anomalies
 from klrl.cli.main import main
 from klrl.envs.make import EnvConfig, make_vector, preset, presets
 from klrl.envs.wrappers import next_step
 from klrl.errors import NonFiniteError, UsageError
 from klrl.rundir import checkpoint
 from klrl.rundir.folder import make_folder
+from klrl.rundir.history import read_history
 from klrl.rundir.logger import Console
 from klrl.training.episodes import Episodes
 from klrl.training.run import Run, pick_device, resolve
@@ -301,6 +303,20 @@ def test_plain_lines_show_kl_against_its_limit(capsys: pytest.CaptureFixture[str
         "coef",
         "0.5",
     ]
+
+
+def test_a_run_that_takes_every_update_back_says_that_nothing_moves(capsys: pytest.CaptureFixture[str]) -> None:
+    kl = {"target": 1e-12, "penalty": "none", "on_overshoot": "rollback"}
+    run = klrl.train("ppo", "CartPole-v1", **QUICK | {"kl": kl, "quiet": False, "verbose": True})
+    history = read_history(run.folder)
+    rows = history["health/undone_in_a_row"].tolist()
+    assert rows[1:] == list(range(2, len(rows) + 1))
+    said = [found for found in find_anomalies(history) if "in a row were taken back: nothing moves" in found.what]
+    assert [found.what.split()[0] for found in said] == [str(len(rows))]
+    assert "--kl.penalty" in said[0].advice
+    lines = capsys.readouterr().out.splitlines()
+    assert "undone" not in lines[3]
+    assert "5 undone: nothing moves" in lines[4]
 
 
 @pytest.mark.gpu

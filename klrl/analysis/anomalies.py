@@ -40,6 +40,17 @@ def _over_limit(run: History) -> Iterator[Anomaly]:
         )
 
 
+def _standstill(run: History) -> Iterator[Anomaly]:
+    row = run["health/undone_in_a_row"]
+    rejected = any("/rejected_" in tag for tag in run.columns)  # TRPO's, which say more themselves
+    if not rejected and (most := np.nanmax(row, initial=0)) >= 5:
+        yield Anomaly(
+            f"{most:.0f} updates in a row were taken back: nothing moves",
+            "use a penalty (--kl.penalty adaptive) or a larger --kl.target; --kl.on-overshoot project keeps the part "
+            "that is within the limit",
+        )
+
+
 def _idle_limit(run: History) -> Iterator[Anomaly]:
     late = _second_half(run, "kl/of_limit")
     if len(late) >= 5 and (median := np.median(late)) <= 0.3:
@@ -121,6 +132,7 @@ def _second_half(run: History, tag: str) -> np.ndarray:
 
 _CHECKS: tuple[Callable[[History], Iterator[Anomaly]], ...] = (
     _skipped,
+    _standstill,
     _collapse,
     _over_limit,
     _rejected,

@@ -7,7 +7,8 @@ both ``Adaptive``; a temperature held by an entropy at least so large is a ``Dua
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from numbers import Real
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -73,7 +74,7 @@ class Fixed:
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.value = state["value"]
+        self.value = _positive("value", _number(state, "value"), zero_allowed=True)
 
 
 class Adaptive:
@@ -123,7 +124,9 @@ class Adaptive:
         return math.exp(self._log_value)
 
     def adapt(self, measured: float, bound: Bound) -> None:
-        """Answer one update's measurement. ``bound`` is an upper bound above zero, as every KL bound is."""
+        """Answer one update's measurement. Raises ValueError for a bound from below, and for a limit below 0."""
+        if bound.sign < 0 or bound.limit < 0:
+            raise ValueError(f"Adaptive answers at_most a limit of 0 or more, not {bound}: take a Dual for at_least")
         step = math.log(self.factor)
         if measured < bound.limit * self.low:
             step = math.log(self.shrink)
@@ -136,7 +139,7 @@ class Adaptive:
         return {"log_value": self._log_value}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self._log_value = state["log_value"]
+        self._log_value = _number(state, "log_value")
 
 
 class Dual:
@@ -190,8 +193,8 @@ class Dual:
         return {"log_value": self._log_value, **last}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self._log_value = state["log_value"]
-        self._last_excess = state.get("last_excess")
+        self._log_value = _number(state, "log_value")
+        self._last_excess = _number(state, "last_excess") if "last_excess" in state else None
 
 
 class Annealed:
@@ -237,7 +240,7 @@ class Annealed:
         return {"count": float(self.count)}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.count = int(state["count"])
+        self.count = int(_number(state, "count"))
 
 
 @dataclass
@@ -254,6 +257,16 @@ class Penalty:
     def adapt(self, measured: float) -> None:
         """Answer the measurement of a whole update. Call it once per update, never inside the loss."""
         self.coefficient.adapt(measured, self.bound)
+
+
+def _number(state: dict[str, Any], name: str) -> float:
+    """A finite number out of a saved state, whatever type it was saved in."""
+    if name not in state:
+        raise ValueError(f"the state has no {name!r}, but {', '.join(map(repr, state)) or 'nothing'}: of another rule")
+    value = state[name].item() if isinstance(state[name], Tensor) and state[name].numel() == 1 else state[name]
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name} of the state must be a finite number, got {value!r}")
+    return float(value)
 
 
 def _positive(name: str, value: float, zero_allowed: bool = False) -> float:

@@ -5,13 +5,14 @@ get a small one: each is second order in the difference of the two policies, as 
 float32 leaves an error of about 1e-7, which is more than the KL of a small policy step.
 
 Conventions: 0*log 0 = 0; where old has mass and new has none, KL is +inf, never a clamped number; actions that both
-forbid (logit -inf) drop out. KL >= 0 always and KL(p||p) = 0 exactly.
+forbid (logit -inf) drop out. KL >= 0 always and KL(p||p) = 0 exactly, but for the rounding of formulas of torch's own.
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, reduce
 from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from klrl.kl import closed_form
+from klrl.kl.state import NotSupportedError, copied, in_float64, map_state, same_state, tensors_of
 
 D = TypeVar("D", bound=td.Distribution)
 Units = Literal["nats", "bits"]
@@ -52,10 +54,13 @@ def kl(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Ten
     logits in their own dtype when it is made; ``categorical_kl`` takes them as they are.
 
     Categorical, Bernoulli, normal, full-covariance normal, Beta, products and bijective transforms of these are
-    computed here; what torch has registered besides (Gamma, Dirichlet, ...) it computes, and may cancel.
+    computed here; what torch has registered besides (Gamma, Dirichlet, Poisson, ...) is its formula in float64, which
+    leaves an error of about 1e-15 times the terms that it subtracts. A KL that a package of your own registered with
+    torch is taken as it is.
 
     Raises ValueError for different shapes, parameters that are nan, or a pair without a closed form, whose KL
-    ``mc_kl`` estimates. Source: Kullback and Leibler (1951), equation 2.4.
+    ``mc_kl`` estimates: also where a transform's own parameters differ, or, with gradients, learn.
+    Source: Kullback and Leibler (1951), equation 2.4.
     """
     value = _kl(old, new)
     # No KL is -inf, so only a nan makes their sum one. (A compiled graph does not look at its data.)
@@ -84,17 +89,22 @@ def _kl(old: td.Distribution, new: td.Distribution) -> Tensor:
         for family, function in _STABLE.items():
             if isinstance(old, family) and isinstance(new, family):
                 return function(old, new)
-        return td.kl_divergence(old, new)
+        return _by_torch(old, new)
     except NotImplementedError:
         raise NoClosedFormError(f"no closed-form KL between {name_of(old)} and {name_of(new)}") from None
 
 
+def _by_torch(old: td.Distribution, new: td.Distribution) -> Tensor:
+    """torch's registered formula; between its own families in float64, as in float32 it cancels."""
+    if not all(type(dist).__module__.startswith("torch.distributions.") for dist in (old, new)):
+        return td.kl_divergence(old, new)
+    floats = [x.dtype for dist in (old, new) for x in tensors_of(dist) if x.is_floating_point()]
+    value = td.kl_divergence(in_float64(old), in_float64(new)).clamp_min(0.0)
+    return value.to(reduce(torch.promote_types, floats))
+
+
 class NoClosedFormError(ValueError):
     """The pair of distributions has no closed-form KL; ``mc_kl`` estimates it where both can score samples."""
-
-
-class NotSupportedError(ValueError):
-    """The distribution's parameters are not known, so that it cannot be frozen or indexed."""
 
 
 def in_units(nats: Tensor, units: Units) -> Tensor:
@@ -163,15 +173,18 @@ def parameters_of(dist: td.Distribution) -> list[Tensor]:
 
 
 def freeze(dist: D) -> D:
-    """``dist`` as data: the same distribution on detached copies of its parameters.
+    """``dist`` as data: the same distribution on detached copies of its parameters, those of its transforms included.
 
-    A transform keeps its own parameters, if it has any. Raises ValueError for a family whose parameters are not known.
+    Raises ValueError for a family whose parameters are not known, and for a transform whose state cannot be read.
     """
-    return _map_parameters(dist, lambda parameter: parameter.detach().clone())
+    return _map_parameters(dist, copied)
 
 
 def select(dist: D, index: Tensor | slice) -> D:
-    """``dist`` on a minibatch: every parameter indexed along the first batch dimension."""
+    """``dist`` on a minibatch: every parameter indexed along the first batch dimension.
+
+    A transform's own parameters are taken to be of all states, and stay as they are.
+    """
     return _map_parameters(dist, lambda parameter: parameter[index])
 
 
@@ -218,7 +231,9 @@ def _map_parameters(dist: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return td.MixtureSameFamily(weights, parts, validate_args=False)
     if isinstance(dist, td.TransformedDistribution):
         base, rebuilt = _map_parameters(dist.base_dist, function), object.__new__(type(dist))
-        td.TransformedDistribution.__init__(rebuilt, base, dist.transforms, validate_args=False)
+        # The parameters of a transform are of no one state: an index leaves them, and only a copy takes them along.
+        transforms = map_state(dist.transforms, copied) if function is copied else dist.transforms
+        td.TransformedDistribution.__init__(rebuilt, base, transforms, validate_args=False)
         return rebuilt
     raise NotSupportedError(
         f"{name_of(dist)} is not supported: give a Normal (also multivariate or squashed), Categorical, Bernoulli, "
@@ -234,10 +249,24 @@ def _discrete(old: td.Categorical | td.Bernoulli, new: td.Categorical | td.Berno
     return closed_form.categorical_kl(logits_of(old), logits_of(new)).to(new._param.dtype)
 
 
-def _multivariate_normal(old: td.MultivariateNormal, new: td.MultivariateNormal) -> Tensor:
+def _one_hot(old: td.OneHotCategorical, new: td.OneHotCategorical) -> Tensor:
+    return _discrete(old._categorical, new._categorical)
+
+
+def _cholesky_factor(dist: td.MultivariateNormal | td.LowRankMultivariateNormal) -> Tensor:
+    if isinstance(dist, td.MultivariateNormal):
+        return dist.scale_tril.double()
+    # What torch has of it beside its parameters was computed in their own dtype.
+    factor, variance = dist.cov_factor.double(), dist.cov_diag.double()
+    return torch.linalg.cholesky(factor @ factor.mT + torch.diag_embed(variance))
+
+
+def _multivariate_normal(
+    old: td.MultivariateNormal | td.LowRankMultivariateNormal, new: td.MultivariateNormal | td.LowRankMultivariateNormal
+) -> Tensor:
     # With the Cholesky factors L and M = L_new^-1 L_old, lower triangular: KL is half of
     # sum phi(2 log M_ii) + sum_{i>j} M_ij^2 + |L_new^-1 (mu_new - mu_old)|^2. No inverse, no determinant.
-    factors = [dist.scale_tril.double() for dist in (old, new)]
+    factors = [_cholesky_factor(dist) for dist in (old, new)]
     change = torch.linalg.solve_triangular(factors[1], factors[0] - factors[1], upper=False)  # M - 1
     diagonals = [factor.diagonal(dim1=-2, dim2=-1).log() for factor in factors]
     shift = (new.loc.double() - old.loc.double()).unsqueeze(-1)
@@ -254,11 +283,18 @@ def _beta(old: td.Beta, new: td.Beta) -> Tensor:
 
 
 def _transformed(old: td.TransformedDistribution, new: td.TransformedDistribution) -> Tensor:
-    if all(t.bijective for t in old.transforms) and old.transforms == new.transforms:
+    # Compared by what they hold: most transforms' == does not look at it.
+    pairs = list(itertools.zip_longest(old.transforms, new.transforms))
+    if all(t.bijective for t in old.transforms) and all(same_state(*pair) for pair in pairs):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors_of(new.transforms)):
+            raise NoClosedFormError(
+                f"the KL between {name_of(old)} and {name_of(new)} has no closed-form gradient, as a transform's "
+                "parameters learn: under torch.no_grad() it is measured"
+            )
         return _kl(old.base_dist, new.base_dist)  # an invertible map changes no KL
     if type(old) is td.TransformedDistribution or type(new) is td.TransformedDistribution:
         raise NoClosedFormError(f"no closed-form KL between {name_of(old)} and {name_of(new)}: different transforms")
-    return td.kl_divergence(old, new)  # torch builds some of its families so: Gumbel, Pareto, HalfNormal
+    return _by_torch(old, new)  # torch builds some of its families so: Gumbel, Pareto, HalfNormal
 
 
 def logits_of(dist: td.Categorical | td.Bernoulli) -> Tensor:
@@ -276,13 +312,14 @@ def logits_of(dist: td.Categorical | td.Bernoulli) -> Tensor:
     return torch.where(possible, torch.where(possible, p, 1.0).log(), float("-inf"))
 
 
-# torch's own formulas cancel in float32; these families are computed here, all others by torch's registry,
-# where klrl.policies.distributions enters its own.
-_STABLE: dict[type[td.Distribution], Callable[[Any, Any], Tensor]] = {
+# torch's own formulas cancel; these families are computed here, all others by torch's registry, where
+# klrl.policies.distributions enters its own.
+_STABLE: dict[Any, Callable[[Any, Any], Tensor]] = {
     td.Normal: _normal,
     td.Categorical: _discrete,
     td.Bernoulli: _discrete,
-    td.MultivariateNormal: _multivariate_normal,
+    td.OneHotCategorical: _one_hot,
+    td.MultivariateNormal | td.LowRankMultivariateNormal: _multivariate_normal,
     td.Beta: _beta,
     td.TransformedDistribution: _transformed,
 }

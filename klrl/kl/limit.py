@@ -42,7 +42,10 @@ class KLLimit:
       ``RULES``, started at ``coef``, or a ``Coefficient`` of one's own; and ``Move.exceeded``, which says when to
       stop: once the KL is above ``stop`` times the limit (0: never), measured where ``check`` says;
     - after it: ``on_overshoot`` keeps an update that ends above the limit, takes it back ("rollback"), or moves it back
-      along its own line to the boundary ("project"); then the coefficient adapts to what the update had reached.
+      along its own line to the boundary ("project"); then the coefficient adapts to what the update had reached: the
+      "adaptive" one doubles above 1.5 limits, or above 1 where overshoots are taken back, and halves below 1/1.5.
+
+    A rollback that no penalty answers may be followed by the same update, which is taken back, too, and so on.
 
     ``direction``: forward bounds KL(old || new), reverse KL(new || old). ``device``: where ``beta`` lies.
 
@@ -53,7 +56,7 @@ class KLLimit:
                     break
         print(move.report.mean)
 
-    Raises ValueError for a rule that is not known.
+    Raises ValueError for a rule that is not known, and for a ``coef`` or ``stop`` below 0.
     """
 
     def __init__(
@@ -76,6 +79,9 @@ class KLLimit:
         for given, known in ((direction, Direction), (check, Check), (on_overshoot, Overshoot)):
             if given not in get_args(known):
                 raise ValueError(f"{given!r} is none of {', '.join(get_args(known))}")
+        for name, number in (("coef", coef), ("stop", stop)):
+            if not number >= 0:
+                raise ValueError(f"{name} must be at least 0, got {number}")
         self.direction, self.stop, self.check, self.on_overshoot = direction, stop, check, on_overshoot
         if isinstance(penalty, str):
             if penalty not in RULES:
@@ -88,8 +94,19 @@ class KLLimit:
         """The coefficient as a float32 scalar: a tensor, so that a compiled step reads what it now is."""
 
     def term(self, old: td.Distribution, new: td.Distribution) -> Tensor | float:
-        """beta * KL of each state, [B], to be added to a loss; 0 where nothing penalises."""
-        return self.beta * self.kl(old, new) if self.penalises else 0.0
+        """beta * KL of each state, [B], to be added to a loss; 0 where nothing penalises.
+
+        Raises NoClosedFormError for a pair whose KL can only be estimated, which has no gradient.
+        """
+        if not self.penalises:
+            return 0.0
+        try:
+            return self.beta * self.kl(old, new)
+        except NoClosedFormError as problem:
+            raise NoClosedFormError(
+                f"{problem}; an estimate has no gradient to penalise by: with penalty='none', stop and on_overshoot "
+                "limit it"
+            ) from None
 
     def kl(self, old: td.Distribution, new: td.Distribution) -> Tensor:
         """The KL that the limit is about, [B]. Raises ValueError as ``klrl.kl.kl`` does."""
@@ -115,6 +132,7 @@ class KLLimit:
         return self.penalty.coefficient.state_dict()
 
     def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take up what ``state_dict`` gave. Raises ValueError for what is of another rule or not a finite number."""
         self.penalty.coefficient.load_state_dict(state)
         self.beta.fill_(self.penalty.coefficient.value)
 

@@ -39,6 +39,11 @@ class MultiCategorical(td.Distribution):
         """Normalised log-probabilities, shape [B, k, n]."""
         return torch.log_softmax(self.logits, dim=-1)
 
+    @property
+    def probs(self) -> Tensor:
+        """Probabilities, shape [B, k, n]."""
+        return self.log_probs.exp()
+
     @cached_property
     def log_probs_64(self) -> Tensor:
         """Log-probabilities in float64, without gradient: what KL is measured with."""

@@ -100,6 +100,9 @@ def warn(text: str) -> None:
     print(f"klrl: {text}", file=sys.stderr, flush=True)
 
 
+_STANDSTILL = 5  # updates in a row that were taken back
+
+
 class Pace:
     """A run's steps per second over the last minute, evaluations and saves included, to tell the time left.
 
@@ -168,10 +171,11 @@ def _clock_time(seconds: float) -> str:
 
 def _words(step: int, metrics: dict[str, float]) -> list[str]:
     limit = f" of {metrics['kl/limit']:g}" if "kl/limit" in metrics else ""
+    undone = metrics.get("health/undone_in_a_row", 0)
     return [
         f"{step:,} steps",
         f"{metrics['time/fps']:,.0f}/s",
         f"return {metrics['rollout/ep_rew_mean']:.1f}" if "rollout/ep_rew_mean" in metrics else "",
-        f"KL {metrics['kl/mean']:.4f}{limit}",
+        f"KL {metrics['kl/mean']:.4f}{limit}" if undone < _STANDSTILL else f"{undone:.0f} undone: nothing moves",
         f"coef {metrics['kl/coef']:.2g}" if metrics["kl/coef"] > 0 else "",
     ]

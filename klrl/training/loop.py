@@ -78,6 +78,8 @@ class Progress:
     """The step of the last logged row."""
     skipped: int = 0
     """Updates since the last whole one that met a nan or infinity."""
+    undone: int = 0
+    """Updates in a row up to the last one that were taken back whole."""
     figures: dict[str, float] | None = None
     """Those of an update that is not evaluated and logged yet."""
 
@@ -180,6 +182,10 @@ class Loop:
             figures["health/restarted_episodes"] = float(self.episodes.restarted)
             figures["health/skipped_updates"] = float(progress.skipped)
         progress.skipped = 0
+        if not self.provisional:  # that update may yet be taken back
+            progress.undone = progress.undone + 1 if report.kl.rolled_back == 1 else 0
+        if progress.undone > 1 and report.kl.rolled_back == 1:
+            figures["health/undone_in_a_row"] = float(progress.undone)
         figures["time/fps"] = self.episodes.steps / progress.training_time
         figures["time/collect_share"] = 1 - learning / seconds
         return figures
