@@ -20,7 +20,7 @@ from klrl.envs.make import Imports
 from klrl.errors import UsageError, one_line
 from klrl.kl import kl
 from klrl.policies.distributions import MultiCategorical
-from klrl.policies.encoder import Observation
+from klrl.policies.observations import Observation
 from klrl.rundir import checkpoint
 from klrl.training.evaluation import FRESH_SEED, run_episodes
 from klrl.training.load import LoadedPolicy, load_policy

@@ -10,7 +10,7 @@ from gymnasium.vector import VectorEnv
 from klrl.agents.base import Agent
 from klrl.config import PositiveInt
 from klrl.envs.make import Imports
-from klrl.policies.encoder import Observation
+from klrl.policies.observations import Observation
 
 # Evaluations are seeded this far from training: those along the way, the final one, and those asked for afterwards.
 EVAL_SEED, FINAL_SEED, FRESH_SEED = 1_000_000, 1_000_001, 2_000_000
