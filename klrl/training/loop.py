@@ -149,11 +149,11 @@ class Loop:
                     if score is not None and self.finished:
                         return score
                     progress.figures, progress.began = None, self.episodes.steps
-            except (Interrupted, EnvironmentFailedError):
-                if self.signals.signum:  # which may have reached the workers, too
-                    self._save(None)
-                    self.signals.check()
-                raise
+            except (Interrupted, EnvironmentFailedError) as problem:
+                self._save(None)
+                self.signals.check()  # which may have reached the workers, too
+                done = f"saved after {self.episodes.steps:,} steps in {folder}, for klrl resume"
+                raise EnvironmentFailedError(f"{problem}; {done}") from None
             except NonFiniteError as problem:
                 saved = checkpoint.steps(self.checkpoints)
                 kept = f"; the last checkpoint is {saved[-1]}" if saved else ""
@@ -269,7 +269,8 @@ class Loop:
         progress = asdict(self.progress)
         if self.provisional:
             progress |= {"figures": None, "updates": self.progress.updates - 1}
-        parts = self.obs if isinstance(self.obs, dict) else {"": self.obs}
+        obs = self.agent.encoder.layout.arrays(self.obs)
+        parts = obs if isinstance(obs, dict) else {"": obs}
         state = {
             **self.agent.description(),
             "options": self.options,
