@@ -20,6 +20,7 @@ from klrl.policies.encoder import replace_rows
 from klrl.policies.observations import Layout
 
 T = TypeVar("T")
+_FIRST = "klrl.first"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class EpisodePosition:
     obs: Any
     ended: bool
     """Whether the last action ended the episode, so that the next step only resets."""
+
+
+def counted_from(first: int) -> dict[str, Any] | None:
+    """The options of a ``reset`` with a seed by which the environments ``first``, ``first`` + 1 and so on begin, as if
+    there were so many."""
+    return {_FIRST: first} if first else None
 
 
 class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
@@ -47,19 +54,22 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
         self, env: gym.Env[Any, Any], index: int, on_error: str = "raise", position: EpisodePosition | None = None
     ) -> None:
         super().__init__(env)
-        self.index, self.on_error, self.position = index, on_error, position
+        self.place = self.index = index
+        self.on_error, self.position = on_error, position
         self.seed, self.episode, self.steps = 0, 0, 0
         self._shows: Any = env.observation_space
         self.obs: Any = None
         self.next: Callable[[], tuple[Any, float, bool, bool, dict[str, Any]]] | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin the next episode; with a seed, the first one, or the one at ``position``."""
+        """Begin the next episode; with a seed, the first one, or the one at ``position``; see ``counted_from``."""
         position, self.position, self.next, self.steps = self.position, None, None, 0
         if seed is None:
             self.episode += 1
         else:
             self.seed, self.episode = seed, position.episode if position else 0
+            self.index = self.place + (options or {}).get(_FIRST, 0)
+        options = None if options is None or _FIRST in options else options
         words = np.random.SeedSequence([self.seed, self.index, self.episode]).generate_state(1)
         try:
             self.obs, info = check_reset(self._shows, self.env.reset(seed=int(words[0]), options=options))

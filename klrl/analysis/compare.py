@@ -117,7 +117,7 @@ def compare_policies(old: LoadedPolicy, new: LoadedPolicy, config: CompareConfig
         with closing(old.make_envs(min(_ENVS, config.steps), config.env)) as envs:
             visited.append(compare_at(*agents, collect_states(agent, envs, config.steps, seed), config.seed))
         with closing(old.make_envs(config.episodes, config.env)) as envs:
-            returns.append(run_episodes(agent, envs, seed))
+            returns.append(run_episodes(agent, envs, seed, episodes=config.episodes))
     return Comparison((old, new), config, config.env or old.env, visited, returns, _disagreements(agents, visited))
 
 

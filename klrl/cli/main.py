@@ -165,19 +165,20 @@ def _record(arguments: list[str]) -> None:
 
 
 def _eval(arguments: list[str]) -> None:
-    from klrl.training.evaluation import FRESH_SEED, EvalConfig, run_episodes
+    from klrl.training.evaluation import FRESH_SEED, EvalConfig, run_episodes, summary
     from klrl.training.load import load_policy
 
     example = "eval needs a run folder or checkpoint: klrl eval runs/ppo-CartPole-v1-0-..."
     (run,), given = parse_command(EvalConfig, arguments, "eval RUN", 1, 1, example)
     trained = load_policy(run, given.checkpoint, given.imports)
     with closing(trained.make_envs(given.episodes, given.env_id)) as envs:
-        score = run_episodes(trained.agent, envs, trained.config.seed + FRESH_SEED, not given.stochastic)
+        seed = trained.config.seed + FRESH_SEED
+        score = run_episodes(trained.agent, envs, seed, not given.stochastic, episodes=given.episodes)
     env = given.env_id or trained.env
     if given.json:
         print(json.dumps({"env_id": env, **score._asdict()}))
     else:
-        print(f"{score.mean:.1f} +- {score.std:.1f} over {given.episodes} episodes of {env}")
+        print(summary(score, f" of {env}"))
 
 
 def _list(arguments: list[str]) -> None:

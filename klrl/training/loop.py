@@ -103,7 +103,7 @@ class Loop:
         self.per_state: torch.Tensor | None = None  # KL of the last update, until it is logged
         self.provisional = False  # the figures are of an update that goes on if the run does
         self._saved_at, self._saved_time = 0, time.monotonic()
-        self._evaluators: dict[int, Envs] = {}
+        self._evaluators: Envs | None = None
 
     def restore(self, source: Path, content: dict[str, Any]) -> None:
         """Go on from a checkpoint that ``_save`` wrote; ``episodes`` is restored, and ``envs`` made with its places.
@@ -256,11 +256,15 @@ class Loop:
         """Episodes that leave the global generators as they were, so that training does not depend on them."""
         before = _random_state()
         try:
-            if episodes not in self._evaluators:
-                envs = self.opened.enter_context(closing(make_vector(self.env, episodes, self.config.env)))
-                self._evaluators[episodes] = envs
+            width = min(episodes, self.config.n_envs)
+            if self._evaluators is None or self._evaluators.num_envs != width:
+                if self._evaluators is not None:
+                    self._evaluators.close()
+                envs = make_vector(self.env, width, self.config.env)
+                self._evaluators = self.opened.enter_context(closing(envs))
             seed += self.config.seed
-            return run_episodes(self.agent, self._evaluators[episodes], seed, watch=lambda *_: self.signals.check())
+            stop = self.signals.check
+            return run_episodes(self.agent, self._evaluators, seed, watch=lambda *_: stop(), episodes=episodes)
         finally:
             _restore_random(before)
 

@@ -32,7 +32,7 @@ from klrl.policies.networks import OwnNetwork, name_of_network, named_network
 from klrl.rundir import checkpoint
 from klrl.rundir.folder import locked, make_folder, replace_file
 from klrl.training.episodes import Episodes
-from klrl.training.evaluation import FRESH_SEED, Evaluation, run_episodes
+from klrl.training.evaluation import FRESH_SEED, Evaluation, run_episodes, summary
 from klrl.training.loop import Loop, RunConfig
 
 
@@ -56,8 +56,9 @@ class Run:
 
     def evaluate(self, episodes: int = 20, deterministic: bool = True, seed: int = 0) -> Evaluation:
         """Episodes with the trained agent that are not those of the final evaluation; another seed gives others."""
-        with contextlib.closing(make_vector(self.env, episodes, self.config.env)) as envs:
-            return run_episodes(self.agent, envs, self.config.seed + FRESH_SEED + seed, deterministic)
+        width, seed = min(episodes, self.config.n_envs), self.config.seed + FRESH_SEED + seed
+        with contextlib.closing(make_vector(self.env, width, self.config.env)) as envs:
+            return run_episodes(self.agent, envs, seed, deterministic, episodes=episodes)
 
 
 def train(
@@ -189,7 +190,7 @@ def run_training(
             line = f"stopped after {episodes.steps:,} steps; go on with: klrl resume {named}"
             print(line, file=sys.stderr, flush=True)
             raise
-    print(f"evaluation  {score.mean:.1f} +- {score.std:.1f} over {len(score.returns)} episodes")
+    print(f"evaluation  {summary(score)}")
     print(f"run         {named}")
     print(f"watch       tensorboard --logdir {config.run_dir}", flush=True)
     return Run(agent, folder, env, config, score)
