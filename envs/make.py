@@ -16,7 +16,7 @@ from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 import klrl.envs  # registers the probes
 from klrl.config import Positive, suggest
 from klrl.envs.guards import FAILURES, each_line_once
-from klrl.envs.wrappers import EpisodePosition, SeededEpisodes, WatchedWorkers, make_seeded, next_step
+from klrl.envs.wrappers import EpisodePosition, NamedFaults, SeededEpisodes, WatchedWorkers, make_seeded, next_step
 from klrl.errors import UsageError, one_line
 
 EnvFactory = Callable[[], gym.Env[Any, Any]]
@@ -51,7 +51,8 @@ def make_vector(
     if isinstance(env, str):
         check(env)
         if _spec(env).entry_point is None:
-            return next_step(_guard(env, config.kwargs, lambda: gym.make_vec(env, n_envs, **config.kwargs)), env)
+            whole = _guard(env, config.kwargs, lambda: gym.make_vec(env, n_envs, **config.kwargs))
+            return next_step(NamedFaults(whole, env), env)
         factory: EnvFactory = partial(gym.make, env, **config.kwargs)
         # One environment made here turns what a worker process would bury into one line.
         SeededEpisodes(_guard(env, config.kwargs, factory), 0).close()

@@ -235,6 +235,28 @@ def make_seeded(
     return SeededEpisodes(env, index, on_error, position)
 
 
+class NamedFaults(VectorWrapper):
+    """A vector environment that comes as one: its faults are EnvironmentFailedErrors, as those of single ones are."""
+
+    def __init__(self, env: VectorEnv[Any, Any, Any], name: str) -> None:
+        super().__init__(env)
+        self.name, self.steps = name, 0
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        return self._named("reset", lambda: self.env.reset(**kwargs))
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        self.steps += 1
+        return self._named("step", lambda: self.env.step(actions))
+
+    def _named(self, what: str, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except FAILURES as problem:
+            where = f"env {self.name} failed at {what} after {self.steps} steps"
+            raise EnvironmentFailedError(f"{where}: {one_line(problem)}") from None
+
+
 class SameStepAsNextStep(VectorWrapper):
     """A SAME_STEP vector environment seen as NEXT_STEP: the true final observation, then a row that only resets.
 

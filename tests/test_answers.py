@@ -259,6 +259,33 @@ def test_what_environments_print_while_they_are_made_is_shown_once(
     assert sorted(capfd.readouterr().err.splitlines()) == ["and another", "the simulator has a remark"]
 
 
+def test_a_vector_environment_that_fails_or_answers_wrongly_is_named() -> None:
+    from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
+
+    class Whole(CartPoleVectorEnv):
+        def __init__(self, num_envs: int, how: str = "", **_: Any) -> None:
+            super().__init__(num_envs)
+            self.how = how
+
+        def step(self, action: Any) -> Any:
+            if self.how == "exits":
+                sys.exit(0)
+            obs, reward, *rest = super().step(action)
+            return obs, reward[:, None], *rest
+
+    gym.register("Whole-v0", vector_entry_point=Whole)
+    for how, kind, said in (
+        (
+            "exits",
+            EnvironmentFailedError,
+            "env Whole-v0 failed at step after 1 steps: SystemExit: 0; saved after 0 steps",
+        ),
+        ("column", UsageError, r"reward has shape \(2, 1\), expected \(2,\)"),
+    ):
+        with pytest.raises(kind, match=said):
+            klrl.train("ppo", "Whole-v0", total_timesteps=100, env={"kwargs": {"how": how}}, **SMALL)
+
+
 def test_an_environment_in_place_of_what_makes_it_is_refused_in_one_line() -> None:
     env = gym.make("CartPole-v1")
     for bad in (env, None, 3):

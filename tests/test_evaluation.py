@@ -36,8 +36,7 @@ def test_episodes_are_the_same_however_many_run_side_by_side(kind: Any) -> None:
     agent, scores = klrl.PPO(BOX, TWO, seed=1), []
     for width in (7, 3, 1) if kind == "sync" else (3,):
         envs = make_vector("CartPole-v1", width, EnvConfig(vectorization=kind))
-        for _ in range(2):
-            scores.append(run_episodes(agent, envs, 5, episodes=7))
+        scores += [run_episodes(agent, envs, 5, episodes=7) for _ in range(2)]
         envs.close()
     assert all(score == scores[0] for score in scores)
     assert len(set(scores[0].lengths)) > 1
