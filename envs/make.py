@@ -34,7 +34,7 @@ class EnvConfig:
     vectorization: Literal["sync", "async"] = "sync"
     """Step the environments in this process, or in a process each (pays off where a step takes milliseconds)."""
     on_error: Literal["raise", "restart"] = "raise"
-    """What an exception in an environment's step does: end the run, or count as a truncation of that episode."""
+    """What an exception or a wrong answer of an environment's step does: end the run, or truncate that episode."""
     timeout: Positive = 60.0
     """Seconds that a step or reset may take in a process of its own."""
 
