@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,13 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from klrl.buffers.protocol import Buffer
-from klrl.config import NonNegative, PositiveInt, build, field_types, to_dict
-from klrl.errors import UsageError
+from klrl.config import NonNegative, PositiveInt, Range, build, convert, field_types, to_dict
+from klrl.errors import UsageError, one_line
 from klrl.kl import Direction, KLLimit, KLReport, at_most, concatenate, freeze
 from klrl.kl.limit import Check, Overshoot, Rule
-from klrl.policies.encoder import Inputs, Observation, ObservationEncoder
+from klrl.policies.encoder import Inputs, ObservationEncoder
 from klrl.policies.networks import OwnNetwork, name_of_network, named_network
+from klrl.policies.observations import Observation
 from klrl.policies.policy import Policy
 from klrl.policies.spaces import check_action_space, from_json, to_json
 from klrl.rundir import checkpoint
@@ -111,14 +112,15 @@ class Agent(ABC):
         """``config``: an instance of ``Config``, or its fields as a dict. ``network``: one's own, from encoded
         observations to features [B, F], or what makes it for a space, or its "module:Class".
 
-        Raises UsageError for spaces, options and networks that do not fit.
+        Raises UsageError for spaces, options, devices, seeds and networks that do not fit.
         """
         check_action_space(action_space)
         self.observation_space, self.action_space = observation_space, action_space
         options = to_dict(config) if is_dataclass(config) else config or {}
         self.config: Any = build(self.Config, options)
         network = named_network(network) if isinstance(network, str) else network
-        self.device = torch.device(device)
+        self.device = _usable(device)
+        seed = convert(Annotated[int, Range(0, 2**63 - 1)], int(seed) if isinstance(seed, np.integer) else seed, "seed")
         self.rng = np.random.default_rng(seed)
         self.network_name = "" if network is None else name_of_network(network)
         self.n_updates = 0
@@ -139,6 +141,7 @@ class Agent(ABC):
 
         Give ``env_action(action)`` to the environment: a sample may lie outside a Box's bounds, and its density is
         that of the sample, not of the clipped action. ``rng``: a generator to sample with, in place of the agent's.
+        Lists and tensors do for arrays, and an image may have its channels at either end; UsageError for other shapes.
         """
         return self.policy.act(obs, None if deterministic else self.rng if rng is None else rng)
 
@@ -154,14 +157,15 @@ class Agent(ABC):
         episode_start: Any = None,
         deterministic: bool = False,
     ) -> tuple[Actions, Any]:
-        """SB3's signature: actions ready for the environment, for one observation or a batch; ``state`` as given."""
-        if isinstance(observation, dict):
-            key = next(iter(observation))
-            single = np.ndim(observation[key]) == len(self.observation_space[key].shape)  # type: ignore[index]
-            batch: Observation = {k: np.asarray(v)[None] if single else v for k, v in observation.items()}
-        else:
-            single = np.ndim(observation) == len(self.observation_space.shape or ())
-            batch = np.asarray(observation)[None] if single else observation
+        """SB3's signature: actions ready for the environment, for one observation or a batch; ``state`` as given.
+
+        Raises UsageError, as ``act``, for what is no observation of the space.
+        """
+        layout = self.encoder.layout
+        batch = layout.arrays(observation)
+        single = layout.is_single(batch)
+        if single:
+            batch = {key: part[None] for key, part in batch.items()} if isinstance(batch, dict) else batch[None]
         action = self.env_action(self.act(batch, deterministic))
         return (action[0] if single else action), state
 
@@ -249,6 +253,15 @@ class Agent(ABC):
         agent = cls(observation_space, action_space, build(cls.Config, options), device, 0, network)
         agent.load_state_dict(state["agent"])
         return agent
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """The device, if this torch has it. Raises UsageError otherwise."""
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as problem:
+        raise UsageError(f"--device {device} cannot be used: {one_line(problem)}") from None
 
 
 def chunks(inputs: Inputs) -> list[Inputs]:

@@ -17,9 +17,10 @@ from klrl.buffers.returns import RewardScale, gae
 from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import Fraction, PositiveInt, Range, Real
 from klrl.kl import select
-from klrl.policies.encoder import Inputs, Observation, ObservationEncoder
+from klrl.policies.encoder import Inputs, ObservationEncoder
 from klrl.policies.heads import make_head
 from klrl.policies.networks import Activation, Critic, OwnNetwork, make_network
+from klrl.policies.observations import Observation
 from klrl.policies.parameters import FlatParameters, clip_, gradients
 from klrl.policies.policy import Policy
 

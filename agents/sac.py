@@ -22,8 +22,9 @@ from klrl.buffers.replay import ReplayBuffer, Transitions
 from klrl.config import Fraction, Positive, PositiveInt, Range
 from klrl.errors import SkippedUpdateError, UsageError
 from klrl.kl import Dual, Move, Penalty, at_least
-from klrl.policies.encoder import Inputs, Observation, ObservationEncoder
+from klrl.policies.encoder import Inputs, ObservationEncoder
 from klrl.policies.networks import Activation, OwnNetwork, TwinCritic, make_network
+from klrl.policies.observations import Observation
 from klrl.policies.parameters import FlatParameters, gradients
 from klrl.policies.policy import Policy
 from klrl.policies.squashed import CorrelatedNoise
@@ -133,7 +134,8 @@ class SAC(Agent):
         """Actions [N, d] in [-1, 1], or joint actions [N, 1]; at random until the first update."""
         if self.n_updates > 0 or deterministic or rng is not None:
             return super().act(obs, deterministic, self.noise if rng is None else rng)
-        rows = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
+        batch = self.encoder.layout.batch(obs)
+        rows = len(next(iter(batch.values())) if isinstance(batch, dict) else batch)
         return self.actions.random(self.noise, rows)
 
     @torch.no_grad()

@@ -15,7 +15,8 @@ from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 
 import klrl.envs  # registers the probes
 from klrl.config import Positive, suggest
-from klrl.envs.wrappers import EpisodePosition, WatchedWorkers, make_seeded, next_step
+from klrl.envs.guards import FAILURES, each_line_once
+from klrl.envs.wrappers import EpisodePosition, NamedFaults, SeededEpisodes, WatchedWorkers, make_seeded, next_step
 from klrl.errors import UsageError, one_line
 
 EnvFactory = Callable[[], gym.Env[Any, Any]]
@@ -33,7 +34,7 @@ class EnvConfig:
     vectorization: Literal["sync", "async"] = "sync"
     """Step the environments in this process, or in a process each (pays off where a step takes milliseconds)."""
     on_error: Literal["raise", "restart"] = "raise"
-    """What an exception in an environment's step does: end the run, or count as a truncation of that episode."""
+    """What an exception or a wrong answer of an environment's step does: end the run, or truncate that episode."""
     timeout: Positive = 60.0
     """Seconds that a step or reset may take in a process of its own."""
 
@@ -50,11 +51,17 @@ def make_vector(
     if isinstance(env, str):
         check(env)
         if _spec(env).entry_point is None:
-            return next_step(_guard(env, config.kwargs, lambda: gym.make_vec(env, n_envs, **config.kwargs)), env)
+            whole = _guard(env, config.kwargs, lambda: gym.make_vec(env, n_envs, **config.kwargs))
+            return next_step(NamedFaults(whole, env), env)
         factory: EnvFactory = partial(gym.make, env, **config.kwargs)
         # One environment made here turns what a worker process would bury into one line.
-        _guard(env, config.kwargs, factory).close()
+        SeededEpisodes(_guard(env, config.kwargs, factory), 0).close()
     else:
+        if not callable(env):
+            raise UsageError(
+                f"an env is an id, or a function that returns a new environment, not {env}: where that is one "
+                "environment, give what makes it, as in lambda: gym.make(...)"
+            )
         if config.kwargs:
             raise UsageError("--env.kwargs goes with an env id; give a factory its arguments yourself")
         factory = env
@@ -107,7 +114,7 @@ def import_module(name: str, wanted_by: str) -> None:
         importlib.import_module(name)
     except ModuleNotFoundError as problem:
         raise UsageError(f"{wanted_by}: no module named {problem.name!r} is installed") from None
-    except Exception as problem:
+    except FAILURES as problem:
         raise UsageError(f"{wanted_by}: importing {name!r} failed: {one_line(problem)}") from None
 
 
@@ -117,13 +124,14 @@ def _spec(env_id: str) -> Any:
 
 def _guard(env_id: str, kwargs: dict[str, Any], make: Callable[[], Any]) -> Any:
     try:
-        return make()
+        with each_line_once():
+            return make()
     except (error.DependencyNotInstalled, ImportError) as problem:
         for extra in ("mujoco", "box2d"):
             if isinstance(problem, error.DependencyNotInstalled) and extra in str(_spec(env_id).entry_point):
                 raise UsageError(f"env {env_id!r} needs an extra: pip install 'klrl[{extra}]'") from None
         raise UsageError(f"env {env_id!r} needs a package that is not installed: {one_line(problem)}") from None
-    except Exception as problem:
+    except FAILURES as problem:
         blamed = f"--env.kwargs {kwargs} does not fit {env_id}" if kwargs else f"env {env_id!r} cannot be made"
         raise UsageError(f"{blamed}: {one_line(problem)}") from None
 

@@ -3,6 +3,7 @@
 import atexit
 import multiprocessing
 import signal
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +13,14 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv, VectorWrapper
 
+from klrl.envs.answers import check_reset, check_step
+from klrl.envs.guards import CLOSE_SECONDS, FAILURES, each_line_once, say, time_limit
 from klrl.errors import EnvironmentFailedError, UsageError, one_line
 from klrl.policies.encoder import replace_rows
+from klrl.policies.observations import Layout
 
 T = TypeVar("T")
+_FIRST = "klrl.first"
 
 
 @dataclass(frozen=True)
@@ -30,34 +35,45 @@ class EpisodePosition:
     """Whether the last action ended the episode, so that the next step only resets."""
 
 
+def counted_from(first: int) -> dict[str, Any] | None:
+    """The options of a ``reset`` with a seed by which the environments ``first``, ``first`` + 1 and so on begin, as if
+    there were so many."""
+    return {_FIRST: first} if first else None
+
+
 class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
     """A wrapper that seeds each episode from ``reset``'s seed, this environment's index and the episode's number.
 
     An environment therefore has no state to save: its ``EpisodePosition`` brings it back. The first ``reset`` replays
     ``position``. Where the replay ends at another observation, and where a step fails under ``on_error`` "restart",
-    the episode is truncated at the last observation, and "restarted" in the info says why.
+    the episode is truncated at the last observation, and "restarted" in the info says why. A step fails where it
+    raises, asks the interpreter to exit, or returns what no environment may.
     """
 
     def __init__(
         self, env: gym.Env[Any, Any], index: int, on_error: str = "raise", position: EpisodePosition | None = None
     ) -> None:
         super().__init__(env)
-        self.index, self.on_error, self.position = index, on_error, position
+        self.place = self.index = index
+        self.on_error, self.position = on_error, position
         self.seed, self.episode, self.steps = 0, 0, 0
+        self._shows: Any = env.observation_space
         self.obs: Any = None
         self.next: Callable[[], tuple[Any, float, bool, bool, dict[str, Any]]] | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin the next episode; with a seed, the first one, or the one at ``position``."""
+        """Begin the next episode; with a seed, the first one, or the one at ``position``; see ``counted_from``."""
         position, self.position, self.next, self.steps = self.position, None, None, 0
         if seed is None:
             self.episode += 1
         else:
             self.seed, self.episode = seed, position.episode if position else 0
+            self.index = self.place + (options or {}).get(_FIRST, 0)
+        options = None if options is None or _FIRST in options else options
         words = np.random.SeedSequence([self.seed, self.index, self.episode]).generate_state(1)
         try:
-            self.obs, info = self.env.reset(seed=int(words[0]), options=options)
-        except Exception as problem:
+            self.obs, info = check_reset(self._shows, self.env.reset(seed=int(words[0]), options=options))
+        except FAILURES as problem:
             raise self._failure(problem, "reset") from None
         if position is not None:
             self._replay(position)
@@ -68,27 +84,35 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
             special, self.next = self.next, None
             return special()
         try:
-            obs, reward, terminated, truncated, info = self.env.step(action)
-        except Exception as problem:
+            answer = check_step(self._shows, self.env.step(action))
+        except FAILURES as problem:
             failure = self._failure(problem, f"step {self.steps + 1}")
             if self.on_error == "raise":
                 raise failure from None
             return self._truncate(str(failure))
-        self.obs = obs
+        self.obs = answer[0]
         self.steps += 1
-        return obs, reward, terminated, truncated, info  # type: ignore[return-value]
+        return answer
+
+    def close(self) -> None:
+        """Close the environment; say so where that fails or takes too long, as nothing depends on it any more."""
+        try:
+            with time_limit(CLOSE_SECONDS):
+                self.env.close()
+        except FAILURES as problem:
+            say(f"env {self.index} failed at close: {one_line(problem)}")
 
     def _replay(self, position: EpisodePosition) -> None:
-        ended = False
+        ended, shown = False, Layout(self._shows).as_shown(position.obs)
         try:
             for action in position.actions:
-                self.obs, _, terminated, truncated, _ = self.env.step(action)
+                self.obs, _, terminated, truncated, _ = check_step(self._shows, self.env.step(action))
                 ended = terminated or truncated
                 self.steps += 1
-            same = ended == position.ended and _same(self.obs, position.obs)
-        except Exception:
+            same = ended == position.ended and _same(self.obs, shown)
+        except FAILURES:
             same = False
-        self.obs = position.obs
+        self.obs = shown
         if position.ended:
             self.next = self._reset_row
         elif not same:
@@ -101,7 +125,7 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
     def _truncate(self, why: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         return self.obs, 0.0, False, True, {"restarted": why}
 
-    def _failure(self, problem: Exception, where: str) -> EnvironmentFailedError:
+    def _failure(self, problem: BaseException, where: str) -> EnvironmentFailedError:
         what = f"env {self.index} failed at {where} of episode {self.episode}"
         return EnvironmentFailedError(f"{what}: {one_line(problem)}")
 
@@ -120,7 +144,7 @@ class WatchedWorkers(VectorWrapper):
     def __init__(self, env: AsyncVectorEnv, timeout: float, replayed: int = 0) -> None:
         """``timeout``: seconds that a step or reset may take; the first reset also replays ``replayed`` steps."""
         super().__init__(env)
-        self.workers, self.timeout, self.replayed = env, timeout, replayed
+        self.workers, self.timeout, self.replayed, self.failed = env, timeout, replayed, False
         _open.add(self)
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
@@ -133,9 +157,12 @@ class WatchedWorkers(VectorWrapper):
     def _watch(self, send: Callable[[], None], wait: Callable[[], T]) -> T:
         level = gym.logger.min_level
         gym.logger.min_level = gym.logger.ERROR + 1  # it would print the worker's traceback
+        self.failed = True
         try:
             send()
-            return wait()
+            answer = wait()
+            self.failed = False
+            return answer
         except multiprocessing.TimeoutError:
             slow = [i for i, pipe in enumerate(self.workers.parent_pipes) if not pipe.poll(0)]
             raise EnvironmentFailedError(
@@ -153,7 +180,7 @@ class WatchedWorkers(VectorWrapper):
             gym.logger.min_level = level
 
     def close(self, **kwargs: Any) -> None:
-        """Ask the workers to end, and kill those that don't."""
+        """Ask the workers to end, and kill those that don't, which is said unless one has failed before."""
         processes = self.workers.processes
         pipes = [pipe for pipe in self.workers.parent_pipes if pipe is not None and not pipe.closed]
         for pipe in pipes:
@@ -161,11 +188,13 @@ class WatchedWorkers(VectorWrapper):
                 pipe.send(("close", None))
             except OSError:
                 continue
-        for process in processes:
-            process.join(1.0 / len(processes))
-        for process in processes:
+        deadline = time.monotonic() + (1.0 if self.failed else CLOSE_SECONDS + 1.0)  # they limit themselves, too
+        for i, process in enumerate(processes):
+            process.join(max(deadline - time.monotonic(), 0.0))
             if process.is_alive():
                 process.kill()
+                if not self.failed:
+                    say(f"env {i} did not close: its worker was killed")
             process.join()
         _open.discard(self)
         for pipe in pipes:
@@ -196,7 +225,36 @@ def make_seeded(
     if multiprocessing.parent_process() is not None:
         for signum in (signal.SIGINT, signal.SIGTERM):  # a group's signal reaches all; the trainer decides when to end
             signal.signal(signum, signal.SIG_IGN)
-    return SeededEpisodes(factory(), index, on_error, position)
+    try:
+        with each_line_once():
+            env = factory()
+    except SystemExit as problem:
+        raise EnvironmentFailedError(f"env {index} failed as it was made: {one_line(problem)}") from None
+    if not isinstance(env, gym.Env):
+        raise UsageError(f"{factory} returned {env!r}, which is no gymnasium.Env")
+    return SeededEpisodes(env, index, on_error, position)
+
+
+class NamedFaults(VectorWrapper):
+    """A vector environment that comes as one: its faults are EnvironmentFailedErrors, as those of single ones are."""
+
+    def __init__(self, env: VectorEnv[Any, Any, Any], name: str) -> None:
+        super().__init__(env)
+        self.name, self.steps = name, 0
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        return self._named("reset", lambda: self.env.reset(**kwargs))
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        self.steps += 1
+        return self._named("step", lambda: self.env.step(actions))
+
+    def _named(self, what: str, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except FAILURES as problem:
+            where = f"env {self.name} failed at {what} after {self.steps} steps"
+            raise EnvironmentFailedError(f"{where}: {one_line(problem)}") from None
 
 
 class SameStepAsNextStep(VectorWrapper):

@@ -159,7 +159,9 @@ def test_import_registers_a_packages_environments() -> None:
 )
 def test_bad_input_is_one_line_and_exit_code_2(words: list[str], message: str) -> None:
     if "Discrete(32)" in message:
-        message = "is not supported: klrl takes Box, Discrete and a Dict of those; gymnasium.wrappers.Flatten"
+        message = (
+            "MultiDiscrete, MultiBinary and a Dict of those; gymnasium.wrappers.FlattenObservation turns most others"
+        )
     assert message in refused(*words)
 
 

@@ -203,7 +203,7 @@ def test_twenty_runs_started_at_once_have_twenty_folders() -> None:
 
 def test_a_run_that_is_alive_or_done_is_not_resumed() -> None:
     run = klrl.train("ppo", "CartPole-v1", total_timesteps=256, **SMALL)
-    with pytest.raises(UsageError, match=r"--total-timesteps 200: runs/.* has \d+ steps already"):
+    with pytest.raises(UsageError, match=r"--total-timesteps 200: .*runs/.* has \d+ steps already"):
         klrl.resume(run.folder, total_timesteps=200)
     with pytest.raises(UsageError, match=r"has its 256 steps; --total-timesteps N trains it further"):
         klrl.resume(run.folder)

@@ -23,7 +23,7 @@ from klrl.errors import NonFiniteError, UsageError, needs
 from klrl.kl import concatenate, js, kl, reverse_kl, select
 from klrl.kl.estimators import own_noise
 from klrl.policies.distributions import MultiCategorical
-from klrl.policies.encoder import Observation
+from klrl.policies.observations import Observation
 from klrl.policies.spaces import category_sizes
 from klrl.policies.squashed import SquashedHead, SquashedNormal
 from klrl.training.evaluation import Evaluation, evaluation_seed, run_episodes
@@ -117,7 +117,7 @@ def compare_policies(old: LoadedPolicy, new: LoadedPolicy, config: CompareConfig
         with closing(old.make_envs(min(_ENVS, config.steps), config.env)) as envs:
             visited.append(compare_at(*agents, collect_states(agent, envs, config.steps, seed), config.seed))
         with closing(old.make_envs(config.episodes, config.env)) as envs:
-            returns.append(run_episodes(agent, envs, seed))
+            returns.append(run_episodes(agent, envs, seed, episodes=config.episodes))
     return Comparison((old, new), config, config.env or old.env, visited, returns, _disagreements(agents, visited))
 
 
@@ -143,7 +143,7 @@ def collect_states(agent: Agent, envs: Envs, steps: int, seed: int) -> Observati
     states: list[Observation] = []
     while count < steps:
         count += acting.sum()
-        states.append(tree_map(lambda part, rows=acting: part[rows], obs))
+        states.append(tree_map(lambda part, rows=acting: part[rows], agent.encoder.layout.batch(obs)))
         obs, _, terminated, truncated, _ = envs.step(agent.env_action(agent.act(obs, rng=rng)))
         acting = ~(terminated | truncated)
     return tree_map(lambda *parts: np.concatenate(parts)[:steps], *states)

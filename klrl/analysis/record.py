@@ -20,7 +20,7 @@ from klrl.envs.make import Imports
 from klrl.errors import UsageError, one_line
 from klrl.kl import kl
 from klrl.policies.distributions import MultiCategorical
-from klrl.policies.encoder import Observation
+from klrl.policies.observations import Observation
 from klrl.rundir import checkpoint
 from klrl.training.evaluation import evaluation_seed, run_episodes
 from klrl.training.load import LoadedPolicy, load_policy
@@ -68,17 +68,18 @@ def record(path: str, config: RecordConfig) -> list[Path]:
         videos = [stack.enter_context(contextlib.closing(Video(folder / name, fps))) for name in names]
         overlay = Overlay(trained) if config.overlay else None
 
-        def capture(obs: Observation, running: Any, returns: Any, step: int) -> None:
+        def capture(obs: Observation, running: Any, returns: Any, step: int, first: int) -> None:
             lines = overlay.lines(obs) if overlay is not None else None
             for i, frame in _frames(envs, np.flatnonzero(running).tolist()):
                 if lines is not None:
                     frame = draw_text(frame, [f"step {step}  return {returns[i]:.1f}", *lines[i]])
-                videos[i].add(frame)
+                videos[first + i].add(frame)
             for i in np.flatnonzero(~running).tolist():
-                videos[i].finish()
+                if first + i < len(videos):
+                    videos[first + i].finish()
 
         seed = evaluation_seed("afterwards", trained.config.seed, config.seed)
-        run_episodes(trained.agent, envs, seed, not config.stochastic, capture, config.max_steps)
+        run_episodes(trained.agent, envs, seed, not config.stochastic, capture, config.max_steps, config.episodes)
         for video in videos:
             video.finish()
     return [video.path for video in videos]

@@ -6,6 +6,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
+from klrl.errors import UsageError
 from klrl.policies.encoder import replace_rows
 
 
@@ -44,6 +45,35 @@ class Buffer(Protocol):
         """Store what ``rows`` gave. Raises ValueError where it is of other spaces."""
         if rows:
             raise ValueError("this buffer keeps no rows of its own")
+
+
+def numbers(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """``values`` as an array of numbers. Raises UsageError unless it has that shape, where NumPy would broadcast."""
+    array = values if isinstance(values, np.ndarray) else np.asarray(values)
+    if array.shape != shape:
+        raise UsageError(f"{name} has shape {array.shape}, expected {shape}: the buffer holds {shape[0]} environments")
+    if array.dtype.kind not in "fiub":
+        raise UsageError(f"{name} is of type {array.dtype}, expected numbers")
+    return array
+
+
+def flags(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """``values`` as an array of truth values. Raises UsageError for what is neither these nor zeros and ones."""
+    array = numbers(name, values, shape)
+    if array.dtype.kind == "b":
+        return array
+    if not np.isin(array, (0, 1)).all():
+        raise UsageError(f"{name} is {array.tolist()}, expected True or False for each environment")
+    return array.astype(np.bool_)
+
+
+def autoreset_mode(mode: Any) -> AutoresetMode:
+    """The mode, or that of which ``mode`` is the value. Raises UsageError for anything else."""
+    try:
+        return AutoresetMode(mode)
+    except ValueError:
+        known = ", ".join(repr(one.value) for one in AutoresetMode)
+        raise UsageError(f"autoreset must be an AutoresetMode or one of {known}, got {mode!r}") from None
 
 
 def check_continues(shown: Any, obs: Any, ended: Any) -> None:

@@ -13,7 +13,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from klrl.buffers.protocol import Buffer, check_continues, led_to
+from klrl.buffers.protocol import Buffer, autoreset_mode, check_continues, flags, led_to, numbers
 from klrl.errors import NonFiniteError, UsageError
 from klrl.policies.encoder import Inputs, ObservationEncoder, replace_rows
 
@@ -58,8 +58,9 @@ class ReplayBuffer(Buffer):
         autoreset: AutoresetMode | str = AutoresetMode.NEXT_STEP,
     ) -> None:
         """``autoreset``: the environments' ``metadata["autoreset_mode"]``."""
-        self.autoreset = AutoresetMode(autoreset)
+        self.autoreset = autoreset_mode(autoreset)
         self.capacity, self.n_envs, self.gamma, self.n_step = capacity, n_envs, gamma, n_step
+        self.action_width = action_width
         self.encoder = ObservationEncoder(observation_space, torch.device("cpu"), normalize=False)
         features = self.encoder.features
         ends = np.cumsum([0, features, action_width, 1, 1, features])
@@ -81,16 +82,20 @@ class ReplayBuffer(Buffer):
     ) -> None:
         """Take one step of all N environments.
 
-        Raises NonFiniteError naming the environment where an observation or reward is not finite, and ValueError where
-        ``final_obs`` does not go with the autoreset mode.
+        Raises NonFiniteError naming the environment where an observation or reward is not finite, UsageError where a
+        part has another shape, and ValueError where ``final_obs`` does not go with the autoreset mode.
         """
-        ended = np.asarray(terminated) | np.asarray(truncated)
-        reached = led_to(self.autoreset, next_obs, ended, final_obs)
+        layout, one = self.encoder.layout, (self.n_envs,)
+        action, reward = numbers("action", action, (*one, self.action_width)), numbers("reward", reward, one)
+        terminated, truncated = flags("terminated", terminated, one), flags("truncated", truncated, one)
+        ended = terminated | truncated
+        reached = layout.batch(led_to(self.autoreset, next_obs, ended, final_obs), *one)
+        obs, next_obs = layout.batch(obs, *one), layout.batch(next_obs, *one)
         if self._shown is not None:
             check_continues(self._shown, obs, self._ended)
         before, after = ({k: v.numpy() for k, v in self.encoder(x).items()} for x in (obs, reached))
         with np.errstate(over="ignore"):
-            reward = np.asarray(reward).astype(np.float32)
+            reward = reward.astype(np.float32)
         for name, values in (
             ("observation", before.get("vector")),
             ("observation", after.get("vector")),
@@ -101,7 +106,7 @@ class ReplayBuffer(Buffer):
                 raise NonFiniteError(f"{name} is not finite in env {env} after {self.steps} steps")
         valid = np.flatnonzero(~self._ended)
         if self.n_step == 1:
-            discount = self.gamma * (1.0 - np.asarray(terminated, np.float32))
+            discount = self.gamma * (1.0 - terminated.astype(np.float32))
             self._write(_pick(before, valid), action[valid], reward[valid], discount[valid], _pick(after, valid))
         else:
             for env in map(int, valid):

@@ -9,9 +9,9 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 
-from klrl.buffers.protocol import Buffer, check_continues, led_to
+from klrl.buffers.protocol import Buffer, autoreset_mode, check_continues, flags, led_to, numbers
 from klrl.errors import NonFiniteError
-from klrl.policies.encoder import Observation
+from klrl.policies.observations import Layout, Observation
 
 _FACTS = ("action", "reward", "terminated", "truncated", "valid")
 
@@ -35,8 +35,10 @@ class RolloutBuffer(Buffer):
         autoreset: AutoresetMode | str = AutoresetMode.NEXT_STEP,
     ) -> None:
         """``autoreset``: the environments' ``metadata["autoreset_mode"]``."""
-        self.n_steps, self.n_envs, self.autoreset = n_steps, n_envs, AutoresetMode(autoreset)
-        self.obs = _empty(observation_space, (n_steps + 1, n_envs))
+        self.n_steps, self.n_envs, self.autoreset = n_steps, n_envs, autoreset_mode(autoreset)
+        self.layout = Layout(observation_space)
+        empty = {name: _empty(part, (n_steps + 1, n_envs)) for name, part in self.layout.parts.items()}
+        self.obs: Observation = empty if self.layout.keyed else empty[""]
         self.action = action_storage(action_space, (n_steps, n_envs))
         self.reward: npt.NDArray[np.float32] = np.zeros((n_steps, n_envs), np.float32)
         self.terminated: npt.NDArray[np.bool_] = np.zeros((n_steps, n_envs), np.bool_)
@@ -56,15 +58,16 @@ class RolloutBuffer(Buffer):
     ) -> None:
         """Append one step of all N environments; a full buffer starts over.
 
-        Raises ValueError where ``action`` has another shape, and where the observations are not those that the
+        Raises UsageError where a part has another shape, and ValueError where the observations are not those that the
         autoreset mode would show.
         """
-        if action.shape != self.action.shape[1:]:
-            raise ValueError(f"action has shape {action.shape}, the buffer holds {self.action.shape[1:]} a step")
-        terminated, truncated = np.asarray(terminated), np.asarray(truncated)
+        one = (self.n_envs,)
+        action, reward = numbers("action", action, self.action.shape[1:]), numbers("reward", reward, one)
+        terminated, truncated = flags("terminated", terminated, one), flags("truncated", truncated, one)
         ended = terminated | truncated
         plain = self.autoreset is AutoresetMode.NEXT_STEP and final_obs is None
         reached = next_obs if plain else led_to(self.autoreset, next_obs, ended, final_obs)
+        obs, next_obs = self.layout.batch(obs, self.n_envs), self.layout.batch(next_obs, self.n_envs)
         if self._ended.any() and self._shown:
             check_continues(_row(self.obs, self.filled), obs, self._ended)
         if self.full:
@@ -78,6 +81,7 @@ class RolloutBuffer(Buffer):
         if self.autoreset is AutoresetMode.NEXT_STEP:
             self._ended = ended  # only then the next step resets, and nothing else
         else:
+            reached = self.layout.batch(reached, self.n_envs)
             for env in np.flatnonzero(truncated & ~terminated):
                 self._finals[t, int(env)] = {key: np.array(part[env]) for key, part in _parts(reached)}
         self.filled, self._shown = t + 1, True
@@ -153,9 +157,7 @@ def _parts(obs: Observation) -> list[tuple[str, npt.NDArray[Any]]]:
     return list(obs.items()) if isinstance(obs, dict) else [("", obs)]
 
 
-def _empty(space: spaces.Space[Any], leading: tuple[int, ...]) -> Observation:
-    if isinstance(space, spaces.Dict):
-        return {key: _empty(part, leading) for key, part in space.spaces.items()}  # type: ignore[misc]
+def _empty(space: spaces.Space[Any], leading: tuple[int, ...]) -> npt.NDArray[Any]:
     dtype = np.dtype(np.float32) if np.issubdtype(space.dtype, np.floating) else space.dtype
     return np.zeros((*leading, *(space.shape or ())), dtype)
 

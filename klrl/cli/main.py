@@ -165,7 +165,7 @@ def _record(arguments: list[str]) -> None:
 
 
 def _eval(arguments: list[str]) -> None:
-    from klrl.training.evaluation import EvalConfig, evaluation_seed, run_episodes
+    from klrl.training.evaluation import EvalConfig, evaluation_seed, run_episodes, summary
     from klrl.training.load import load_policy
 
     example = "eval needs a run folder or checkpoint: klrl eval runs/ppo-CartPole-v1-0-..."
@@ -173,12 +173,12 @@ def _eval(arguments: list[str]) -> None:
     trained = load_policy(run, given.checkpoint, given.imports)
     with closing(trained.make_envs(given.episodes, given.env_id)) as envs:
         seed = evaluation_seed("afterwards", trained.config.seed)
-        score = run_episodes(trained.agent, envs, seed, not given.stochastic)
+        score = run_episodes(trained.agent, envs, seed, not given.stochastic, episodes=given.episodes)
     env = given.env_id or trained.env
     if given.json:
         print(json.dumps({"env_id": env, **score._asdict()}))
     else:
-        print(f"{score.mean:.1f} +- {score.std:.1f} over {given.episodes} episodes of {env}")
+        print(summary(score, f" of {env}"))
 
 
 def _list(arguments: list[str]) -> None:

@@ -7,9 +7,10 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from klrl.policies.spaces import check_observation_space, is_image
+from klrl.errors import UsageError
+from klrl.policies.observations import Layout, Observation
+from klrl.policies.spaces import category_sizes
 
-Observation = np.ndarray[Any, Any] | dict[str, np.ndarray[Any, Any]]
 Inputs = dict[str, Tensor]
 """A batch of network inputs: float32 "vector" [B, F], and each image as uint8 [B, C, H, W] under "image KEY"."""
 
@@ -24,16 +25,12 @@ class ObservationEncoder:
     """
 
     def __init__(self, space: spaces.Space[Any], device: torch.device, normalize: bool) -> None:
-        check_observation_space(space)
+        self.layout = Layout(space)
         self.space, self.device = space, device
-        self._keyed = isinstance(space, spaces.Dict)
-        # Sorted: equal Dict spaces may list their keys in another order, and the weights must not depend on that.
-        parts = sorted(space.spaces.items()) if isinstance(space, spaces.Dict) else [("", space)]
-        self.parts: dict[str, spaces.Space[Any]] = dict(parts)
-        self.images = {key: _channels_first(part) for key, part in parts if is_image(part)}
+        self.parts, self.images = self.layout.parts, self.layout.images
         scaled: list[bool] = []
-        for key, part in self.parts.items():
-            if key not in self.images:
+        for name, part in self.parts.items():
+            if name not in self.images:
                 scaled += [isinstance(part, spaces.Box)] * _features(part)
         self.features = len(scaled)
         self._scaled = torch.tensor(scaled, dtype=torch.bool, device=device)
@@ -46,7 +43,10 @@ class ObservationEncoder:
         self._refresh()
 
     def __call__(self, obs: Observation) -> Inputs:
-        """Encode observations with any leading shape [..., *space.shape]; the leading shape becomes one batch [B]."""
+        """Encode observations with any leading shape [..., *space.shape]; the leading shape becomes one batch [B].
+
+        Raises UsageError for those that are not of the space.
+        """
         inputs = self._encode(obs)
         if self.normalize:
             vector = inputs["vector"]
@@ -55,7 +55,8 @@ class ObservationEncoder:
 
     def to_numpy(self, obs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Encode Box observations [B, *shape] as the "vector" alone, in NumPy, without torch's cost per call."""
-        vector = obs.reshape(len(obs), -1).astype(np.float32, copy=False)
+        checked: Any = self.layout.batch(obs)
+        vector = checked.reshape(len(checked), -1).astype(np.float32, copy=False)
         if not self.normalize:
             return vector
         mean, inverse_std = self._numpy
@@ -100,14 +101,15 @@ class ObservationEncoder:
     def _encode(self, obs: Observation) -> Inputs:
         inputs: Inputs = {}
         vectors: list[Tensor] = []
-        for key, part in self.parts.items():
-            value = torch.as_tensor(obs[key] if self._keyed else obs, device=self.device)
-            if key in self.images:
+        given = self.layout.arrays(obs)
+        for name, part in self.parts.items():
+            array = given[name] if isinstance(given, dict) else given
+            if isinstance(part, spaces.Discrete | spaces.MultiDiscrete):
+                array = _one_hot(array, part)
+            value = torch.as_tensor(array, device=self.device)
+            if name in self.images:
                 value = value.reshape(-1, *part.shape or ())
-                inputs[f"image {key}"] = value.permute(0, 3, 1, 2) if part.shape != self.images[key] else value
-            elif isinstance(part, spaces.Discrete):
-                index = value.reshape(-1).long() - int(part.start)
-                vectors.append(torch.nn.functional.one_hot(index, int(part.n)).float())
+                inputs[f"image {name}"] = value.permute(0, 3, 1, 2) if part.shape != self.images[name] else value
             else:
                 vector = value.reshape(-1, _features(part)).float()
                 vectors.append(vector / 255.0 if part.dtype == np.uint8 else vector)
@@ -128,10 +130,21 @@ def replace_rows(obs: Any, others: Any, rows: Any) -> Any:
 
 
 def _features(space: spaces.Space[Any]) -> int:
-    return int(space.n) if isinstance(space, spaces.Discrete) else int(np.prod(space.shape or (1,)))
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        return sum(category_sizes(space))
+    return int(np.prod(space.shape or (1,)))
 
 
-def _channels_first(space: spaces.Space[Any]) -> tuple[int, int, int]:
-    assert space.shape is not None
-    first, middle, last = space.shape
-    return (first, middle, last) if first <= last else (last, first, middle)
+def _one_hot(value: np.ndarray[Any, Any], space: spaces.Space[Any]) -> np.ndarray[Any, Any]:
+    """Choices [..., *shape] one-hot, side by side, as Gymnasium's ``flatten`` does it: [B, sum of n]."""
+    assert isinstance(space, spaces.Discrete | spaces.MultiDiscrete)
+    sizes = category_sizes(space)
+    index = value.reshape(-1, len(sizes)) - np.asarray(space.start).reshape(-1)
+    flat = np.zeros((len(index), sum(sizes)), np.float32)
+    rows, first = np.arange(len(index)), 0
+    for chosen, n in zip(index.T, sizes, strict=True):
+        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < n:
+            raise UsageError(f"an observation lies outside of its space {space}: {value.tolist()}")
+        flat[rows, first + chosen] = 1.0
+        first += n
+    return flat

@@ -5,8 +5,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from klrl.policies.encoder import Inputs, Observation, ObservationEncoder
+from klrl.policies.encoder import Inputs, ObservationEncoder
 from klrl.policies.networks import Array, Network
+from klrl.policies.observations import Observation
 
 
 class Head(Protocol):
@@ -56,5 +57,5 @@ class Policy(nn.Module):
             output = mlp.forward_numpy(encoder.to_numpy(obs))  # type: ignore[arg-type]
         if output is None:
             with torch.inference_mode():
-                output = network(encoder(obs)).cpu().numpy()
+                output = network(encoder(encoder.layout.batch(obs))).cpu().numpy()
         return head.sample(output, rng)

@@ -58,39 +58,57 @@ def check_joint(space: spaces.Space[Any], actions: int) -> None:
         raise UsageError(f"action space {space} has {actions:,} joint actions: SAC takes at most {_MAX_JOINT:,}")
 
 
+def leaves(space: spaces.Space[Any], path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], spaces.Space[Any]]]:
+    """The spaces that a Dict consists of, at any depth, each with the keys that lead to it; any other is its own."""
+    if not isinstance(space, spaces.Dict):
+        return [(path, space)]
+    return [leaf for key, part in space.spaces.items() for leaf in leaves(part, (*path, key))]
+
+
 def check_observation_space(space: spaces.Space[Any]) -> None:
-    """Raise UsageError unless ``space`` is a Box, a Discrete, or a Dict of those."""
-    parts = list(space.spaces.values()) if isinstance(space, spaces.Dict) else [space]
+    """Raise UsageError unless ``space`` is a Box, Discrete, MultiDiscrete, MultiBinary, or a Dict of those or Dicts."""
+    parts = leaves(space)
     if not parts:
-        raise UsageError("observation space Dict() is empty: there is nothing to learn from")
-    for part in parts:
+        raise UsageError(f"observation space {space} is empty: there is nothing to learn from")
+    names = [".".join(map(str, path)) for path, _ in parts]
+    if len(set(names)) < len(names):
+        raise UsageError(f"observation space {space} has keys that read the same: {', '.join(names)}")
+    if bad := [key for path, _ in parts for key in path if not isinstance(key, str | int)]:
+        raise UsageError(f"observation space {space} has the key {bad[0]!r}: keys are text or whole numbers")
+    for _, part in parts:
         if isinstance(part, spaces.Box) and part.dtype == np.uint8 and len(part.shape) > 3:
             raise UsageError(
                 f"observation space {part} is not supported: images have 3 dimensions; "
                 "gymnasium.wrappers.ReshapeObservation can merge stacked frames into channels"
             )
-        if not isinstance(part, spaces.Box | spaces.Discrete):
+        if not isinstance(part, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
             raise UsageError(
-                f"observation space {part} is not supported: klrl takes Box, Discrete and a Dict of those; "
-                "gymnasium.wrappers.FlattenObservation turns most others into a Box"
+                f"observation space {part} is not supported: klrl takes Box, Discrete, MultiDiscrete, MultiBinary and "
+                "a Dict of those; gymnasium.wrappers.FlattenObservation turns most others into a Box"
             )
+        if 0 in (part.shape or ()):
+            raise UsageError(f"observation space {part} is empty: an observation of it says nothing")
 
 
 def is_image(space: spaces.Space[Any]) -> bool:
-    """Whether ``space`` holds bytes of shape [H, W, C] or [C, H, W] that are large enough for convolutions."""
-    return (
-        isinstance(space, spaces.Box)
-        and space.dtype == np.uint8
-        and len(space.shape) == 3
-        and sorted(space.shape)[1] >= 36
-    )
+    """Whether ``space`` holds bytes of shape [H, W, C] or [C, H, W] that are large enough for convolutions.
+
+    Others, such as [36, 3, 36], whose channels stand nowhere that is known, are vectors.
+    """
+    if not isinstance(space, spaces.Box) or space.dtype != np.uint8 or len(space.shape) != 3:
+        return False
+    first, middle, last = space.shape
+    return middle >= 36 and max(first, last) >= 36
 
 
 def to_json(space: spaces.Space[Any]) -> dict[str, Any]:
     """A supported space as JSON; ``from_json`` gives an equal one back."""
     match space:
         case spaces.Dict():
-            return {"type": "Dict", "spaces": {key: to_json(part) for key, part in space.spaces.items()}}
+            if all(isinstance(key, str) for key in space.spaces):
+                return {"type": "Dict", "spaces": {key: to_json(part) for key, part in space.spaces.items()}}
+            # JSON's keys are text: others are kept as values.
+            return {"type": "Dict", "spaces": [[key, to_json(part)] for key, part in space.spaces.items()]}
         case spaces.Discrete():
             return {"type": "Discrete", "n": int(space.n), "start": int(space.start), "dtype": str(space.dtype)}
         case spaces.MultiDiscrete():
@@ -113,7 +131,8 @@ def from_json(data: dict[str, Any]) -> spaces.Space[Any]:
     """The space that ``to_json`` wrote. Raises ValueError or KeyError for anything else."""
     match data["type"]:
         case "Dict":
-            return spaces.Dict({key: from_json(part) for key, part in data["spaces"].items()})
+            parts = data["spaces"] if isinstance(data["spaces"], list) else data["spaces"].items()
+            return spaces.Dict({key: from_json(part) for key, part in parts})
         case "Discrete":
             return spaces.Discrete(data["n"], start=data["start"], dtype=np.dtype(data["dtype"]).type)
         case "MultiDiscrete":

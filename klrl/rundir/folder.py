@@ -14,13 +14,16 @@ except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
-def make_folder(parent: str, name: str) -> Path:
-    """A new folder ``parent/name-time``, numbered where that is taken. Raises UsageError where it cannot be made."""
+def make_folder(parent: str, name: str, here: Path = Path()) -> Path:
+    """A new folder ``parent/name-time`` seen from ``here``, numbered where that is taken.
+
+    Raises UsageError where it cannot be made.
+    """
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "_").replace(":", "_")
     with refusals(f"--run-dir {parent}", "; choose a folder you can write to"):
-        os.makedirs(parent, exist_ok=True)
+        os.makedirs(here / parent, exist_ok=True)
         for number in range(1, 10_000):
-            folder = Path(parent) / (stem if number == 1 else f"{stem}-{number}")
+            folder = here / parent / (stem if number == 1 else f"{stem}-{number}")
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
                 return folder

@@ -157,6 +157,15 @@ class Console:
             words = [f"{word:{width}}" for word, width in zip(_words(step, metrics), widths, strict=False)]
             print("  ".join([f"{100 * min(step / self._total, 1):3.0f}%", *words]).rstrip(), flush=True)
 
+    def evaluating(self, done: int, total: int) -> None:
+        """Show how far the final evaluation is: on the live line, elsewhere once a minute."""
+        line = f"evaluation: {done} of {total} episodes"
+        if self._progress is not None:
+            self._progress.update(self._task, description=line)
+        elif not self._quiet and time.monotonic() >= self._next_time:
+            self._next_time = time.monotonic() + 60
+            print(line, flush=True)
+
     def close(self) -> None:
         """Leave the live line as it is and give the terminal back."""
         if self._progress is not None:

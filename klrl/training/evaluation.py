@@ -10,8 +10,9 @@ from gymnasium.vector import VectorEnv
 
 from klrl.agents.base import Agent
 from klrl.config import PositiveInt
-from klrl.envs.make import Imports
-from klrl.policies.encoder import Observation
+from klrl.envs.make import Imports, can_replay
+from klrl.envs.wrappers import counted_from
+from klrl.policies.observations import Observation
 
 _PURPOSES = ("during", "final", "afterwards")
 _MOST_EVAL_STEPS = 27_000  # of an episode that neither the environment nor the policy ends; Atari's half hour
@@ -33,15 +34,24 @@ class Evaluation(NamedTuple):
     std: float
     returns: list[float]
     lengths: list[int]
+    terminated: list[bool]
+    """Whether each episode ended by itself; the others were truncated, by the environment or as they took too long."""
 
 
-NO_EPISODES = Evaluation(math.nan, math.nan, [], [])
+def summary(score: Evaluation, what: str = "") -> str:
+    """The mean and deviation over the episodes, ``what`` they are of, and how many of them were cut."""
+    count, cut = len(score.returns), score.terminated.count(False)
+    note = f" ({cut} of {count} cut at the time limit)" if cut else ""
+    return f"{score.mean:.1f} +- {score.std:.1f} over {count} episodes{what}{note}"
+
+
+NO_EPISODES = Evaluation(math.nan, math.nan, [], [], [])
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     episodes: PositiveInt = 20
-    """Episodes to run, each in an environment of its own."""
+    """Episodes to run, as many side by side as the run had environments."""
     checkpoint: Literal["last", "best"] = "last"
     """Which of a run's checkpoints."""
     env_id: str = ""
@@ -58,24 +68,36 @@ def run_episodes(
     envs: VectorEnv[Any, Any, Any],
     seed: int,
     deterministic: bool = True,
-    watch: Callable[[Observation, Any, Any, int], None] = lambda *_: None,
+    watch: Callable[[Observation, Any, Any, int, int], None] = lambda *_: None,
     max_steps: int = 0,
+    episodes: int = 0,
 ) -> Evaluation:
-    """The first episode of each environment, so that short ones do not count twice.
+    """``episodes`` in rounds of one in each environment, by default one round; short ones therefore count no more.
 
+    An episode is the same however many run side by side, where its environment was made and seeded by itself.
     Sampled actions follow from ``seed`` and leave the agent's own random state alone. An episode that goes on for
     ``max_steps``, or 27,000, steps is cut off. ``watch`` is called at each state, the last one included, and may raise:
-    with the observations [N, *shape], which of them are of these episodes [N], the returns so far [N], and the step.
+    with the observations [N, *shape], which of them are of these episodes [N], the returns so far [N], the step, and
+    the number of the round's first episode.
     """
     rng = None if deterministic else np.random.default_rng(seed)
-    obs, _ = envs.reset(seed=seed)
-    returns, lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs, np.int64)
-    running = np.ones(envs.num_envs, np.bool_)
-    watch(obs, running, returns, 0)
-    while running.any() and lengths.max() < (max_steps or _MOST_EVAL_STEPS):
-        obs, reward, terminated, truncated, _ = envs.step(agent.env_action(agent.act(obs, deterministic, rng)))
-        returns += reward * running
-        lengths += running
-        watch(obs, running, returns, int(lengths.max()))
-        running &= ~(terminated | truncated)
-    return Evaluation(float(returns.mean()), float(returns.std()), returns.tolist(), lengths.tolist())
+    count, width = episodes or envs.num_envs, envs.num_envs
+    returns, lengths = np.zeros(count), np.zeros(count, np.int64)
+    itself = np.zeros(count, np.bool_)
+    for first in range(0, count, width):
+        here = slice(first, first + width)
+        rows = len(returns[here])
+        obs, _ = envs.reset(seed=seed + first, options=counted_from(first) if can_replay(envs) else None)
+        running, total = np.arange(width) < rows, np.zeros(width)
+        watch(obs, running, total, 0, first)
+        for step in range(1, 1 + (max_steps or _MOST_EVAL_STEPS)):
+            obs, reward, terminated, truncated, _ = envs.step(agent.env_action(agent.act(obs, deterministic, rng)))
+            total += reward * running
+            lengths[here] += running[:rows]
+            watch(obs, running, total, step, first)
+            itself[here] |= (running & terminated)[:rows]
+            running &= ~(terminated | truncated)
+            if not running.any():
+                break
+        returns[here] = total[:rows]
+    return Evaluation(float(returns.mean()), float(returns.std()), returns.tolist(), lengths.tolist(), itself.tolist())

@@ -30,7 +30,7 @@ class LoadedPolicy:
     """The environment it was trained on."""
 
     def make_envs(self, count: int, env: str = "", **kwargs: Any) -> Envs:
-        """``count`` environments with the run's arguments and ``kwargs``: its own id, or ``env``.
+        """``count`` environments, but no more than the run had, with its arguments and ``kwargs``: its id, or ``env``.
 
         Raises UsageError for an id that is not known here, and for one with other spaces than the agent's.
         """
@@ -39,6 +39,7 @@ class LoadedPolicy:
                 f"{self.path} was trained on {self.env!r}, which is no env id here: name one, or --import its package"
             )
         name = env or self.env
+        count = min(count, self.config.n_envs)
         envs = make_vector(name, count, replace(self.config.env, kwargs={**self.config.env.kwargs, **kwargs}))
         for part in ("observation_space", "action_space"):
             mine, theirs = getattr(self.agent, part), getattr(envs, f"single_{part}")

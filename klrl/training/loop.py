@@ -106,7 +106,7 @@ class Loop:
         self.per_state: torch.Tensor | None = None  # KL of the last update, until it is logged
         self.provisional = False  # the figures are of an update that goes on if the run does
         self._saved_at, self._saved_time = 0, time.monotonic()
-        self._evaluators: dict[int, Envs] = {}
+        self._evaluators: Envs | None = None
 
     def restore(self, source: Path, content: dict[str, Any]) -> None:
         """Go on from a checkpoint that ``_save`` wrote; ``episodes`` is restored, and ``envs`` made with its places.
@@ -152,11 +152,11 @@ class Loop:
                     if self.finished:
                         return score or NO_EPISODES
                     progress.figures, progress.began = None, self.episodes.steps
-            except (Interrupted, EnvironmentFailedError):
-                if self.signals.signum:  # which may have reached the workers, too
-                    self._save(None)
-                    self.signals.check()
-                raise
+            except (Interrupted, EnvironmentFailedError) as problem:
+                self._save(None)
+                self.signals.check()  # which may have reached the workers, too
+                done = f"saved after {self.episodes.steps:,} steps in {folder}, for klrl resume"
+                raise EnvironmentFailedError(f"{problem}; {done}") from None
             except NonFiniteError as problem:
                 saved = checkpoint.steps(self.checkpoints)
                 kept = f"; the last checkpoint is {saved[-1]}" if saved else ""
@@ -237,7 +237,10 @@ class Loop:
         figures, score = dict(learned), None
         if self.finished and config.final_episodes:
             self._save(None)  # an evaluation may fail, or take longer than anyone waits
-            self._close_environments()
+            self.envs.close()  # of some tasks no two instances may exist
+            if self._evaluators is not None:
+                self._evaluators.close()
+                self._evaluators = None
             score = self._evaluate(config.final_episodes, evaluation_seed("final", config.seed))
         elif config.eval_every and progress.updates % config.eval_every == 0:
             score = self._evaluate(config.eval_episodes, evaluation_seed("during", config.seed))
@@ -264,23 +267,27 @@ class Loop:
     def _evaluate(self, episodes: int, seed: int) -> Evaluation:
         """Episodes that leave the global generators as they were, so that training does not depend on them."""
         with random_state_kept():
-            if episodes not in self._evaluators:
-                envs = self.opened.enter_context(closing(make_vector(self.env, episodes, self.config.env)))
-                self._evaluators[episodes] = envs
-            return run_episodes(self.agent, self._evaluators[episodes], seed, watch=lambda *_: self.signals.check())
+            width = min(episodes, self.config.n_envs)
+            if self._evaluators is None or self._evaluators.num_envs != width:
+                if self._evaluators is not None:
+                    self._evaluators.close()
+                envs = make_vector(self.env, width, self.config.env)
+                self._evaluators = self.opened.enter_context(closing(envs))
 
-    def _close_environments(self) -> None:
-        """Close those of training and evaluation, for tasks of which no two instances may exist."""
-        for envs in (self.envs, *self._evaluators.values()):
-            envs.close()
-        self._evaluators.clear()
+            def watch(obs: Any, running: Any, returns: Any, step: int, first: int) -> None:
+                self.signals.check()
+                if self.finished:
+                    self.console.evaluating(min(first + int((~running).sum()), episodes), episodes)
+
+            return run_episodes(self.agent, self._evaluators, seed, watch=watch, episodes=episodes)
 
     def _save(self, score: Evaluation | None) -> None:
         """Save everything, as it is between two updates or in the middle of collecting."""
         progress = asdict(self.progress)
         if self.provisional:
             progress |= {"figures": None, "updates": self.progress.updates - 1}
-        parts = self.obs if isinstance(self.obs, dict) else {"": self.obs}
+        obs = self.agent.encoder.layout.arrays(self.obs)
+        parts = obs if isinstance(obs, dict) else {"": obs}
         state = {
             **self.agent.description(),
             "options": self.options,

@@ -10,7 +10,6 @@ from inspect import isabstract
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import tomli_w
 import torch
 
@@ -33,7 +32,7 @@ from klrl.policies.networks import OwnNetwork, name_of_network, named_network
 from klrl.rundir import checkpoint
 from klrl.rundir.folder import locked, make_folder, replace_file
 from klrl.training.episodes import Episodes
-from klrl.training.evaluation import Evaluation, evaluation_seed, run_episodes
+from klrl.training.evaluation import Evaluation, evaluation_seed, run_episodes, summary
 from klrl.training.loop import Loop, RunConfig
 from klrl.training.randomness import random_state_kept
 
@@ -58,9 +57,9 @@ class Run:
 
     def evaluate(self, episodes: int = 20, deterministic: bool = True, seed: int = 0) -> Evaluation:
         """Episodes with the trained agent that are not those of the final evaluation; another seed gives others."""
-        with contextlib.closing(make_vector(self.env, episodes, self.config.env)) as envs:
-            chosen = evaluation_seed("afterwards", self.config.seed, seed)
-            return run_episodes(self.agent, envs, chosen, deterministic)
+        width, chosen = min(episodes, self.config.n_envs), evaluation_seed("afterwards", self.config.seed, seed)
+        with contextlib.closing(make_vector(self.env, width, self.config.env)) as envs:
+            return run_episodes(self.agent, envs, chosen, deterministic, episodes=episodes)
 
 
 def train(
@@ -116,7 +115,7 @@ def resume(
     than are done. ``imports``: packages to import first. Raises UsageError where it is still running, where no
     checkpoint is whole, and where its steps are done.
     """
-    folder = Path(path)
+    folder = Path(path).absolute()
     checkpoint.resolve(folder)
     if (folder / "manifest.json").exists():
         raise UsageError(f"resume takes a run's folder, not one of its checkpoints: {folder.parent.parent}")
@@ -155,7 +154,7 @@ def run_training(
         raise UsageError("--quiet and --verbose contradict each other: give one of them")
     for package in config.imports:
         import_module(package, f"--import {package}")
-    name = agent_class.name()
+    name, here = agent_class.name(), Path.cwd()  # which an environment may leave
     if network is None and config.network:
         network = named_network(config.network)
     device = pick_device(config.device, lambda: images_of(env, config.env))
@@ -185,18 +184,19 @@ def run_training(
             with checkpoint.refusing_misfits(saved[0]):
                 loop.restore(*saved)
         if folder is None:
-            folder = make_folder(config.run_dir, f"{name}-{env_id}-{config.seed}")
+            folder = make_folder(config.run_dir, f"{name}-{env_id}-{config.seed}", here)
             stack.enter_context(locked(folder))
         replace_file(folder / "config.toml", toml)
+        named = folder.relative_to(here) if folder.is_relative_to(here) else folder
         try:
             score = loop.run(folder)
         except Interrupted:
-            line = f"stopped after {episodes.steps:,} steps; go on with: klrl resume {folder}"
+            line = f"stopped after {episodes.steps:,} steps; go on with: klrl resume {named}"
             print(line, file=sys.stderr, flush=True)
             raise
     if score.returns:
-        print(f"evaluation  {score.mean:.1f} +- {score.std:.1f} over {len(score.returns)} episodes")
-    print(f"run         {folder}")
+        print(f"evaluation  {summary(score)}")
+    print(f"run         {named}")
     print(f"watch       tensorboard --logdir {config.run_dir}", flush=True)
     return Run(agent, folder, env, config, score)
 
@@ -244,5 +244,4 @@ def images_of(env: str | EnvFactory, config: EnvConfig) -> bool:
     probe = make_vector(env, 1, config)
     space = probe.single_observation_space
     probe.close()
-    parts = space.spaces.values() if isinstance(space, gym.spaces.Dict) else [space]
-    return any(spaces.is_image(part) for part in parts)
+    return any(spaces.is_image(part) for _, part in spaces.leaves(space))
