@@ -48,6 +48,6 @@ def refusals(what: str, advice: str = "") -> Iterator[None]:
         raise UsageError(f"{what}: {problem.strerror or problem}{advice}") from None
 
 
-def one_line(problem: Exception) -> str:
+def one_line(problem: BaseException) -> str:
     """The exception's type and message."""
     return " ".join(f"{type(problem).__name__}: {problem}".split())

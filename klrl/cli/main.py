@@ -11,13 +11,13 @@ import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from klrl import __version__
 from klrl.cli.options import parse, parse_command, wants_help
-from klrl.config import build, suggest, to_dict
+from klrl.config import build, convert, suggest, to_dict
 from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, UsageError, needs, refusals
 
 _USAGE = """usage: klrl COMMAND ...
@@ -92,19 +92,23 @@ def _train(arguments: list[str]) -> None:
     if not names or (len(names) < 2 and not help_wanted):
         raise UsageError("train needs an agent and an env: klrl train ppo CartPole-v1")
 
-    from klrl.envs.make import check, import_module
+    from klrl.envs.make import check, check_imported, import_module, module_of
     from klrl.training.loop import RunConfig
     from klrl.training.run import resolve, run_training
 
     agent, env, options = names[0], (names[1] if len(names) == 2 else None), arguments[len(names) :]
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of what tyro's defaults depend on
     for name in ("--config", "--import", "--network"):
-        early.add_argument(name, dest=name, nargs="*", action="extend", default=[])
-    found = vars(early.parse_known_args(options)[0])
+        early.add_argument(name, dest=name, nargs="?", action="append", default=[])
+    found = {name: [word for word in words if word] for name, words in vars(early.parse_known_args(options)[0]).items()}
     saved = _read_config(found["--config"][-1], agent) if found["--config"] else {}
-    networks = [name.partition(":")[0] for name in found["--network"]]
-    for package in [*saved.get("imports", ()), *found["--import"], *networks]:
+    for package in found["--import"]:
         import_module(package, f"--import {package}")
+    for network in filter(module_of, found["--network"]):
+        import_module(module_of(network), f"--network {network}")
+    wanted = convert(tuple[str, ...], saved.pop("imports", ()), "imports")
+    network = "" if found["--network"] else convert(str, saved.get("network", ""), "network")
+    check_imported([*wanted, module_of(network)], "".join(found["--config"][-1:]))
     agent_class = registry.find(agent)
     config_class = agent_class.Config
     run_config, agent_config = resolve(agent_class, env, saved)
@@ -120,9 +124,9 @@ def _train(arguments: list[str]) -> None:
         agent: Annotated[config_class, tyro.conf.arg(name="")] = agent_config  # type: ignore[valid-type]
 
     given = parse(TrainOptions, options, f"klrl train {agent} {env or 'ENV'}")
-    run = build(RunConfig, to_dict(given.run))
-    run = replace(run, imports=(*run.imports, *(name for name in networks if name not in run.imports)))
-    run_training(agent_class, env or "", run, build(config_class, to_dict(given.agent)))
+    run_training(
+        agent_class, env or "", build(RunConfig, to_dict(given.run)), build(config_class, to_dict(given.agent))
+    )
 
 
 def _resume(arguments: list[str]) -> None:

@@ -53,12 +53,14 @@ def parse_values(text: str) -> list[Any]:
         return [value for part in text.split(",") for value in parse_values(part)] if "," in text else [text.strip()]
 
 
-def expand(agent: str, env: str, choices: Mapping[str, Sequence[Any]], imports: Sequence[str] = ()) -> list[Setting]:
+def expand(
+    agent: str, env: str, choices: Mapping[str, Sequence[Any]], imports: Sequence[str] = (), network: str = ""
+) -> list[Setting]:
     """Every combination of the choices' values, complete. Raises UsageError where ``klrl train`` would refuse one."""
     settings: list[Setting] = []
     for values in itertools.product(*choices.values()):
         chosen = dict(zip(choices, values, strict=True))
-        options: dict[str, Any] = {"imports": list(imports)} if imports else {}
+        options: dict[str, Any] = {"imports": list(imports), "network": network}
         for path, value in chosen.items():
             options = merge(options, reduce(lambda part, key: {key: part}, reversed(path.split(".")), value))
         run, own = resolve(registry.find(agent), env, options)

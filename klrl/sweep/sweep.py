@@ -22,8 +22,9 @@ from klrl.analysis import tables
 from klrl.analysis.report import ReportConfig, report
 from klrl.analysis.scores import score_of
 from klrl.config import Count, PositiveInt
-from klrl.envs.make import EnvConfig, Imports, check, import_module, make_vector
+from klrl.envs.make import EnvConfig, Imports, check, import_module, make_vector, module_of
 from klrl.errors import Interrupted, refusals
+from klrl.policies.networks import named_network
 from klrl.sweep.grid import expand, file_name, parse_choices
 from klrl.sweep.trial import Status, Trial
 from klrl.training.signals import Signals
@@ -49,6 +50,8 @@ class SweepConfig:
     quiet: bool = False
     """Print only the final scores and where the report lies."""
     imports: Imports = ()
+    network: str = ""
+    """A network of one's own for all runs, module:Class, as for klrl train; --set network=a:A,b:B compares some."""
 
 
 def sweep(agent: str, env: str, config: SweepConfig) -> None:
@@ -62,7 +65,12 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
     for package in config.imports:
         import_module(package, f"--import {package}")
     check(env)
-    settings = expand(agent, env, parse_choices(word for words in config.set for word in words or [""]), config.imports)
+    choices = parse_choices(word for words in config.set for word in words or [""])
+    settings = expand(agent, env, choices, config.imports, config.network)
+    for network in {str(setting.options["network"]): None for setting in settings}:
+        if network:
+            import_module(module_of(network), f"--network {network}")
+            named_network(network)
     for i, setting in enumerate(settings):
         if setting.options["env"] not in [other.options["env"] for other in settings[:i]]:
             make_vector(env, 1, EnvConfig(kwargs=setting.options["env"]["kwargs"])).close()

@@ -16,14 +16,16 @@ import torch
 
 from klrl.agents import registry
 from klrl.agents.base import Agent
-from klrl.config import Count, build, field_types, merge, suggest, to_dict
+from klrl.config import Count, build, convert, field_types, merge, suggest, to_dict
 from klrl.envs.make import (
     EnvConfig,
     EnvFactory,
     Imports,
+    check_imported,
     env_name,
     import_module,
     make_vector,
+    module_of,
     preset,
     registered,
 )
@@ -74,6 +76,8 @@ def train(
     Raises UsageError (a ValueError) for bad input, before anything is written, and NonFiniteError where training met
     a nan or infinity; the run's checkpoints then stay.
     """
+    for package in convert(tuple[str, ...], config.get("imports", ()), "imports"):
+        import_module(package, f"--import {package}")
     agent_class = registry.find(agent) if isinstance(agent, str) else agent
     if not (isinstance(agent_class, type) and issubclass(agent_class, Agent)) or isabstract(agent_class):
         raise UsageError(f"{agent!r} is no agent: train takes a name, or a subclass of klrl.Agent with all its methods")
@@ -111,9 +115,12 @@ def resume(
 
     From its newest whole checkpoint; rows logged after that are dropped. ``env``, ``agent``, ``network``: the factory,
     class and network of a run that was given such. ``total_timesteps``: a new total, in place of the run's own; more
-    than are done. ``imports``: packages to import first. Raises UsageError where it is still running, where no
-    checkpoint is whole, and where its steps are done.
+    than are done. ``imports``: packages to import first; those that the run names have to be among them, or imported
+    already. Raises UsageError where they are not, where it is still running, where no checkpoint is whole, and where
+    its steps are done.
     """
+    for package in imports:
+        import_module(package, f"--import {package}")
     folder = Path(path)
     checkpoint.resolve(folder)
     if (folder / "manifest.json").exists():
@@ -123,11 +130,10 @@ def resume(
         source, content = checkpoint.newest(folder, with_rows=True)
         with checkpoint.refusing_misfits(source):
             options, state = content["state"]["options"], content["state"]["loop"]
-            for package in [*options["imports"], *imports]:
-                import_module(package, f"--import {package}")
+            target, done = env or options["env_id"], state["episodes"]["steps"]
+            check_imported([*options["imports"], module_of(target) if isinstance(target, str) else ""], str(path))
             agent_class = agent or registry.find(options["agent"])
             config, agent_config = config_of(agent_class, options)
-            target, done = env or options["env_id"], state["episodes"]["steps"]
         if isinstance(target, str) and not registered(target):
             raise UsageError(f"{path} was trained on {target!r}, which is no env id here: give klrl.resume its factory")
         if total_timesteps:
@@ -151,8 +157,6 @@ def run_training(
     """Train in a new folder, or go on in ``folder``, whose lock is held, from the checkpoint and content ``saved``."""
     if config.quiet and config.verbose:
         raise UsageError("--quiet and --verbose contradict each other: give one of them")
-    for package in config.imports:
-        import_module(package, f"--import {package}")
     name = agent_class.name()
     if network is None and config.network:
         network = named_network(config.network)
