@@ -19,6 +19,7 @@ from klrl.config import Positive, suggest
 from klrl.envs.wrappers import EpisodePosition, WatchedWorkers, make_seeded, next_step
 from klrl.errors import UsageError, one_line
 
+_MOST_WORKERS = 512
 EnvFactory = Callable[[], gym.Env[Any, Any]]
 # An option of every command that makes environments; the words are its help.
 Imports = Annotated[
@@ -70,6 +71,8 @@ def make_vector(
     ]
     if config.vectorization == "sync":
         return next_step(SyncVectorEnv(makers), env_name(env))
+    if n_envs > _MOST_WORKERS:
+        raise UsageError(f"--env.vectorization async: at most {_MOST_WORKERS} processes, not {n_envs:,}; use sync")
     longest = max((len(position.actions) for position in positions), default=0)
     return WatchedWorkers(AsyncVectorEnv(makers), config.timeout, longest)
 

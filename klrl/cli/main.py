@@ -18,8 +18,19 @@ from typing import Annotated, Any
 from klrl import __version__
 from klrl.cli.options import parse, parse_command, wants_help
 from klrl.config import build, convert, suggest, to_dict
-from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, UsageError, needs, refusals
+from klrl.errors import (
+    EnvironmentFailedError,
+    Interrupted,
+    NonFiniteError,
+    UsageError,
+    needs,
+    one_line,
+    printable,
+    refusals,
+)
 
+# What NumPy and torch say, as ValueError or RuntimeError, of sizes that no machine has.
+_OUT_OF_MEMORY = ("memory", "array is too big", "Maximum allowed dimension", "calculation overflowed")
 _USAGE = """usage: klrl COMMAND ...
 
 Reinforcement learning that always knows how far each update moved the policy.
@@ -51,8 +62,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UsageError, NonFiniteError, EnvironmentFailedError, OSError) as problem:
-        print(f"klrl: {' '.join(str(problem).split())}", file=sys.stderr)
+        print(f"klrl: {printable(' '.join(str(problem).split()))}", file=sys.stderr)
         sys.exit(2 if isinstance(problem, UsageError) else 1)
+    except (MemoryError, RuntimeError, ValueError) as problem:
+        if not (isinstance(problem, MemoryError) or any(word in str(problem) for word in _OUT_OF_MEMORY)):
+            raise
+        print(f"klrl: there is not enough memory for these options: {printable(one_line(problem))}", file=sys.stderr)
+        sys.exit(2)
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
@@ -149,7 +165,7 @@ def _report(arguments: list[str]) -> None:
     from klrl.analysis.report import ReportConfig, report
 
     example = "report needs run folders: klrl report runs/ppo-CartPole-v1-0-..."
-    print(report(*parse_command(ReportConfig, arguments, "report RUN...", 1, math.inf, example)))
+    _show(report(*parse_command(ReportConfig, arguments, "report RUN...", 1, math.inf, example)))
 
 
 def _compare(arguments: list[str]) -> None:
@@ -157,7 +173,7 @@ def _compare(arguments: list[str]) -> None:
 
     example = "compare needs two runs or checkpoints: klrl compare runs/a runs/b"
     (a, b), given = parse_command(CompareConfig, arguments, "compare A B", 2, 2, example)
-    print(compare(a, b, given))
+    _show(compare(a, b, given))
 
 
 def _record(arguments: list[str]) -> None:
@@ -165,7 +181,7 @@ def _record(arguments: list[str]) -> None:
 
     example = "record needs a run folder or checkpoint: klrl record runs/a"
     (run,), given = parse_command(RecordConfig, arguments, "record RUN", 1, 1, example)
-    print(*record(run, given), sep="\n")
+    _show(*map(str, record(run, given)))
 
 
 def _eval(arguments: list[str]) -> None:
@@ -181,7 +197,7 @@ def _eval(arguments: list[str]) -> None:
     if given.json:
         print(json.dumps({"env_id": env, **score._asdict()}))
     else:
-        print(f"{score.mean:.1f} +- {score.std:.1f} over {given.episodes} episodes of {env}")
+        _show(f"{score.mean:.1f} +- {score.std:.1f} over {given.episodes} episodes of {env}")
 
 
 def _list(arguments: list[str]) -> None:
@@ -217,11 +233,16 @@ def _plot(arguments: list[str]) -> None:
     print(path)
 
 
+def _show(*lines: str) -> None:
+    """Print what may hold names of others."""
+    print(*map(printable, lines), sep="\n")
+
+
 def _read_config(path: str, agent: str) -> dict[str, Any]:
     try:
         with refusals(f"--config {path}"):
             options = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+    except (ValueError, RecursionError) as problem:
         raise UsageError(f"--config {path} is not valid TOML: {problem}") from None
     if options.pop("agent", agent) != agent:
         raise UsageError(f"--config {path} is of another agent than {agent!r}")

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from klrl.config import flatten, merge, to_dict
 from klrl.errors import UsageError
 from klrl.training.run import resolve
 
+_MOST_SETTINGS = 10_000
 _OWN = {"seed": "--seeds", "run_dir": "--run-dir", "quiet": "--quiet", "verbose": "--quiet", "imports": "--import"}
 
 
@@ -58,6 +60,8 @@ def expand(
 ) -> list[Setting]:
     """Every combination of the choices' values, complete. Raises UsageError where ``klrl train`` would refuse one."""
     settings: list[Setting] = []
+    if (count := math.prod(map(len, choices.values()))) > _MOST_SETTINGS:
+        raise UsageError(f"--set gives {count:,} combinations: at most {_MOST_SETTINGS:,}")
     for values in itertools.product(*choices.values()):
         chosen = dict(zip(choices, values, strict=True))
         options: dict[str, Any] = {"imports": list(imports), "network": network}

@@ -21,12 +21,13 @@ from rich.table import Table
 from klrl.analysis import tables
 from klrl.analysis.report import ReportConfig, report
 from klrl.analysis.scores import score_of
-from klrl.config import Count, PositiveInt
+from klrl.config import AtMost, Count, Range
 from klrl.envs.make import EnvConfig, Imports, check, import_module, make_vector, module_of
-from klrl.errors import Interrupted, refusals
+from klrl.errors import Interrupted, printable, refusals, warn
 from klrl.policies.networks import named_network
 from klrl.sweep.grid import expand, file_name, parse_choices
 from klrl.sweep.trial import Status, Trial
+from klrl.training.run import cores
 from klrl.training.signals import Signals
 
 _POLL, _REDRAW = 0.1, 1.0  # seconds
@@ -34,7 +35,7 @@ _POLL, _REDRAW = 0.1, 1.0  # seconds
 
 @dataclass(frozen=True)
 class SweepConfig:
-    seeds: PositiveInt = 5
+    seeds: Annotated[int, Range(1), AtMost(10_000)] = 5
     """Runs of each setting, with the seeds 0, 1, 2 and so on."""
     set: Annotated[
         tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="OPTION=VALUE,...")
@@ -83,15 +84,11 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
     with Signals() as signals:
         try:
             with _display(trials, config.quiet) as show:
-                _run_trials(trials, config.jobs or _cores(), signals, show)
+                _run_trials(trials, config.jobs or cores(), signals, show)
         except BaseException as problem:
             _stop(trials, problem.signum if isinstance(problem, Interrupted) else signal.SIGTERM)
             raise
     _finish(trials, folder)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run_trials(trials: list[Trial], jobs: int, signals: Signals, show: Callable[[], None]) -> None:
@@ -142,7 +139,7 @@ def _display(trials: list[Trial], quiet: bool) -> Iterator[Callable[[], None]]:
         for i, trial in enumerate(trials):
             if trial.status not in ("waiting", shown.get(i)):
                 shown[i] = trial.status
-                print("  ".join(text for text in [*row(trial), trial.problem] if text), flush=True)
+                print(printable("  ".join(text for text in [*row(trial), trial.problem] if text)), flush=True)
 
     def redraw() -> None:
         nonlocal due
@@ -185,7 +182,7 @@ def table(trials: Sequence[Trial], room: int) -> Table:
         drawn.add_column(justify="right" if i > 2 else "left", no_wrap=True)
     for trial in trials:
         if trial in shown:
-            drawn.add_row(*map(escape, row(trial)))
+            drawn.add_row(*(escape(printable(word)) for word in row(trial)))
     return drawn
 
 
@@ -205,6 +202,6 @@ def _finish(trials: Sequence[Trial], folder: Path) -> None:
         print("report     ", report([str(folder)], ReportConfig(str(folder / f"report.{form}"), form)), flush=True)
     failed = [trial for trial in trials if trial.status == "failed"]
     for trial in failed:
-        print(f"klrl: {trial.setting.label} seed {trial.seed} failed: {trial.problem}", file=sys.stderr, flush=True)
+        warn(f"{trial.setting.label} seed {trial.seed} failed: {trial.problem}")
     if failed:
         raise ChildProcessError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again")

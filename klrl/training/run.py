@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import tomli_w
 import torch
 
 from klrl.agents import registry
-from klrl.agents.base import Agent
+from klrl.agents.base import Agent, check_widths
 from klrl.config import Count, build, convert, field_types, merge, suggest, to_dict
 from klrl.envs.make import (
     EnvConfig,
@@ -29,7 +30,7 @@ from klrl.envs.make import (
     preset,
     registered,
 )
-from klrl.errors import Interrupted, UsageError
+from klrl.errors import Interrupted, UsageError, printable
 from klrl.policies import spaces
 from klrl.policies.networks import OwnNetwork, name_of_network, named_network
 from klrl.rundir import checkpoint
@@ -134,6 +135,7 @@ def resume(
             check_imported([*options["imports"], module_of(target) if isinstance(target, str) else ""], str(path))
             agent_class = agent or registry.find(options["agent"])
             config, agent_config = config_of(agent_class, options)
+            check_widths(options, content["state"]["agent"])
         if isinstance(target, str) and not registered(target):
             raise UsageError(f"{path} was trained on {target!r}, which is no env id here: give klrl.resume its factory")
         if total_timesteps:
@@ -191,11 +193,10 @@ def run_training(
             score = loop.run(folder)
         except Interrupted:
             line = f"stopped after {episodes.steps:,} steps; go on with: klrl resume {folder}"
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)
             raise
     print(f"evaluation  {score.mean:.1f} +- {score.std:.1f} over {len(score.returns)} episodes")
-    print(f"run         {folder}")
-    print(f"watch       tensorboard --logdir {config.run_dir}", flush=True)
+    print(printable(f"run         {folder}\nwatch       tensorboard --logdir {config.run_dir}"), flush=True)
     return Run(agent, folder, env, config, score)
 
 
@@ -203,7 +204,7 @@ def run_training(
 def _process_settings(config: RunConfig) -> Iterator[None]:
     """What training sets for the whole process, as it was afterwards."""
     threads, precision, frozen = torch.get_num_threads(), torch.get_float32_matmul_precision(), gc.get_freeze_count()
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(min(config.threads, cores()))
     torch.set_float32_matmul_precision(config.matmul_precision)
     # glibc gives freed memory back to the system beyond twice the largest array freed so far, and fetching it anew
     # costs as much as the arithmetic on it. After one array of 30 MB, never touched, it keeps what an update frees.
@@ -221,6 +222,11 @@ def _process_settings(config: RunConfig) -> Iterator[None]:
         torch.set_flush_denormal(flushed)
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def config_of(agent_class: type[Agent], options: Mapping[str, Any]) -> tuple[RunConfig, Any]:
