@@ -1,5 +1,6 @@
 """Whose code runs: what the user names with --import, and nothing that a run, a config or the current folder names."""
 
+import contextlib
 import importlib
 import subprocess
 import sys
@@ -14,7 +15,10 @@ import klrl
 from klrl.agents import registry
 from klrl.cli.main import main
 from klrl.rundir import checkpoint
+from klrl.rundir.history import read_history
+from klrl.sweep.grid import Setting
 from klrl.sweep.sweep import SweepConfig, sweep
+from klrl.sweep.trial import Trial
 
 SPRUNG = "import pathlib\npathlib.Path('sprung').touch()\n"
 MINE = """
@@ -165,20 +169,34 @@ def test_a_network_that_is_not_there_is_blamed_on_its_option(capsys: pytest.Capt
         assert line == "klrl: --network nowhere:Net: no module named 'nowhere' is installed"
 
 
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_trials_look_modules_up_where_the_sweep_does(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    whole: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A file of the current folder does not stand in for one of Python's or klrl's; a network and import go along."""
     sys.path.remove(str(Path.cwd()))
     for name in ("random", "klrl"):
         Path(f"{name}.py").write_text(SPRUNG)
     Path("lib").mkdir()
-    Path("lib/mine_three.py").write_text(MINE.replace("Theirs", "Three"))
+    Path("lib/mine_three.py").write_text(MINE.replace("Theirs", f"Three{whole}"))
     monkeypatch.syspath_prepend(str(Path("lib").resolve()))
+    commands: list[list[str]] = []
+    if not whole:  # a process all the same, which imports klrl and ends
+        command = Trial._command
+        monkeypatch.setattr(Trial, "_command", lambda self: commands.append(command(self)) or ["list", "--help"])
     words = ("total_timesteps=128", "n_envs=2", "n_steps=64", "eval_every=0")
     config = SweepConfig(1, (words,), quiet=True, imports=("mine_three",), network="mine_three:Net")
-    sweep("ppo", "Three-v0", config)
-    assert "1 of 1" in capsys.readouterr().out
+    with contextlib.nullcontext() if whole else pytest.raises(ChildProcessError):
+        sweep("ppo", f"Three{whole}-v0", config)
+    assert ("1 of 1" in capsys.readouterr().out) is whole
     assert not Path("sprung").exists()
-    (settings,) = Path("runs/sweep-ppo-Three-v0").glob("*/*/config.toml")
+    (settings,) = Path("runs").rglob("config.toml" if whole else "options.toml")
     assert 'network = "mine_three:Net"' in settings.read_text()
+    assert all(words[-1] == "--import=mine_three" for words in commands)
+
+
+def test_a_trial_that_is_resumed_is_given_its_imports_again(sound: Path) -> None:
+    options = {"agent": "ppo", "env_id": "a.b:Env-v0", "imports": ["c"], "network": "d:Net"}
+    trial = Trial(Setting("x", "x", options), 0, Path("none"))
+    trial.history = read_history(sound)
+    assert trial._command() == ["resume", str(sound), "--import=c", "--import=d", "--import=a.b"]

@@ -22,7 +22,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from klrl.errors import EnvironmentFailedError, UsageError, refusals, warn
-from klrl.rundir.folder import open_file
+from klrl.rundir.folder import new_file, open_file
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -308,7 +308,7 @@ def _read(path: Path, maximum: int) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
+    with open(new_file(path), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -20,7 +20,7 @@ import tomli_w
 from klrl.envs.make import module_of
 from klrl.errors import UsageError
 from klrl.rundir import checkpoint
-from klrl.rundir.folder import in_use, try_lock
+from klrl.rundir.folder import in_use, replace_file, try_lock
 from klrl.rundir.history import History, read_history, setting_of
 from klrl.sweep.grid import Setting, file_name
 
@@ -113,9 +113,8 @@ class Trial:
             if (stopped is not None and path == stopped.folder) or not (path / "metrics.jsonl").exists():
                 shutil.rmtree(path)
         self.history = None
-        path, text = self.folder / "options.toml", tomli_w.dumps(options)
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
+        path = self.folder / "options.toml"
+        replace_file(path, tomli_w.dumps(options))
         where = ["--config", str(path), "--run-dir", str(self.folder)]
         return ["train", options["agent"], options["env_id"], "--quiet", "--seed", str(self.seed), *where, *imports]
 
