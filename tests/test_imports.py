@@ -167,6 +167,11 @@ def test_a_network_that_is_not_there_is_blamed_on_its_option(capsys: pytest.Capt
     for words in (["train", "ppo", "CartPole-v1"], ["sweep", "ppo", "CartPole-v1"]):
         line = refused(capsys, *words, "--network", "nowhere:Net")
         assert line == "klrl: --network nowhere:Net: no module named 'nowhere' is installed"
+        for name in ("Net", "json:Net"):
+            line = refused(capsys, *words, "--network", name)
+            assert f"network {name!r} is no imported nn.Module class: --network module:Class names one" in line
+    line = refused(capsys, "train", "ppo", "CartPole-v1", "--config", "none.toml")
+    assert line == "klrl: --config none.toml: No such file or directory"
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])

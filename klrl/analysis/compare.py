@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from klrl.agents.base import Agent
 from klrl.analysis import tables
-from klrl.config import Copies, PositiveInt, Seed
+from klrl.config import AtMost, Copies, Range, Seed
 from klrl.envs.make import Imports
 from klrl.errors import NonFiniteError, UsageError, needs, printable
 from klrl.kl import concatenate, js, kl, reverse_kl, select
@@ -46,7 +46,7 @@ class CompareConfig:
     env: str = ""
     """Another environment with the same spaces; the one that A was trained on by default."""
     imports: Imports = ()
-    steps: PositiveInt = 2000
+    steps: Annotated[int, Range(1), AtMost(10_000_000)] = 2000
     """Environment steps that each policy takes, with sampled actions, to visit states."""
     episodes: Copies = 10
     """Episodes of each policy for its returns, with its most likely actions; the same seeds for both."""

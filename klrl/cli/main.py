@@ -239,9 +239,10 @@ def _show(*lines: str) -> None:
 
 
 def _read_config(path: str, agent: str) -> dict[str, Any]:
+    with refusals(f"--config {path}"):
+        content = Path(path).read_bytes()
     try:
-        with refusals(f"--config {path}"):
-            options = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        options = tomllib.loads(content.decode())
     except (ValueError, RecursionError) as problem:
         raise UsageError(f"--config {path} is not valid TOML: {problem}") from None
     if options.pop("agent", agent) != agent:
