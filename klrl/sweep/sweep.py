@@ -69,8 +69,9 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
     choices = parse_choices(word for words in config.set for word in words or [""])
     settings = expand(agent, env, choices, config.imports, config.network)
     for network in {str(setting.options["network"]): None for setting in settings}:
-        if network:
+        if module_of(network):
             import_module(module_of(network), f"--network {network}")
+        if network:
             named_network(network)
     for i, setting in enumerate(settings):
         if setting.options["env"] not in [other.options["env"] for other in settings[:i]]:
