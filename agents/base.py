@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -13,6 +14,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from klrl.buffers.protocol import Buffer
 from klrl.config import NonNegative, PositiveInt, Range, build, convert, field_types, to_dict
@@ -28,6 +30,7 @@ from klrl.rundir import checkpoint
 
 Actions = npt.NDArray[Any]
 State = dict[str, Any]
+_SMALL = 2**22  # weights that are made in no time
 CHUNK = 2048  # rows of a batched pass: their activations stay in cache
 
 
@@ -249,6 +252,7 @@ class Agent(ABC):
         if network is None and state["options"]["network"]:
             network = named_network(state["options"]["network"])
         options = {key: value for key, value in state["options"].items() if key in field_types(cls.Config)}
+        check_widths(options, state["agent"])
         observation_space, action_space = (from_json(state[key]) for key in ("observation_space", "action_space"))
         agent = cls(observation_space, action_space, build(cls.Config, options), device, 0, network)
         agent.load_state_dict(state["agent"])
@@ -262,6 +266,17 @@ def _usable(device: str | torch.device) -> torch.device:
         return torch.device(device)
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as problem:
         raise UsageError(f"--device {device} cannot be used: {one_line(problem)}") from None
+
+
+def check_widths(options: Mapping[str, Any], saved: State) -> None:
+    """Raise ValueError where the hidden layers that ``options`` ask for cannot be those whose weights are saved.
+
+    Said before they are made: what a prepared file asks for may take all memory, or hours.
+    """
+    weights = sum(a * b for a, b in pairwise(options.get("hidden_sizes", ())))
+    held = sum(part.numel() for part in tree_leaves(saved) if isinstance(part, Tensor))
+    if weights > max(held, _SMALL):
+        raise ValueError(f"hidden layers of {weights:,} weights, but {held:,} numbers are saved")
 
 
 def chunks(inputs: Inputs) -> list[Inputs]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from klrl.agents.base import CHUNK, Agent, KLTarget, State, chunks
 from klrl.buffers.returns import RewardScale, gae
 from klrl.buffers.rollout import RolloutBuffer
-from klrl.config import Fraction, PositiveInt, Range, Real
+from klrl.config import Fraction, Range, Real, Widths
 from klrl.kl import select
 from klrl.policies.encoder import Inputs, ObservationEncoder
 from klrl.policies.heads import make_head
@@ -39,7 +39,7 @@ class OnPolicyConfig:
     """Scale Box observations (not images) by their running mean and standard deviation."""
     normalize_reward: bool = True
     """Divide rewards by the running standard deviation of the discounted return."""
-    hidden_sizes: tuple[PositiveInt, ...] = (64, 64)
+    hidden_sizes: Widths = (64, 64)
     """Widths of the hidden layers, of the policy and of the critic."""
     activation: Activation = "tanh"
     """Activation of the hidden layers."""

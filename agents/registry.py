@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from inspect import isabstract
+from pathlib import Path
 
 from klrl.agents.base import Agent
 from klrl.config import suggest
@@ -21,7 +22,7 @@ def find(name: str) -> type[Agent]:
         module, _, attribute = BUILT_IN[name].partition(":")
         found: type[Agent] = getattr(import_module(module), attribute)
         return found
-    for entry in entry_points(group="klrl.agents"):
+    for entry in _installed():
         if entry.name == name:
             loaded: type[Agent] = entry.load()
             return loaded
@@ -39,7 +40,14 @@ def find(name: str) -> type[Agent]:
 
 def names() -> list[str]:
     """The agents that are known without importing anything: klrl's and those of installed packages."""
-    return [*BUILT_IN, *sorted(entry.name for entry in entry_points(group="klrl.agents"))]
+    return [*BUILT_IN, *sorted(entry.name for entry in _installed())]
+
+
+def _installed() -> list[EntryPoint]:
+    """The entry points of installed packages; what lies in the current folder, which may be anyone's, is not."""
+    here = Path.cwd()
+    known = entry_points(group="klrl.agents")
+    return [entry for entry in known if entry.dist is None or Path(str(entry.dist.locate_file(""))).resolve() != here]
 
 
 def _subclasses(cls: type[Agent]) -> Iterator[type[Agent]]:

@@ -19,7 +19,7 @@ from klrl.agents.base import Actions, Agent, OffPolicyKLConfig, State, UpdateRes
 from klrl.agents.sac_continuous import SampledActions
 from klrl.agents.sac_discrete import EnumeratedActions
 from klrl.buffers.replay import ReplayBuffer, Transitions
-from klrl.config import Fraction, Positive, PositiveInt, Range
+from klrl.config import Fraction, Positive, PositiveInt, Range, Widths
 from klrl.errors import SkippedUpdateError, UsageError
 from klrl.kl import Dual, Move, Penalty, at_least
 from klrl.policies.encoder import Inputs, ObservationEncoder
@@ -64,7 +64,7 @@ class SACConfig:
     """Discrete actions: the least entropy as a fraction of the largest, log n."""
     noise_correlation: Annotated[float, Range(0, 0.999)] = 0.0
     """Continuous actions: correlation of an environment's noise from step to step, where white noise averages out."""
-    hidden_sizes: tuple[PositiveInt, ...] = (256, 256)
+    hidden_sizes: Widths = (256, 256)
     """Widths of the hidden layers, of the policy and of the critics."""
     activation: Activation = "relu"
     """Activation of the policy's hidden layers; the critics' are relu."""

@@ -1,8 +1,9 @@
 """Vector environments from an environment's id or factory, and the presets of ids."""
 
 import importlib
+import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
@@ -19,11 +20,17 @@ from klrl.envs.guards import FAILURES, each_line_once
 from klrl.envs.wrappers import EpisodePosition, NamedFaults, SeededEpisodes, WatchedWorkers, make_seeded, next_step
 from klrl.errors import UsageError, one_line
 
+_MOST_WORKERS = 512
 EnvFactory = Callable[[], gym.Env[Any, Any]]
 # An option of every command that makes environments; the words are its help.
 Imports = Annotated[
     tuple[str, ...],
-    tyro.conf.arg(name="import", help="Packages to import first, for the environments they register."),
+    tyro.conf.UseAppendAction,  # one name each time, so that it does not take a run's folder after it for another
+    tyro.conf.arg(
+        name="import",
+        metavar="PACKAGE",
+        help="A package to import first, for what it registers and defines; give the option once for each.",
+    ),
 ]
 
 
@@ -71,6 +78,8 @@ def make_vector(
     ]
     if config.vectorization == "sync":
         return next_step(SyncVectorEnv(makers), env_name(env))
+    if n_envs > _MOST_WORKERS:
+        raise UsageError(f"--env.vectorization async: at most {_MOST_WORKERS} processes, not {n_envs:,}; use sync")
     longest = max((len(position.actions) for position in positions), default=0)
     return WatchedWorkers(AsyncVectorEnv(makers), config.timeout, longest)
 
@@ -87,7 +96,7 @@ def env_name(env: str | EnvFactory) -> str:
 
 def check(env_id: str) -> None:
     """Raise UsageError unless ``env_id`` is registered, or can be once its module is imported."""
-    module, _, _ = env_id.rpartition(":")
+    module = module_of(env_id)
     if module or env_id.startswith(":"):
         import_module(module, f"env {env_id!r}")
     try:
@@ -116,6 +125,24 @@ def import_module(name: str, wanted_by: str) -> None:
         raise UsageError(f"{wanted_by}: no module named {problem.name!r} is installed") from None
     except FAILURES as problem:
         raise UsageError(f"{wanted_by}: importing {name!r} failed: {one_line(problem)}") from None
+
+
+def module_of(name: str) -> str:
+    """The module that an env id or network of the form ``module:Name`` takes; "" where it takes none."""
+    return name.rpartition(":")[0]
+
+
+def check_imported(modules: Iterable[str], source: str) -> None:
+    """Raise UsageError, with the option that helps, unless all ``modules`` that a file names are imported already.
+
+    Whoever wrote a run's folder or a config file could have any code run, were it imported because the file says so.
+    """
+    for module in modules:
+        if module and module not in sys.modules:
+            raise UsageError(
+                f"{source} takes code from {module!r}, which is imported only where you name it: --import {module}, "
+                "if you trust it"
+            )
 
 
 def _spec(env_id: str) -> Any:

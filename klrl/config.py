@@ -25,7 +25,7 @@ class Range:
     above: bool = False
 
     def __contains__(self, value: float) -> bool:
-        return math.isfinite(value) and (value > self.low if self.above else value >= self.low) and value <= self.high
+        return abs(value) < math.inf and (value > self.low if self.above else value >= self.low) and value <= self.high
 
     def __str__(self) -> str:
         words = []
@@ -36,8 +36,25 @@ class Range:
         return " and ".join(words) or "a finite number"
 
 
+@dataclasses.dataclass(frozen=True)
+class AtMost:
+    """The most that is tried of a number, or of a list's items: beyond that, no machine has room for it."""
+
+    size: float
+    of: str = ""
+
+    def allows(self, value: Any) -> bool:
+        return (len(value) if isinstance(value, tuple) else abs(value)) <= self.size
+
+    def __str__(self) -> str:
+        return f"at most {self.size:,.15g}{self.of}"
+
+
 PositiveInt = Annotated[int, Range(1)]
 Count = Annotated[int, Range(0)]
+# Beyond what fits into a machine, so that a slip, or a file of somebody's, is refused before it is tried.
+Copies = Annotated[int, Range(1), AtMost(100_000)]
+Widths = Annotated[tuple[Annotated[int, Range(1), AtMost(65_536)], ...], AtMost(100, " of them")]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Positive = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
@@ -96,9 +113,11 @@ def convert(annotation: Any, value: Any, path: str) -> Any:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         converted = convert(arguments[0], value, path)
-        for limit in arguments[1:]:
+        for limit in (*arguments[1:], _LARGEST.get(arguments[0])):
             if isinstance(limit, Range) and converted not in limit:
                 raise UsageError(f"{option(path)} must be {limit}, got {value}")
+            if isinstance(limit, AtMost) and not limit.allows(converted):
+                raise UsageError(f"{option(path)} must be {limit}")
         return converted
     if origin is Literal:
         if value not in arguments:
@@ -116,14 +135,17 @@ def convert(annotation: Any, value: Any, path: str) -> Any:
             raise UsageError(f"{option(path)} must be a table of names and values, got {value!r}")
         return dict(value)
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(min(max(value, -(10**300)), 10**300))
     if annotation is int and isinstance(value, float) and value.is_integer():
         return int(value)  # 1e5 in a TOML file
     if not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):
         raise UsageError(f"{option(path)} must be {_TYPE_NAMES.get(annotation, annotation)}, got {value!r}")
+    if annotation is str and any("\ud800" <= c <= "\udfff" for c in value):
+        raise UsageError(f"{option(path)} must be a text in UTF-8, got {value!r}")
     return value
 
 
+_LARGEST = {int: AtMost(1e15), float: AtMost(1e30)}  # of which float32 would make infinity, were it much more
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 

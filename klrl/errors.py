@@ -1,6 +1,7 @@
 """The exceptions that klrl raises, and those of others as one line that says what would do."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 
@@ -46,6 +47,19 @@ def refusals(what: str, advice: str = "") -> Iterator[None]:
         yield
     except OSError as problem:
         raise UsageError(f"{what}: {problem.strerror or problem}{advice}") from None
+
+
+def printable(text: str) -> str:
+    """The text with its line breaks, and every other character that a terminal would obey, not show, as an escape.
+
+    Names and messages of others may hold such; a file's name also what is no UTF-8.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def warn(text: str) -> None:
+    """Print a line on stderr, even where a run is quiet."""
+    print(f"klrl: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def one_line(problem: BaseException) -> str:

@@ -107,9 +107,11 @@ def test_import_registers_a_packages_environments() -> None:
     done = klrl("train", "ppo", "Mine-v0", *QUICK, "--import", "myenvs", env={"PYTHONPATH": "."})
     assert done.returncode == 0, done.stderr
     folder = done.stdout.splitlines()[-2].split()[1]
-    again = klrl("train", "ppo", "Mine-v0", "--config", f"{folder}/config.toml", env={"PYTHONPATH": "."})
+    again = klrl(
+        "train", "ppo", "Mine-v0", "--config", f"{folder}/config.toml", "--import", "myenvs", env={"PYTHONPATH": "."}
+    )
     assert again.returncode == 0, again.stderr
-    assert klrl("eval", folder, "--episodes", "1", env={"PYTHONPATH": "."}).returncode == 0
+    assert klrl("eval", folder, "--episodes", "1", "--import", "myenvs", env={"PYTHONPATH": "."}).returncode == 0
 
 
 @pytest.mark.parametrize(

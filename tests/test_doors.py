@@ -126,8 +126,8 @@ def test_an_imported_package_brings_agents_and_networks_to_the_command() -> None
     assert "bonus = 0.25" in config
     assert 'network = "my_package:Net"' in config
     for command in ("eval", "resume"):
-        more = ("--episodes", "1") if command == "eval" else ("--total-timesteps", "1100", "--import", "my_package")
-        done = klrl_command(command, str(folder), *more)
+        more = ("--episodes", "1") if command == "eval" else ("--total-timesteps", "1100")
+        done = klrl_command(command, str(folder), "--import", "my_package", *more)
         assert done.returncode == 0, done.stderr
     with pytest.raises(UsageError, match="unknown agent 'mine'"):
         klrl.load(folder)
@@ -137,12 +137,14 @@ def test_an_imported_package_brings_agents_and_networks_to_the_command() -> None
     assert "bonus" in klrl_command("train", "mine", "--import", "my_package", "--help").stdout
 
 
-def test_an_installed_package_registers_its_agent_by_an_entry_point() -> None:
-    Path("my_package.py").write_text(PACKAGE)
-    info = Path("my_package-1.0.dist-info")
+def test_an_installed_package_registers_its_agent_by_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("site").mkdir()
+    Path("site/my_package.py").write_text(PACKAGE)
+    info = Path("site/my_package-1.0.dist-info")
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[klrl.agents]\nmine = my_package:Mine\n")
+    monkeypatch.setenv("PYTHONPATH", "site")
     trained = klrl_command("train", "mine", *SHORT)
     assert trained.returncode == 0, trained.stderr
     (folder,) = Path("runs").glob("mine-*")

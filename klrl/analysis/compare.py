@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_map
 
 from klrl.agents.base import Agent
 from klrl.analysis import tables
-from klrl.config import PositiveInt, Seed
+from klrl.config import AtMost, Copies, Range, Seed
 from klrl.envs.make import Imports
-from klrl.errors import NonFiniteError, UsageError, needs
+from klrl.errors import NonFiniteError, UsageError, needs, printable
 from klrl.kl import concatenate, js, kl, reverse_kl, select
 from klrl.kl.estimators import own_noise
 from klrl.policies.distributions import MultiCategorical
@@ -46,9 +46,9 @@ class CompareConfig:
     env: str = ""
     """Another environment with the same spaces; the one that A was trained on by default."""
     imports: Imports = ()
-    steps: PositiveInt = 2000
+    steps: Annotated[int, Range(1), AtMost(10_000_000)] = 2000
     """Environment steps that each policy takes, with sampled actions, to visit states."""
-    episodes: PositiveInt = 10
+    episodes: Copies = 10
     """Episodes of each policy for its returns, with its most likely actions; the same seeds for both."""
     checkpoint: Literal["last", "best"] = "last"
     """Which of a run's checkpoints."""
@@ -336,5 +336,5 @@ def draw(found: Comparison) -> Any:
     for axes in (spread, bars, scores):
         tidy(axes)
     titles = [f"{side}: {p.path} at step {p.step:,}" for side, p in zip("AB", found.policies, strict=True)]
-    figure.suptitle("\n".join(titles))
+    figure.suptitle(printable("\n".join(titles)), parse_math=False)
     return figure

@@ -2,18 +2,20 @@
 
 import base64
 import io
+import math
 from collections.abc import Callable
 from itertools import cycle
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from klrl.analysis.scores import Group
-from klrl.rundir.history import History
+from klrl.rundir.history import Column, History
 
 # Told apart by colour-blind readers (Okabe and Ito), and by lightness in print.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5a5a5a")
@@ -27,8 +29,12 @@ def kl_trajectory(run: History) -> Figure | None:
     figure, axes = _panel()
     step, direction = run["step"], run.options["kl"]["direction"]
     shown = "kl/reverse" if direction == "reverse" else "kl/mean"
-    axes.plot(step, run["kl/p95"], color=COLOURS[5], linewidth=0.7, label="95th percentile of states")
-    axes.plot(step, run[shown], color=COLOURS[0], linewidth=1.2, label=f"mean KL, {direction}")
+    for tag, colour, width, label in (
+        ("kl/p95", COLOURS[5], 0.7, "95th percentile of states"),
+        (shown, COLOURS[0], 1.2, f"mean KL, {direction}"),
+    ):
+        kept = thinned(run[tag])
+        axes.plot(step[kept], run[tag][kept], color=colour, linewidth=width, label=label)
     _marks(axes, run, run[shown])
     if run.has("kl/limit"):
         axes.axhline(run.last("kl/limit"), color=_RED, linestyle="--", linewidth=1.2, label="limit")
@@ -46,7 +52,25 @@ def _marks(axes: Axes, run: History, height: Any) -> None:
     reached = np.where(np.isfinite(run["kl/attempted"]), run["kl/attempted"], height)
     for rows, marker, label in ((stopped & ~undone, "v", "stopped early"), (undone, "x", "undone or moved back, from")):
         if rows.any():
-            axes.scatter(step[rows], reached[rows], s=18, marker=marker, color=_RED, zorder=3, label=label)
+            marked = np.flatnonzero(rows)
+            marked = marked[thinned(reached[marked])]
+            axes.scatter(step[marked], reached[marked], s=18, marker=marker, color=_RED, zorder=3, label=label)
+
+
+def thinned(values: Column, most: int = 1000) -> npt.NDArray[np.intp]:
+    """Which of a curve's values to draw, at most ``most``: the lowest and the highest of as many stretches.
+
+    A screen shows no more, and a page that holds all of a long run's takes a browser's memory.
+    """
+    if len(values) <= most:
+        return np.arange(len(values))
+    kept: set[int] = set()
+    for stretch in np.array_split(np.arange(len(values)), most // 2):
+        part = np.nan_to_num(values[stretch], nan=0.0)
+        known = ~np.isnan(values[stretch])
+        kept.add(int(stretch[np.where(known, part, np.inf).argmin()]))
+        kept.add(int(stretch[np.where(known, part, -np.inf).argmax()]))
+    return np.array(sorted(kept))
 
 
 def time_spent(run: History) -> Figure | None:
@@ -57,6 +81,8 @@ def time_spent(run: History) -> Figure | None:
     collect = float((training * run["time/collect_share"]).sum())
     parts = {"environment": collect, "learning": float(training.sum()) - collect}
     parts["evaluation, saving"] = max(0.0, float(run["wall"][-1]) - sum(parts.values()))
+    if not all(math.isfinite(seconds) for seconds in parts.values()):
+        return None  # not logged
     figure, axes = _panel(height=1.5)
     start = 0.0
     for (name, seconds), colour in zip(parts.items(), (COLOURS[0], COLOURS[1], GREY), strict=True):
@@ -94,11 +120,15 @@ def returns(groups: list[Group]) -> Figure | None:
         return curves(groups, {"rollout/ep_rew_mean": "training"}, "return")
     run, (figure, axes) = groups[0].runs[0], _panel()
     if run.has("rollout/ep_rew_mean"):
-        axes.plot(run["step"], run["rollout/ep_rew_mean"], color=COLOURS[0], label="training, last 100 episodes")
+        kept = thinned(run["rollout/ep_rew_mean"])
+        values = run["rollout/ep_rew_mean"][kept]
+        axes.plot(run["step"][kept], values, color=COLOURS[0], label="training, last 100 episodes")
     if run.has("eval/mean_reward"):
-        mean, std = run["eval/mean_reward"], run["eval/std_reward"]
+        known = np.flatnonzero(np.isfinite(run["eval/mean_reward"]))
+        known = known[thinned(run["eval/mean_reward"][known])]
+        mean, std = run["eval/mean_reward"][known], np.maximum(np.nan_to_num(run["eval/std_reward"][known]), 0.0)
         style: dict[str, Any] = {"fmt": "o", "markersize": 3.5, "elinewidth": 0.8, "color": COLOURS[1]}
-        axes.errorbar(run["step"], mean, std, **style, label="evaluation, std over episodes")
+        axes.errorbar(run["step"][known], mean, std, **style, label="evaluation, std over episodes")
     axes.set_ylabel("return")
     return _finish(figure, axes) if axes.lines else None
 

@@ -15,7 +15,7 @@ import numpy as np
 from gymnasium.vector import SyncVectorEnv
 
 from klrl.analysis.video import Frame, Video, draw_text, find_encoder
-from klrl.config import Count, PositiveInt, Range
+from klrl.config import Copies, Count, Range
 from klrl.envs.make import Imports
 from klrl.errors import UsageError, one_line
 from klrl.kl import kl
@@ -29,7 +29,7 @@ from klrl.training.loop import Envs
 
 @dataclass(frozen=True)
 class RecordConfig:
-    episodes: PositiveInt = 3
+    episodes: Copies = 3
     """Episodes to record, an mp4 each: the ones that klrl eval runs when asked for as many."""
     output: str = ""
     """Folder for the videos, by default videos/ in the run's; those of the same name there are replaced."""
@@ -62,6 +62,8 @@ def record(path: str, config: RecordConfig) -> list[Path]:
         trained = load_policy(path, config.checkpoint, config.imports)
         beside = trained.folder.parent
         folder = Path(config.output or (beside.parent if beside.name == "checkpoints" else beside) / "videos")
+        if not config.output and folder.is_symlink():  # where a run's own folder is not the user's, nor is this
+            raise UsageError(f"{folder} is a link: a run holds its own videos; --output names another folder")
         names = [f"{trained.folder.name}-episode-{i}.mp4" for i in range(config.episodes)]
         envs = stack.enter_context(contextlib.closing(_make_envs(trained, config)))
         fps = float(envs.metadata.get("render_fps") or 30)

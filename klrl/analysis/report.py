@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,7 +16,7 @@ from klrl.analysis import tables
 from klrl.analysis.anomalies import find_anomalies
 from klrl.analysis.scores import Group, group_runs, score_of
 from klrl.config import flatten
-from klrl.errors import UsageError, needs, refusals
+from klrl.errors import UsageError, needs, printable, refusals, warn
 from klrl.rundir.folder import replace_file
 from klrl.rundir.history import History, read_history
 
@@ -35,10 +36,30 @@ def report(paths: Sequence[str], config: ReportConfig) -> str:
     where the report cannot be written.
     """
     folders = {folder.resolve(): folder for path in paths for folder in _folders(path)}
-    runs = [read_history(folder) for folder in folders.values()]
+    runs = _readable(list(folders.values()))
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of nans, which runs log and cut short
+        return _write(runs, config)
+
+
+def _readable(folders: list[Path]) -> list[History]:
+    """The runs in ``folders``; of one that cannot be read, a line on stderr. Raises UsageError where none can be."""
+    runs, problems = [], []
+    for folder in folders:
+        try:
+            runs.append(read_history(folder))
+        except UsageError as problem:
+            problems.append(problem)
+    if not runs:
+        raise problems[0]
+    for complaint in problems:
+        warn(f"{complaint}; it is left out")
+    return runs
+
+
+def _write(runs: list[History], config: ReportConfig) -> str:
     groups = group_runs(runs)
     if config.format == "json":
-        text = json.dumps(summary(groups), indent=2)
+        text = json.dumps(summary(groups), indent=2, default=str)
     elif config.format == "md":
         text = as_markdown(summary(groups))
     else:
@@ -98,8 +119,15 @@ def _run_summary(run: History) -> dict[str, Any]:
             "updates": len(run["step"]),
         },
         "anomalies": [found._asdict() for found in find_anomalies(run)],
-        "config": flatten(run.options),
+        "config": {key: _plain(value) for key, value in flatten(run.options).items()},
     }
+
+
+def _plain(value: Any) -> Any:
+    """An option's value as JSON has it: infinity and nan as texts."""
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: float) -> float | None:
@@ -139,7 +167,7 @@ def as_markdown(data: dict[str, Any]) -> str:
     lines = ["# Final scores", "", *tables.as_markdown(_SCORE_COLUMNS, _score_rows(data))]
     lines += ["", "# Runs", "", *tables.as_markdown(_RUN_COLUMNS, _run_rows(data)), "", "# Anomalies", ""]
     found = [
-        f"- {Path(run['folder']).name}: {anomaly['what']}. Try: {anomaly['advice']}."
+        f"- {tables.markdown(Path(run['folder']).name)}: {tables.markdown(anomaly['what'])}. Try: {anomaly['advice']}."
         for group in data["groups"]
         for run in group["runs"]
         for anomaly in run["anomalies"]
@@ -175,7 +203,7 @@ def as_html(groups: Sequence[Group]) -> str:
 
     data, runs = summary(groups), [run for group in groups for run in group.runs]
     several = len(runs) > 1
-    title = escape(groups[0].name if len(groups) == 1 else f"{len(groups)} settings, {len(runs)} runs")
+    title = escape(printable(groups[0].name if len(groups) == 1 else f"{len(groups)} settings, {len(runs)} runs"))
     body = [f"<h1>{title}</h1>", tables.as_html(_RUN_COLUMNS, _run_rows(data))]
     if several:
         note = "Lines are means over the runs of a setting, bands the middle 95 % of 2000 bootstrapped means."
@@ -183,7 +211,7 @@ def as_html(groups: Sequence[Group]) -> str:
         body.append(f'<p class="quiet">{note}</p>')
         for env in dict.fromkeys(run.env for run in runs):
             there = [group for group in groups if group.runs[0].env == env]
-            body += [f"<h2>{escape(env)}</h2>", panels(draw(PANELS, there))]
+            body += [f"<h2>{escape(printable(env))}</h2>", panels(draw(PANELS, there))]
         body.append("<h2>Run by run</h2>")
     for run in runs:
         shared, own = [] if several else draw(PANELS, groups), draw(RUN_FIGURES, run)
@@ -198,9 +226,11 @@ def as_html(groups: Sequence[Group]) -> str:
 def _html_of_run(run: History, figures: str) -> str:
     """A run's summary line, anomalies, figures and options."""
     anomalies = find_anomalies(run)
-    heading = f"{escape(run.folder.name)}: {len(anomalies) or 'no'} anomal{'y' if len(anomalies) == 1 else 'ies'}"
+    heading = (
+        f"{escape(printable(run.folder.name))}: {len(anomalies) or 'no'} anomal{'y' if len(anomalies) == 1 else 'ies'}"
+    )
     found = "".join(
-        f'<div class="anomaly">{escape(what)}.<br><span class="quiet">Try: {escape(advice)}.</span></div>'
+        f'<div class="anomaly">{escape(printable(what))}.<br><span class="quiet">Try: {escape(advice)}.</span></div>'
         for what, advice in anomalies
     )
     options = tables.as_html(("option", "value"), ((key, str(value)) for key, value in flatten(run.options).items()))

@@ -1,5 +1,6 @@
 """Tables of words: as plain text, Markdown or HTML, and printed."""
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -8,9 +9,12 @@ from rich import markup
 from rich.console import Console
 from rich.table import Table
 
+from klrl.errors import printable
+
 
 def as_text(rows: Sequence[Sequence[str]], align: str) -> list[str]:
     """The table's lines. ``align``: < or > for each column."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(f"{c:{a}{w}}" for c, a, w in zip(row, align, widths, strict=True)).rstrip() for row in rows]
 
@@ -18,13 +22,19 @@ def as_text(rows: Sequence[Sequence[str]], align: str) -> list[str]:
 def as_markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """The table's lines in Markdown."""
     table = [columns, ["---"] * len(columns), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+    return ["| " + " | ".join(map(markdown, row)) + " |" for row in table]
+
+
+def markdown(text: str) -> str:
+    """The text as Markdown shows it: no HTML, no link or image, no further column or line."""
+    plain = escape(" ".join(printable(text).split("\n")), quote=False)
+    return re.sub(r"([\\|\[\]`])", r"\\\1", plain)
 
 
 def as_html(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """The table as an element that scrolls sideways."""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    lines = ["".join(f"<td>{escape(printable(cell))}</td>" for cell in row) for row in rows]
     return f'<div class="scroll"><table><tr>{head}</tr>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
 
 
@@ -34,5 +44,5 @@ def show(columns: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> N
     for name, side in zip(columns, align, strict=True):
         table.add_column(name, justify="right" if side == ">" else "left")
     for row in rows:
-        table.add_row(*map(markup.escape, row))
+        table.add_row(*(markup.escape(printable(cell)) for cell in row))
     Console(width=None if sys.stdout.isatty() else 140).print(table)

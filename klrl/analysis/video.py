@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from klrl.errors import UsageError, needs, refusals
+from klrl.rundir.folder import new_file
 
 Frame = npt.NDArray[np.uint8]
 _MIN_WIDTH = 320  # of a frame that is written on, in pixels
@@ -51,6 +52,7 @@ class Video:
         folder = self.path.parent
         with refusals(f"--output {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
+            os.close(new_file(self._unfinished))  # ffmpeg would write through a link that somebody laid there
         quality = {"quality": 8, "macro_block_size": 1, "ffmpeg_log_level": "quiet"}
         encoder = write_frames(self._unfinished, (width, height), fps=self._fps, **quality)
         encoder.send(None)

@@ -11,15 +11,26 @@ import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from klrl import __version__
 from klrl.cli.options import parse, parse_command, wants_help
-from klrl.config import build, suggest, to_dict
-from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, UsageError, needs, refusals
+from klrl.config import build, convert, suggest, to_dict
+from klrl.errors import (
+    EnvironmentFailedError,
+    Interrupted,
+    NonFiniteError,
+    UsageError,
+    needs,
+    one_line,
+    printable,
+    refusals,
+)
 
+# What NumPy and torch say, as ValueError or RuntimeError, of sizes that no machine has.
+_OUT_OF_MEMORY = ("memory", "array is too big", "Maximum allowed dimension", "calculation overflowed")
 _USAGE = """usage: klrl COMMAND ...
 
 Reinforcement learning that always knows how far each update moved the policy.
@@ -51,8 +62,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UsageError, NonFiniteError, EnvironmentFailedError, OSError) as problem:
-        print(f"klrl: {' '.join(str(problem).split())}", file=sys.stderr)
+        print(f"klrl: {printable(' '.join(str(problem).split()))}", file=sys.stderr)
         sys.exit(2 if isinstance(problem, UsageError) else 1)
+    except (MemoryError, RuntimeError, ValueError) as problem:
+        if not (isinstance(problem, MemoryError) or any(word in str(problem) for word in _OUT_OF_MEMORY)):
+            raise
+        print(f"klrl: there is not enough memory for these options: {printable(one_line(problem))}", file=sys.stderr)
+        sys.exit(2)
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
@@ -92,19 +108,23 @@ def _train(arguments: list[str]) -> None:
     if not names or (len(names) < 2 and not help_wanted):
         raise UsageError("train needs an agent and an env: klrl train ppo CartPole-v1")
 
-    from klrl.envs.make import check, import_module
+    from klrl.envs.make import check, check_imported, import_module, module_of
     from klrl.training.loop import RunConfig
     from klrl.training.run import resolve, run_training
 
     agent, env, options = names[0], (names[1] if len(names) == 2 else None), arguments[len(names) :]
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of what tyro's defaults depend on
     for name in ("--config", "--import", "--network"):
-        early.add_argument(name, dest=name, nargs="*", action="extend", default=[])
-    found = vars(early.parse_known_args(options)[0])
+        early.add_argument(name, dest=name, nargs="?", action="append", default=[])
+    found = {name: [word for word in words if word] for name, words in vars(early.parse_known_args(options)[0]).items()}
     saved = _read_config(found["--config"][-1], agent) if found["--config"] else {}
-    networks = [name.partition(":")[0] for name in found["--network"]]
-    for package in [*saved.get("imports", ()), *found["--import"], *networks]:
+    for package in found["--import"]:
         import_module(package, f"--import {package}")
+    for network in filter(module_of, found["--network"]):
+        import_module(module_of(network), f"--network {network}")
+    wanted = convert(tuple[str, ...], saved.pop("imports", ()), "imports")
+    network = "" if found["--network"] else convert(str, saved.get("network", ""), "network")
+    check_imported([*wanted, module_of(network)], "".join(found["--config"][-1:]))
     agent_class = registry.find(agent)
     config_class = agent_class.Config
     run_config, agent_config = resolve(agent_class, env, saved)
@@ -120,9 +140,9 @@ def _train(arguments: list[str]) -> None:
         agent: Annotated[config_class, tyro.conf.arg(name="")] = agent_config  # type: ignore[valid-type]
 
     given = parse(TrainOptions, options, f"klrl train {agent} {env or 'ENV'}")
-    run = build(RunConfig, to_dict(given.run))
-    run = replace(run, imports=(*run.imports, *(name for name in networks if name not in run.imports)))
-    run_training(agent_class, env or "", run, build(config_class, to_dict(given.agent)))
+    run_training(
+        agent_class, env or "", build(RunConfig, to_dict(given.run)), build(config_class, to_dict(given.agent))
+    )
 
 
 def _resume(arguments: list[str]) -> None:
@@ -145,7 +165,7 @@ def _report(arguments: list[str]) -> None:
     from klrl.analysis.report import ReportConfig, report
 
     example = "report needs run folders: klrl report runs/ppo-CartPole-v1-0-..."
-    print(report(*parse_command(ReportConfig, arguments, "report RUN...", 1, math.inf, example)))
+    _show(report(*parse_command(ReportConfig, arguments, "report RUN...", 1, math.inf, example)))
 
 
 def _compare(arguments: list[str]) -> None:
@@ -153,7 +173,7 @@ def _compare(arguments: list[str]) -> None:
 
     example = "compare needs two runs or checkpoints: klrl compare runs/a runs/b"
     (a, b), given = parse_command(CompareConfig, arguments, "compare A B", 2, 2, example)
-    print(compare(a, b, given))
+    _show(compare(a, b, given))
 
 
 def _record(arguments: list[str]) -> None:
@@ -161,7 +181,7 @@ def _record(arguments: list[str]) -> None:
 
     example = "record needs a run folder or checkpoint: klrl record runs/a"
     (run,), given = parse_command(RecordConfig, arguments, "record RUN", 1, 1, example)
-    print(*record(run, given), sep="\n")
+    _show(*map(str, record(run, given)))
 
 
 def _eval(arguments: list[str]) -> None:
@@ -178,7 +198,7 @@ def _eval(arguments: list[str]) -> None:
     if given.json:
         print(json.dumps({"env_id": env, **score._asdict()}))
     else:
-        print(summary(score, f" of {env}"))
+        _show(summary(score, f" of {env}"))
 
 
 def _list(arguments: list[str]) -> None:
@@ -214,11 +234,17 @@ def _plot(arguments: list[str]) -> None:
     print(path)
 
 
+def _show(*lines: str) -> None:
+    """Print what may hold names of others."""
+    print(*map(printable, lines), sep="\n")
+
+
 def _read_config(path: str, agent: str) -> dict[str, Any]:
+    with refusals(f"--config {path}"):
+        content = Path(path).read_bytes()
     try:
-        with refusals(f"--config {path}"):
-            options = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        options = tomllib.loads(content.decode())
+    except (ValueError, RecursionError) as problem:
         raise UsageError(f"--config {path} is not valid TOML: {problem}") from None
     if options.pop("agent", agent) != agent:
         raise UsageError(f"--config {path} is of another agent than {agent!r}")

@@ -19,14 +19,14 @@ C = TypeVar("C")
 def parse_command(
     cls: type[C], arguments: Sequence[str], usage: str, least: int, most: float, example: str
 ) -> tuple[list[str], C]:
-    """The positional words, which come first, and the dataclass ``cls`` from the options after them, checked.
+    """The positional words, before or after the options, and the dataclass ``cls`` from the options, checked.
 
     Raises UsageError, with the ``example`` where there are fewer than ``least`` words or more than ``most``.
     """
-    count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
-    if not wants_help(arguments[count:]) and not least <= count <= most:
+    parsed, words = _parse(cls, arguments, f"klrl {usage}")
+    if not least <= len(words) <= most:
         raise UsageError(example)
-    return list(arguments[:count]), build(cls, to_dict(parse(cls, arguments[count:], f"klrl {usage}")))
+    return words, build(cls, to_dict(parsed))
 
 
 def wants_help(arguments: Sequence[str]) -> bool:
@@ -36,6 +36,14 @@ def wants_help(arguments: Sequence[str]) -> bool:
 
 def parse(cls: Any, arguments: Sequence[str], prog: str) -> Any:
     """Parse with tyro, and with numbers like 1e5 and 100_000, name=value tables, and errors of one line."""
+    parsed, words = _parse(cls, arguments, prog)
+    if words:
+        raise UsageError(f"unknown option {words[0]!r}{suggest(words[0], _option_names(cls))}")
+    return parsed
+
+
+def _parse(cls: Any, arguments: Sequence[str], prog: str) -> tuple[Any, list[str]]:
+    """What ``parse`` returns, and the words that belong to no option."""
     import tyro
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
@@ -66,9 +74,10 @@ def parse(cls: Any, arguments: Sequence[str], prog: str) -> Any:
         if stop.code:
             raise UsageError(_one_line(errors.getvalue())) from None
         sys.exit(0)
-    if unknown:
-        raise UsageError(f"unknown option {unknown[0]!r}{suggest(unknown[0], _option_names(cls))}")
-    return parsed
+    for word in unknown:
+        if word.startswith("-"):
+            raise UsageError(f"unknown option {word!r}{suggest(word, _option_names(cls))}")
+    return parsed, unknown
 
 
 def _option_names(cls: Any, prefix: str = "--") -> list[str]:

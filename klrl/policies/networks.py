@@ -191,9 +191,9 @@ def named_network(name: str) -> type[nn.Module]:
     for part in path.split("."):
         found = getattr(found, part, None)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise UsageError(
-            f"network {name!r} is no imported nn.Module class: --import {module or 'its module'}, or give it"
-        )
+        unknown = ":" in name and module and module not in sys.modules
+        advice = f"--import {module}, if you trust it" if unknown else "--network module:Class names one"
+        raise UsageError(f"network {name!r} is no imported nn.Module class: {advice}; from Python, give network=")
     return found
 
 

@@ -1,5 +1,6 @@
 """Which Gymnasium spaces klrl takes, refused in one line otherwise, and their form in a checkpoint."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from gymnasium import spaces
 from klrl.errors import UsageError
 
 _MAX_JOINT = 4096
+_MOST_NUMBERS = 2**26  # of an observation or action
 _UNBOUNDED = 1e9  # bounds further apart stand for "no bounds", as float32's largest numbers often do
 
 
@@ -128,7 +130,10 @@ def to_json(space: spaces.Space[Any]) -> dict[str, Any]:
 
 
 def from_json(data: dict[str, Any]) -> spaces.Space[Any]:
-    """The space that ``to_json`` wrote. Raises ValueError or KeyError for anything else."""
+    """The space that ``to_json`` wrote. Raises ValueError or KeyError for anything else, or of an absurd size."""
+    size = data.get("shape", data.get("n", 1))
+    if math.prod(size if isinstance(size, list) else [size]) > _MOST_NUMBERS:
+        raise ValueError(f"a space of {size} numbers")
     match data["type"]:
         case "Dict":
             parts = data["spaces"] if isinstance(data["spaces"], list) else data["spaces"].items()

@@ -6,13 +6,12 @@ rows are written once, beside the checkpoints: each manifest names the files tha
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-import stat
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +21,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from klrl.errors import EnvironmentFailedError, UsageError, refusals
+from klrl.errors import EnvironmentFailedError, UsageError, refusals, warn
+from klrl.rundir.folder import new_file, open_file
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -35,13 +35,14 @@ _DAMAGE = (
     ArithmeticError,
     AttributeError,
     LookupError,
+    MemoryError,
     RecursionError,
     SafetensorError,
     TypeError,
     ValueError,
 )
 _ROWS_FILE = re.compile(r"rows-[0-9]{1,20}-[0-9a-f]{16}\.safetensors")
-_UNFINISHED = re.compile(rf"{re.escape(_TEMPORARY)}(?:(?:old-)?(step-[0-9]+)-[0-9]+|{_ROWS_FILE.pattern})")
+_UNFINISHED = re.compile(rf"{re.escape(_TEMPORARY)}(?:(?:old-)?(step-[0-9]{{12}})-[0-9]+|{_ROWS_FILE.pattern})")
 
 
 class Rows(Protocol):
@@ -141,6 +142,8 @@ def load(path: Path, with_rows: bool = False) -> dict[str, Any]:
         if manifest["format"] != _FORMAT:
             raise UsageError(f"checkpoint {path} was written by {_WRITERS.get(manifest['format'], 'a later klrl')}")
         sums = {name: manifest["files"][name] for name in (_TENSORS, _STATE)}
+        if sums[_STATE]["bytes"] > _MAX_JSON_BYTES:
+            raise UsageError(f"checkpoint {path} is damaged: {_STATE} is said to have {sums[_STATE]['bytes']} bytes")
         data = {name: _verified(path / name, entry) for name, entry in sums.items()}
         content = json.loads(data[_STATE])
         content["state"] = _join(content["state"], load_tensors(data[_TENSORS]))
@@ -178,7 +181,7 @@ def newest(path: Path, which: str = "last", with_rows: bool = False) -> tuple[Pa
             complaint = complaint or problem
             continue
         if complaint is not None:
-            print(f"klrl: {complaint}; {candidate.name} is used instead", file=sys.stderr, flush=True)
+            warn(f"{complaint}; {candidate.name} is used instead")
         return candidate, content
     assert complaint is not None
     raise complaint
@@ -191,7 +194,7 @@ def refusing_misfits(source: Path) -> Iterator[None]:
         yield
     except (UsageError, EnvironmentFailedError):
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as problem:
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as problem:
         raise UsageError(f"checkpoint {source} does not fit this version of klrl: {problem}") from None
 
 
@@ -207,21 +210,26 @@ def clean(folder: Path) -> None:
             os.rename(path, folder / match[1])
     for path in folder.glob(f"{_TEMPORARY}*"):
         if _UNFINISHED.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            shutil.rmtree(path) if _is_folder(path) else path.unlink()
 
 
 def steps(folder: Path) -> list[Path]:
     """The checkpoints below ``folder``, oldest first; unfinished ones are not among them.
 
+    They are called step- and twelve digits; whatever else lies there, a link too, is somebody else's.
     One that was set aside for a newer one of the same step counts, where a kill kept the newer from its place.
     """
     if not folder.is_dir():
         return []
-    found = {path.name: path for path in folder.glob("step-" + 12 * "[0-9]") if path.is_dir()}
+    found = {path.name: path for path in folder.glob("step-" + 12 * "[0-9]") if _is_folder(path)}
     for path in folder.glob(f"{_TEMPORARY}old-*"):
-        if (match := _UNFINISHED.fullmatch(path.name)) is not None:
+        if (match := _UNFINISHED.fullmatch(path.name)) is not None and _is_folder(path):
             found.setdefault(match[1], path)
     return [found[name] for name in sorted(found)]
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def step_of(path: Path) -> int:
@@ -290,19 +298,17 @@ def _read(path: Path, maximum: int) -> bytes:
     """A regular file's bytes. Raises UsageError for a link, and for a file of more than ``maximum`` bytes."""
     if path.is_symlink():
         raise UsageError(f"{path} is a link: a checkpoint holds its own files")
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-    with open(handle, "rb") as file:
-        about = os.fstat(handle)
-        if not stat.S_ISREG(about.st_mode):
-            raise UsageError(f"checkpoint {path.parent} is damaged: {path.name} is not a file")
-        data = file.read(int(min(maximum, about.st_size)) + 1)
-    if len(data) > maximum:
-        raise UsageError(f"checkpoint {path.parent} is damaged: {path.name} is longer than its manifest says")
-    return data
+    try:
+        with open_file(path, maximum, links=False) as file:
+            return file.read(maximum)
+    except OSError as problem:
+        if problem.errno != errno.EINVAL:
+            raise
+        raise UsageError(f"checkpoint {path.parent} is damaged: {path.name} is {problem.strerror}") from None
 
 
 def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
+    with open(new_file(path), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

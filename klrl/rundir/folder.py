@@ -1,10 +1,13 @@
 """Run folders: a new one for each run, a lock that keeps it to one process, and files that are written whole."""
 
 import contextlib
+import errno
 import os
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from klrl.errors import UsageError, refusals
 
@@ -30,14 +33,34 @@ def make_folder(parent: str, name: str, here: Path = Path()) -> Path:
     raise UsageError(f"--run-dir {parent}: 10,000 runs of this second lie there already")
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write ``path`` whole or not at all. A link there is replaced, and none is followed."""
+def replace_file(path: Path, lines: Iterable[str]) -> None:
+    """Write ``path``, a text or its lines, whole or not at all. A link there is replaced, and none is followed."""
     temporary = path.with_name(f".writing-{path.name}")
-    temporary.unlink(missing_ok=True)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-    with open(os.open(temporary, flags, 0o644), "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(new_file(temporary), "w", encoding="utf-8") as file:
+        file.writelines([lines] if isinstance(lines, str) else lines)
     os.replace(temporary, path)
+
+
+def new_file(path: Path) -> int:
+    """Open a file to write that is new: what has its name, a link that somebody laid there too, is removed first."""
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o644)
+
+
+def open_file(path: Path, maximum: int, links: bool = True) -> BinaryIO:
+    """Open a file to read.
+
+    Raises OSError for what is none (a FIFO or device, which could keep a reader for ever), for more than ``maximum``
+    bytes, and for a link unless ``links``.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | (0 if links else getattr(os, "O_NOFOLLOW", 0))
+    file = open(os.open(path, flags), "rb")  # noqa: SIM115 (the caller's)
+    about = os.fstat(file.fileno())
+    if stat.S_ISREG(about.st_mode) and about.st_size <= maximum:
+        return file
+    file.close()
+    problem = f"more than {maximum:,} bytes" if stat.S_ISREG(about.st_mode) else "not a regular file"
+    raise OSError(errno.EINVAL, problem, str(path))
 
 
 @contextlib.contextmanager
@@ -51,7 +74,8 @@ def locked(folder: Path) -> Iterator[None]:
             # Ten times: ``in_use`` in another process holds it for an instant.
             handle = stack.enter_context(try_lock(folder / "lock", 10))
         if handle is None:
-            owner = (folder / "lock").read_bytes()[:32].decode(errors="replace").strip()
+            with open_file(folder / "lock", 32) as file:
+                owner = file.read().decode(errors="replace").strip()
             raise UsageError(f"{folder} is still running, in process {owner or 'unknown'}")
         os.truncate(handle, 0)
         os.write(handle, f"{os.getpid()}\n".encode())
@@ -66,6 +90,8 @@ def try_lock(path: Path, attempts: int = 1) -> Iterator[int | None]:
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
     try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         yield handle if _acquire(handle, attempts) else None
     finally:
         os.close(handle)
@@ -85,10 +111,8 @@ def _acquire(handle: int, attempts: int = 1, shared: bool = False) -> bool:
 def in_use(folder: Path) -> bool:
     """Whether a process holds the run's lock at this moment."""
     try:
-        handle = os.open(folder / "lock", os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        file = open_file(folder / "lock", 32, links=False)
     except OSError:
         return False
-    try:
-        return not _acquire(handle, shared=True)
-    finally:
-        os.close(handle)
+    with file:
+        return not _acquire(file.fileno(), shared=True)

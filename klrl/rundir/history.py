@@ -3,8 +3,10 @@
 import json
 import math
 import tomllib
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +15,16 @@ import numpy.typing as npt
 
 from klrl.config import flatten
 from klrl.errors import UsageError
-from klrl.rundir.folder import in_use
+from klrl.rundir.folder import in_use, open_file
 
 Column = npt.NDArray[np.float64]
 _WATCHING = ("eval_every", "eval_episodes", "save_every", "histogram_every", "quiet", "verbose")
 _NOT_A_SETTING = ("seed", "run_dir", "device", "threads", *_WATCHING)
+# Beyond what any run writes, and little enough to be read: a folder may be anyone's.
+_MOST_CONFIG, _MOST_METRICS, _LONGEST_LINE = 1 << 18, 1 << 31, 1 << 20  # bytes
+_MOST_TAGS, _LONGEST_TAG, _MOST_STEPS = 300, 200, 1e15
+_MOST_DOTS = 1000  # in a line: tomllib takes minutes for a key of thousands of parts
+_LARGEST = 1e100  # number that means something, and whose square is one
 
 
 @dataclass(frozen=True)
@@ -69,28 +76,51 @@ def read_history(path: str | Path) -> History:
     """The history of the run in folder ``path``. Raises UsageError where it is none."""
     folder = Path(path)
     try:
-        options = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        with open_file(folder / "config.toml", _MOST_CONFIG) as file:
+            text = file.read().decode()
+        if max(line.count(".") for line in text.split("\n")) > _MOST_DOTS:
+            raise ValueError("a key of too many parts")
+        options = tomllib.loads(text)
         total = int(options["total_timesteps"])
         known = str(options["agent"]), str(options["env_id"]), int(options["seed"])
-        _ = options["kl"]["direction"]
-        rows = [row for _, row in read_rows(folder / "metrics.jsonl")]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as problem:
-        why = f"{problem.strerror}: {problem.filename}" if isinstance(problem, OSError) else f"config.toml: {problem}"
-        raise UsageError(f"{path} is not a run's folder: {why}") from None
-    tags = dict.fromkeys(["step", "wall", *(tag for row in rows for tag in row)])
-    columns = {tag: np.array([row.get(tag, math.nan) for row in rows], np.float64) for tag in tags}
-    evaluated = bool(rows) and ("eval/mean_reward" in rows[-1] or options.get("final_episodes") == 0)
-    done = evaluated and rows[-1]["step"] >= total
+        kl = options["kl"]
+        _ = str(kl["direction"]), float(kl.get("coef", 1.0)), setting_of(options)  # as those who read it need it
+        columns = _read_columns(folder / "metrics.jsonl")
+    except OSError as problem:
+        raise UsageError(f"{path} is not a run's folder: {problem.strerror}: {problem.filename}") from None
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as problem:
+        raise UsageError(f"{path} is not a run's folder: config.toml: {problem}") from None
+    ended = [columns["step"][-1:]]
+    if options.get("final_episodes") != 0:
+        ended.append(columns.get("eval/mean_reward", columns["step"][:0])[-1:])
+    done = all(map(len, ended)) and bool(ended[0] >= total) and not np.isnan(ended[-1])
     state: Literal["finished", "running", "stopped"] = "running" if in_use(folder) else "stopped"
     return History(folder, options, *known, "finished" if done else state, columns)
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
     """The lines of a run's metrics.jsonl, each with its metrics by tag; incomplete and malformed ones are left out."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = {tag: float(value) for tag, value in json.loads(line).items()}
-        except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
-            continue
-        if math.isfinite(row.get("step", math.nan)):
-            yield line, row
+    with open_file(path, _MOST_METRICS) as file:
+        while line := file.readline(_LONGEST_LINE):
+            try:
+                row = {tag: float(value) for tag, value in json.loads(line).items()}
+            except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
+                continue
+            if abs(row.get("step", math.nan)) <= _MOST_STEPS:
+                yield line.decode().rstrip(), row
+
+
+def _read_columns(path: Path) -> dict[str, Column]:
+    """The rows of a metrics.jsonl by tag, nan where one lacks it: one number at a time, as a long run's are many."""
+    columns, count = {"step": array("d"), "wall": array("d")}, 0
+    for _, row in read_rows(path):
+        for tag, value in row.items():
+            if tag not in columns and (len(columns) >= _MOST_TAGS or len(tag) > _LONGEST_TAG):
+                continue
+            column = columns.setdefault(tag, array("d"))
+            column.extend(repeat(math.nan, count - len(column)))
+            column.append(math.copysign(math.inf, value) if abs(value) > _LARGEST else value)
+        count += 1
+    for column in columns.values():
+        column.extend(repeat(math.nan, count - len(column)))
+    return {tag: np.array(column, np.float64) for tag, column in columns.items()}

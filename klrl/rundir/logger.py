@@ -1,10 +1,13 @@
 """Writers of a run's metrics: to TensorBoard, metrics.jsonl and the terminal."""
 
 import json
+import os
+import re
+import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,14 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer import event_file_writer
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import custom_scalars, histogram_raw
 
+from klrl.errors import printable
 from klrl.rundir.folder import replace_file
 from klrl.rundir.history import Column, read_rows
 
+_EVENT_FILE = re.compile(r"events\.out\.tfevents\.([0-9]{10})\.")
 # Custom Scalars: what belongs together in one chart, for every agent, as patterns of tags.
 _LAYOUT = {
     "KL": {
@@ -46,24 +52,20 @@ class Logger:
         self._start = time.time()
         if resume_step is not None:
             self._start -= _cut(folder / "metrics.jsonl", resume_step)
-            # TensorBoard reads files in the order of their names, which begin with the second.
-            while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
-                time.sleep(0.05)
-        # Looked up now, as other packages (wandb with sync_tensorboard) put a writer of theirs in its place.
-        self._events = event_file_writer.EventFileWriter(str(folder))
+        self._events = _event_writer(folder)
         self._lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         if resume_step is not None:
-            start = SessionLog(status=SessionLog.START)
-            self._events.add_event(Event(wall_time=time.time(), step=resume_step, session_log=start))
+            self._add(Event(step=resume_step, session_log=SessionLog(status=SessionLog.START)))
             return
         charts = {title: {name: ("Multiline", tags) for name, tags in part.items()} for title, part in _LAYOUT.items()}
-        self._add(custom_scalars(charts), 0)  # type: ignore[no-untyped-call]
+        self._add(Event(summary=custom_scalars(charts)))  # type: ignore[no-untyped-call]
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hparams.items()}
-        self._add(hparams_pb(plain, trial_id=folder.name), 0)
+        self._add(Event(summary=hparams_pb(plain, trial_id=printable(folder.name))))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Record ``metrics`` (tag to value) at ``step``."""
-        self._add(Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in metrics.items()]), step)
+        values = [Summary.Value(tag=k, simple_value=v) for k, v in metrics.items()]
+        self._add(Event(step=step, summary=Summary(value=values)))
         # Infinity and NaN are not JSON: they are written as text.
         safe = {k: v if abs(v) < float("inf") else str(v) for k, v in metrics.items()}
         self._lines.write(json.dumps({"step": step, "wall": round(time.time() - self._start, 3), **safe}) + "\n")
@@ -74,30 +76,62 @@ class Logger:
         counts, edges = np.histogram(values, 30)
         spread = values.min(), values.max(), len(values), values.sum(), np.square(values).sum()
         bins = edges[1:].tolist(), counts.tolist()
-        self._add(histogram_raw(tag, *spread, *bins), step)  # type: ignore[no-untyped-call]
+        self._add(Event(step=step, summary=histogram_raw(tag, *spread, *bins)))  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         self._events.close()
         self._lines.close()
 
-    def _add(self, summary: Summary, step: int) -> None:
-        self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events.add_event(event)
+
+
+class EventFile:
+    """An event file, each event on its way to the disk once it is added."""
+
+    def __init__(self, path: Path) -> None:
+        self._records = RecordWriter(open(path, "xb"))  # noqa: SIM115 (closed in close)
+        self.add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def add_event(self, event: Event) -> None:
+        self._records.write(event.SerializeToString())
+        self._records.flush()
+
+    def close(self) -> None:
+        self._records.close()
+
+
+def _event_writer(folder: Path) -> Any:
+    """A new event file, or the writer that another package (wandb with sync_tensorboard) put in TensorBoard's place."""
+    common = event_file_writer.EventFileWriter
+    ours = common.__module__ == event_file_writer.__name__
+    return EventFile(_event_file(folder)) if ours else common(str(folder))
+
+
+def _event_file(folder: Path) -> Path:
+    """A new event file's name, which sorts after all that lie there, as TensorBoard reads them in that order.
+
+    It begins with the second; where the clock was set back, with the one after the latest that was used.
+    """
+    used = [int(match[1]) for path in folder.iterdir() if (match := _EVENT_FILE.match(path.name))]
+    second = max([int(time.time()), *(number + 1 for number in used)])
+    return folder / f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}.0"
 
 
 def _cut(path: Path, step: int) -> float:
     """Drop the lines from ``step`` on and unreadable ones. Returns the wall-clock seconds of the last one kept."""
-    kept, wall = [], 0.0
-    for line, row in read_rows(path) if path.exists() else []:
-        if row["step"] < step:
-            kept.append(line + "\n")
-            wall = row.get("wall", wall)
-    replace_file(path, "".join(kept))
+    wall = 0.0
+
+    def kept() -> Iterator[str]:
+        nonlocal wall
+        for line, row in read_rows(path) if path.exists() else []:
+            if row["step"] < step:
+                wall = row.get("wall", wall)
+                yield line + "\n"
+
+    replace_file(path, kept())
     return wall
-
-
-def warn(text: str) -> None:
-    """Print a line on stderr, even where ``quiet``."""
-    print(f"klrl: {text}", file=sys.stderr, flush=True)
 
 
 _STANDSTILL = 5  # updates in a row that were taken back

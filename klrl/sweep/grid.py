@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from klrl.config import flatten, merge, to_dict
 from klrl.errors import UsageError
 from klrl.training.run import resolve
 
+_MOST_SETTINGS = 10_000
 _OWN = {"seed": "--seeds", "run_dir": "--run-dir", "quiet": "--quiet", "verbose": "--quiet", "imports": "--import"}
 
 
@@ -53,12 +55,16 @@ def parse_values(text: str) -> list[Any]:
         return [value for part in text.split(",") for value in parse_values(part)] if "," in text else [text.strip()]
 
 
-def expand(agent: str, env: str, choices: Mapping[str, Sequence[Any]], imports: Sequence[str] = ()) -> list[Setting]:
+def expand(
+    agent: str, env: str, choices: Mapping[str, Sequence[Any]], imports: Sequence[str] = (), network: str = ""
+) -> list[Setting]:
     """Every combination of the choices' values, complete. Raises UsageError where ``klrl train`` would refuse one."""
     settings: list[Setting] = []
+    if (count := math.prod(map(len, choices.values()))) > _MOST_SETTINGS:
+        raise UsageError(f"--set gives {count:,} combinations: at most {_MOST_SETTINGS:,}")
     for values in itertools.product(*choices.values()):
         chosen = dict(zip(choices, values, strict=True))
-        options: dict[str, Any] = {"imports": list(imports)} if imports else {}
+        options: dict[str, Any] = {"imports": list(imports), "network": network}
         for path, value in chosen.items():
             options = merge(options, reduce(lambda part, key: {key: part}, reversed(path.split(".")), value))
         run, own = resolve(registry.find(agent), env, options)

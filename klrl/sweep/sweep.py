@@ -21,11 +21,13 @@ from rich.table import Table
 from klrl.analysis import tables
 from klrl.analysis.report import ReportConfig, report
 from klrl.analysis.scores import score_of
-from klrl.config import Count, PositiveInt
-from klrl.envs.make import EnvConfig, Imports, check, import_module, make_vector
-from klrl.errors import Interrupted, refusals
+from klrl.config import AtMost, Count, Range
+from klrl.envs.make import EnvConfig, Imports, check, import_module, make_vector, module_of
+from klrl.errors import Interrupted, printable, refusals, warn
+from klrl.policies.networks import named_network
 from klrl.sweep.grid import expand, file_name, parse_choices
 from klrl.sweep.trial import Status, Trial
+from klrl.training.run import cores
 from klrl.training.signals import Signals
 
 _POLL, _REDRAW = 0.1, 1.0  # seconds
@@ -33,7 +35,7 @@ _POLL, _REDRAW = 0.1, 1.0  # seconds
 
 @dataclass(frozen=True)
 class SweepConfig:
-    seeds: PositiveInt = 5
+    seeds: Annotated[int, Range(1), AtMost(10_000)] = 5
     """Runs of each setting, with the seeds 0, 1, 2 and so on."""
     set: Annotated[
         tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="OPTION=VALUE,...")
@@ -49,6 +51,8 @@ class SweepConfig:
     quiet: bool = False
     """Print only the final scores and where the report lies."""
     imports: Imports = ()
+    network: str = ""
+    """A network of one's own for all runs, module:Class, as for klrl train; --set network=a:A,b:B compares some."""
 
 
 def sweep(agent: str, env: str, config: SweepConfig) -> None:
@@ -62,7 +66,13 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
     for package in config.imports:
         import_module(package, f"--import {package}")
     check(env)
-    settings = expand(agent, env, parse_choices(word for words in config.set for word in words or [""]), config.imports)
+    choices = parse_choices(word for words in config.set for word in words or [""])
+    settings = expand(agent, env, choices, config.imports, config.network)
+    for network in {str(setting.options["network"]): None for setting in settings}:
+        if module_of(network):
+            import_module(module_of(network), f"--network {network}")
+        if network:
+            named_network(network)
     for i, setting in enumerate(settings):
         if setting.options["env"] not in [other.options["env"] for other in settings[:i]]:
             make_vector(env, 1, EnvConfig(kwargs=setting.options["env"]["kwargs"])).close()
@@ -75,15 +85,11 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
     with Signals() as signals:
         try:
             with _display(trials, config.quiet) as show:
-                _run_trials(trials, config.jobs or _cores(), signals, show)
+                _run_trials(trials, config.jobs or cores(), signals, show)
         except BaseException as problem:
             _stop(trials, problem.signum if isinstance(problem, Interrupted) else signal.SIGTERM)
             raise
     _finish(trials, folder)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run_trials(trials: list[Trial], jobs: int, signals: Signals, show: Callable[[], None]) -> None:
@@ -134,7 +140,7 @@ def _display(trials: list[Trial], quiet: bool) -> Iterator[Callable[[], None]]:
         for i, trial in enumerate(trials):
             if trial.status not in ("waiting", shown.get(i)):
                 shown[i] = trial.status
-                print("  ".join(text for text in [*row(trial), trial.problem] if text), flush=True)
+                print(printable("  ".join(text for text in [*row(trial), trial.problem] if text)), flush=True)
 
     def redraw() -> None:
         nonlocal due
@@ -177,7 +183,7 @@ def table(trials: Sequence[Trial], room: int) -> Table:
         drawn.add_column(justify="right" if i > 2 else "left", no_wrap=True)
     for trial in trials:
         if trial in shown:
-            drawn.add_row(*map(escape, row(trial)))
+            drawn.add_row(*(escape(printable(word)) for word in row(trial)))
     return drawn
 
 
@@ -197,6 +203,6 @@ def _finish(trials: Sequence[Trial], folder: Path) -> None:
         print("report     ", report([str(folder)], ReportConfig(str(folder / f"report.{form}"), form)), flush=True)
     failed = [trial for trial in trials if trial.status == "failed"]
     for trial in failed:
-        print(f"klrl: {trial.setting.label} seed {trial.seed} failed: {trial.problem}", file=sys.stderr, flush=True)
+        warn(f"{trial.setting.label} seed {trial.seed} failed: {trial.problem}")
     if failed:
         raise ChildProcessError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again")

@@ -6,6 +6,7 @@ twice at once: not by two sweeps, and not after one was killed while its process
 
 import contextlib
 import glob
+import os
 import shutil
 import signal
 import subprocess
@@ -16,9 +17,10 @@ from typing import Any, Literal
 
 import tomli_w
 
+from klrl.envs.make import module_of
 from klrl.errors import UsageError
 from klrl.rundir import checkpoint
-from klrl.rundir.folder import in_use, try_lock
+from klrl.rundir.folder import in_use, replace_file, try_lock
 from klrl.rundir.history import History, read_history, setting_of
 from klrl.sweep.grid import Setting, file_name
 
@@ -69,12 +71,16 @@ class Trial:
             self.problem = ""
             if self.read():
                 return False
+            # Modules, those of --import too, are looked up where the sweep itself does, which a mere ``-m klrl`` would
+            # not do: it puts the current folder first, and a random.py there in place of Python's.
+            path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in poll)
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "klrl", *self._command()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
+                env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": path},
                 pass_fds=[lock],
                 start_new_session=True,  # so that a signal reaches it once, from the sweep
             )
@@ -97,19 +103,20 @@ class Trial:
 
     def _command(self) -> list[str]:
         """The arguments of klrl that resume the trial's run, or begin it; a run that cannot be resumed is removed."""
-        stopped = self.history
+        stopped, options = self.history, self.setting.options
+        # A run's own folder imports nothing: what the sweep was given is given again.
+        packages = [*options["imports"], module_of(options["network"]), module_of(options["env_id"])]
+        imports = [f"--import={package}" for package in dict.fromkeys(packages) if package]
         if stopped is not None and _saved_at(stopped) >= 0:
-            return ["resume", str(stopped.folder)]
+            return ["resume", str(stopped.folder), *imports]
         for path in self._runs():
             if (stopped is not None and path == stopped.folder) or not (path / "metrics.jsonl").exists():
                 shutil.rmtree(path)
         self.history = None
-        options, text = self.folder / "options.toml", tomli_w.dumps(self.setting.options)
-        if not options.exists() or options.read_text(encoding="utf-8") != text:
-            options.write_text(text, encoding="utf-8")
-        agent, env = self.setting.options["agent"], self.setting.options["env_id"]
-        where = ["--config", str(options), "--run-dir", str(self.folder)]
-        return ["train", agent, env, "--quiet", "--seed", str(self.seed), *where]
+        path = self.folder / "options.toml"
+        replace_file(path, tomli_w.dumps(options))
+        where = ["--config", str(path), "--run-dir", str(self.folder)]
+        return ["train", options["agent"], options["env_id"], "--quiet", "--seed", str(self.seed), *where, *imports]
 
 
 def _saved_at(run: History) -> int:

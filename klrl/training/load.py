@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from klrl.agents import registry
 from klrl.agents.base import Agent
-from klrl.envs.make import import_module, make_vector, registered
+from klrl.envs.make import check_imported, import_module, make_vector, module_of, registered
 from klrl.errors import UsageError
 from klrl.policies.networks import OwnNetwork
 from klrl.rundir import checkpoint
@@ -32,8 +32,11 @@ class LoadedPolicy:
     def make_envs(self, count: int, env: str = "", **kwargs: Any) -> Envs:
         """``count`` environments, but no more than the run had, with its arguments and ``kwargs``: its id, or ``env``.
 
-        Raises UsageError for an id that is not known here, and for one with other spaces than the agent's.
+        Raises UsageError for an id that is not known here, for one with other spaces than the agent's, and where the
+        run's own environment takes packages that are not imported.
         """
+        if not env:
+            check_imported([*self.config.imports, module_of(self.env)], self.path)
         if not env and not registered(self.env):
             raise UsageError(
                 f"{self.path} was trained on {self.env!r}, which is no env id here: name one, or --import its package"
@@ -54,32 +57,30 @@ def load(
     which: Literal["last", "best"] = "last",
     agent: type[Agent] | None = None,
     network: OwnNetwork | None = None,
+    imports: Iterable[str] = (),
 ) -> Agent:
     """The agent of a run folder or checkpoint, or one that ``Agent.save`` wrote, with its normaliser, on the CPU.
 
-    ``agent``, ``network``: the class and network of a run that was given such, where they are not imported already.
+    ``agent``, ``network``: the class and network of a run that was given such, where they are not imported already;
+    ``imports``: packages to import first, for those. What the run itself names is not imported.
     Raises UsageError where ``path`` is no such thing, or where a file is missing, truncated or altered.
     """
-    return load_policy(path, which, None, agent, network).agent
+    return load_policy(path, which, imports, agent, network).agent
 
 
 def load_policy(
     path: str | Path,
     which: str = "last",
-    imports: Iterable[str] | None = (),
+    imports: Iterable[str] = (),
     agent: type[Agent] | None = None,
     network: OwnNetwork | None = None,
 ) -> LoadedPolicy:
-    """The policy of a run folder or checkpoint, as ``load``, once ``imports`` and the run's own packages are imported.
-
-    ``imports`` None: import nothing.
-    """
+    """The policy of a run folder or checkpoint, as ``load``, once ``imports`` are imported."""
+    for package in imports:
+        import_module(package, f"--import {package}")
     source, content = checkpoint.newest(Path(path), which)
     with checkpoint.refusing_misfits(source):
         options = content["state"]["options"]
-        if imports is not None:
-            for package in [*options.get("imports", ()), *imports]:
-                import_module(package, f"--import {package}")
         agent_class = agent or registry.find(options["agent"])
         config, _ = config_of(agent_class, options)
         loaded = agent_class.from_state(content["state"], network=network)

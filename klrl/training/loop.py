@@ -5,19 +5,19 @@ import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
 from klrl.agents.base import Agent, UpdateResult
-from klrl.config import Count, PositiveInt, Seed, flatten
+from klrl.config import AtMost, Copies, Count, PositiveInt, Range, Seed, flatten
 from klrl.envs.make import EnvConfig, EnvFactory, Imports, can_replay, make_vector
-from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, SkippedUpdateError, UsageError
+from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, SkippedUpdateError, UsageError, warn
 from klrl.policies import spaces
 from klrl.rundir import checkpoint
-from klrl.rundir.logger import Console, Logger, warn
+from klrl.rundir.logger import Console, Logger
 from klrl.training.episodes import Episodes
 from klrl.training.evaluation import NO_EPISODES, Evaluation, evaluation_seed, run_episodes
 from klrl.training.randomness import random_state, random_state_kept, restore_random_state
@@ -34,21 +34,21 @@ class RunConfig:
     """Environment steps to train for; an on-policy run ends with the first whole rollout at or beyond this."""
     seed: Seed = 0
     """Seed of weights, environments and sampling."""
-    n_envs: PositiveInt = 8
+    n_envs: Copies = 8
     """Environments stepped side by side."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the networks live; auto takes CUDA for image observations where there is one, else the CPU."""
-    threads: PositiveInt = 1
-    """CPU threads of torch; small networks are fastest with one."""
+    threads: Annotated[int, Range(1), AtMost(1024)] = 1
+    """CPU threads of torch, at most this machine's cores; small networks are fastest with one."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Of float32 products; medium rounds to bfloat16, which is faster where the processor has units for it."""
     run_dir: str = "runs"
     """The folder in which the run's own folder is made."""
     eval_every: Count = 20
     """Updates (off-policy: windows of kl.every steps) between two evaluations on separate environments; 0 never."""
-    eval_episodes: PositiveInt = 5
+    eval_episodes: Copies = 5
     """Episodes of each of those evaluations."""
-    final_episodes: Count = 20
+    final_episodes: Annotated[int, Range(0, 100_000)] = 20
     """Episodes of the final evaluation, once everything is saved and the training environments are closed; 0 none."""
     save_every: Count = 0
     """Steps between two checkpoints; 0 saves about once a minute. The last two and the best are kept."""
@@ -235,6 +235,7 @@ class Loop:
         """Evaluate where it is time, log, and save; the evaluation's score."""
         config, progress, steps = self.config, self.progress, self.episodes.steps
         figures, score = dict(learned), None
+        self._find_folder()
         if self.finished and config.final_episodes:
             self._save(None)  # an evaluation may fail, or take longer than anyone waits
             self.envs.close()  # of some tasks no two instances may exist
@@ -281,8 +282,14 @@ class Loop:
 
             return run_episodes(self.agent, self._evaluators, seed, watch=watch, episodes=episodes)
 
+    def _find_folder(self) -> None:
+        """Raise OSError where the run's folder is gone, which saving would make again with nothing else in it."""
+        if not (folder := self.checkpoints.parent).is_dir():
+            raise OSError(f"{folder} was moved or removed while the run trained, {self.episodes.steps} steps into it")
+
     def _save(self, score: Evaluation | None) -> None:
         """Save everything, as it is between two updates or in the middle of collecting."""
+        self._find_folder()
         progress = asdict(self.progress)
         if self.provisional:
             progress |= {"figures": None, "updates": self.progress.updates - 1}

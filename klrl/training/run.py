@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,19 +15,21 @@ import tomli_w
 import torch
 
 from klrl.agents import registry
-from klrl.agents.base import Agent
-from klrl.config import Count, build, field_types, merge, suggest, to_dict
+from klrl.agents.base import Agent, check_widths
+from klrl.config import Count, build, convert, field_types, merge, suggest, to_dict
 from klrl.envs.make import (
     EnvConfig,
     EnvFactory,
     Imports,
+    check_imported,
     env_name,
     import_module,
     make_vector,
+    module_of,
     preset,
     registered,
 )
-from klrl.errors import Interrupted, UsageError
+from klrl.errors import Interrupted, UsageError, printable
 from klrl.policies import spaces
 from klrl.policies.networks import OwnNetwork, name_of_network, named_network
 from klrl.rundir import checkpoint
@@ -75,6 +78,8 @@ def train(
     Raises UsageError (a ValueError) for bad input, before anything is written, and NonFiniteError where training met
     a nan or infinity; the run's checkpoints then stay.
     """
+    for package in convert(tuple[str, ...], config.get("imports", ()), "imports"):
+        import_module(package, f"--import {package}")
     agent_class = registry.find(agent) if isinstance(agent, str) else agent
     if not (isinstance(agent_class, type) and issubclass(agent_class, Agent)) or isabstract(agent_class):
         raise UsageError(f"{agent!r} is no agent: train takes a name, or a subclass of klrl.Agent with all its methods")
@@ -112,9 +117,12 @@ def resume(
 
     From its newest whole checkpoint; rows logged after that are dropped. ``env``, ``agent``, ``network``: the factory,
     class and network of a run that was given such. ``total_timesteps``: a new total, in place of the run's own; more
-    than are done. ``imports``: packages to import first. Raises UsageError where it is still running, where no
-    checkpoint is whole, and where its steps are done.
+    than are done. ``imports``: packages to import first; those that the run names have to be among them, or imported
+    already. Raises UsageError where they are not, where it is still running, where no checkpoint is whole, and where
+    its steps are done.
     """
+    for package in imports:
+        import_module(package, f"--import {package}")
     folder = Path(path).absolute()
     checkpoint.resolve(folder)
     if (folder / "manifest.json").exists():
@@ -124,11 +132,11 @@ def resume(
         source, content = checkpoint.newest(folder, with_rows=True)
         with checkpoint.refusing_misfits(source):
             options, state = content["state"]["options"], content["state"]["loop"]
-            for package in [*options["imports"], *imports]:
-                import_module(package, f"--import {package}")
+            target, done = env or options["env_id"], state["episodes"]["steps"]
+            check_imported([*options["imports"], module_of(target) if isinstance(target, str) else ""], str(path))
             agent_class = agent or registry.find(options["agent"])
             config, agent_config = config_of(agent_class, options)
-            target, done = env or options["env_id"], state["episodes"]["steps"]
+            check_widths(options, content["state"]["agent"])
         if isinstance(target, str) and not registered(target):
             raise UsageError(f"{path} was trained on {target!r}, which is no env id here: give klrl.resume its factory")
         if total_timesteps:
@@ -152,8 +160,6 @@ def run_training(
     """Train in a new folder, or go on in ``folder``, whose lock is held, from the checkpoint and content ``saved``."""
     if config.quiet and config.verbose:
         raise UsageError("--quiet and --verbose contradict each other: give one of them")
-    for package in config.imports:
-        import_module(package, f"--import {package}")
     name, here = agent_class.name(), Path.cwd()  # which an environment may leave
     if network is None and config.network:
         network = named_network(config.network)
@@ -192,12 +198,11 @@ def run_training(
             score = loop.run(folder)
         except Interrupted:
             line = f"stopped after {episodes.steps:,} steps; go on with: klrl resume {named}"
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)
             raise
     if score.returns:
         print(f"evaluation  {summary(score)}")
-    print(f"run         {named}")
-    print(f"watch       tensorboard --logdir {config.run_dir}", flush=True)
+    print(printable(f"run         {named}\nwatch       tensorboard --logdir {config.run_dir}"), flush=True)
     return Run(agent, folder, env, config, score)
 
 
@@ -205,7 +210,7 @@ def run_training(
 def _process_settings(config: RunConfig) -> Iterator[None]:
     """What training sets for the whole process, as it was afterwards."""
     threads, precision, frozen = torch.get_num_threads(), torch.get_float32_matmul_precision(), gc.get_freeze_count()
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(min(config.threads, cores()))
     torch.set_float32_matmul_precision(config.matmul_precision)
     # glibc gives freed memory back to the system beyond twice the largest array freed so far, and fetching it anew
     # costs as much as the arithmetic on it. After one array of 30 MB, never touched, it keeps what an update frees.
@@ -223,6 +228,11 @@ def _process_settings(config: RunConfig) -> Iterator[None]:
         torch.set_flush_denormal(flushed)
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def config_of(agent_class: type[Agent], options: Mapping[str, Any]) -> tuple[RunConfig, Any]:
