@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from klrl.buffers.protocol import Buffer
-from klrl.config import NonNegative, PositiveInt, build, field_types, to_dict
+from klrl.config import Checked, NonNegative, PositiveInt, Seed, build, convert, field_types, to_dict
 from klrl.errors import UsageError
 from klrl.kl import Direction, KLLimit, KLReport, at_most, concatenate, freeze
 from klrl.kl.limit import Check, Overshoot, Rule
@@ -31,8 +31,10 @@ CHUNK = 2048  # rows of a batched pass: their activations stay in cache
 
 
 @dataclass(frozen=True)
-class KLTarget:
+class KLTarget(Checked):
     """How far an update may move the policy."""
+
+    group = "kl."
 
     target: NonNegative = 0.02
     """Limit on the mean KL(old||new) of an update, in nats, action dimensions summed; 0 sets none."""
@@ -103,11 +105,11 @@ class Agent(ABC):
         action_space: spaces.Space[Any],
         config: Any = None,
         device: str | torch.device = "cpu",
-        seed: int = 0,
+        seed: int | None = 0,
         network: str | OwnNetwork | None = None,
     ) -> None:
         """``config``: an instance of ``Config``, or its fields as a dict. ``network``: one's own, from encoded
-        observations to features [B, F], or what makes it for a space, or its "module:Class".
+        observations to features [B, F], or what makes it for a space, or its "module:Class". ``seed``: None draws one.
 
         Raises UsageError for spaces, options and networks that do not fit.
         """
@@ -117,6 +119,7 @@ class Agent(ABC):
         self.config: Any = build(self.Config, options)
         network = named_network(network) if isinstance(network, str) else network
         self.device = torch.device(device)
+        seed = convert(Seed, seed, "seed")
         self.rng = np.random.default_rng(seed)
         self.network_name = "" if network is None else name_of_network(network)
         self.n_updates = 0

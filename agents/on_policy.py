@@ -15,7 +15,8 @@ from torch import Tensor
 from klrl.agents.base import CHUNK, Agent, KLTarget, State, chunks
 from klrl.buffers.returns import RewardScale, gae
 from klrl.buffers.rollout import RolloutBuffer
-from klrl.config import Fraction, PositiveInt, Range, Real
+from klrl.config import Checked, Fraction, Range, Widths
+from klrl.errors import UsageError
 from klrl.kl import select
 from klrl.policies.encoder import Inputs, Observation, ObservationEncoder
 from klrl.policies.heads import make_head
@@ -25,7 +26,7 @@ from klrl.policies.policy import Policy
 
 
 @dataclass(frozen=True)
-class OnPolicyConfig:
+class OnPolicyConfig(Checked):
     n_steps: Annotated[int, Range(2)] = 256
     """Steps of each environment between two updates; of two rows, at most one only resets."""
     gamma: Fraction = 0.99
@@ -38,11 +39,11 @@ class OnPolicyConfig:
     """Scale Box observations (not images) by their running mean and standard deviation."""
     normalize_reward: bool = True
     """Divide rewards by the running standard deviation of the discounted return."""
-    hidden_sizes: tuple[PositiveInt, ...] = (64, 64)
+    hidden_sizes: Widths = (64, 64)
     """Widths of the hidden layers, of the policy and of the critic."""
     activation: Activation = "tanh"
     """Activation of the hidden layers."""
-    log_std_init: Real = 0.0
+    log_std_init: Annotated[float, Range(-20, 20)] = 0.0
     """Logarithm of the initial standard deviation of continuous actions, where a bounded action spans -1 to 1."""
     kl: KLTarget = field(default_factory=KLTarget)
 
@@ -118,8 +119,12 @@ class OnPolicyAgent(Agent):
         self.limit = config.kl.make_limit(self.device)
 
     def new_buffer(self, n_envs: int, autoreset: AutoresetMode | str = AutoresetMode.NEXT_STEP) -> RolloutBuffer:
-        """An empty buffer for one rollout."""
-        return RolloutBuffer(self.observation_space, self.action_space, self.config.n_steps, n_envs, autoreset)
+        """An empty buffer for one rollout. Raises UsageError where it does not fit into memory."""
+        steps = self.config.n_steps
+        try:
+            return RolloutBuffer(self.observation_space, self.action_space, steps, n_envs, autoreset)
+        except (MemoryError, ValueError):  # ValueError: more than an array can have
+            raise UsageError(f"--n-steps {steps:,} of {n_envs:,} environments do not fit into memory") from None
 
     @torch.no_grad()
     def value(self, obs: Observation) -> Tensor:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from klrl.agents.base import Agent
 from klrl.analysis import tables
-from klrl.config import PositiveInt, Seed
+from klrl.config import Checked, EnvCount, PositiveInt, Seed
 from klrl.envs.make import Imports
 from klrl.errors import NonFiniteError, UsageError, needs
 from klrl.kl import concatenate, js, kl, reverse_kl, select
@@ -40,7 +40,7 @@ _QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Checked):
     """How policies A and B differ at the states that each of them visits."""
 
     env: str = ""
@@ -48,7 +48,7 @@ class CompareConfig:
     imports: Imports = ()
     steps: PositiveInt = 2000
     """Environment steps that each policy takes, with sampled actions, to visit states."""
-    episodes: PositiveInt = 10
+    episodes: EnvCount = 10
     """Episodes of each policy for its returns, with its most likely actions; the same seeds for both."""
     checkpoint: Literal["last", "best"] = "last"
     """Which of a run's checkpoints."""

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from klrl import __version__
 from klrl.cli.options import parse, parse_command, wants_help
-from klrl.config import build, suggest, to_dict
+from klrl.config import suggest
 from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, UsageError, needs, refusals
 
 _USAGE = """usage: klrl COMMAND ...
@@ -105,7 +105,7 @@ def _train(arguments: list[str]) -> None:
     networks = [name.partition(":")[0] for name in found["--network"]]
     for package in [*saved.get("imports", ()), *found["--import"], *networks]:
         import_module(package, f"--import {package}")
-    agent_class = registry.find(agent)
+    agent_class = registry.find(agent, env)
     config_class = agent_class.Config
     run_config, agent_config = resolve(agent_class, env, saved)
     if env is not None:
@@ -119,10 +119,10 @@ def _train(arguments: list[str]) -> None:
         run: Annotated[RunConfig, tyro.conf.arg(name="")] = run_config
         agent: Annotated[config_class, tyro.conf.arg(name="")] = agent_config  # type: ignore[valid-type]
 
-    given = parse(TrainOptions, options, f"klrl train {agent} {env or 'ENV'}")
-    run = build(RunConfig, to_dict(given.run))
-    run = replace(run, imports=(*run.imports, *(name for name in networks if name not in run.imports)))
-    run_training(agent_class, env or "", run, build(config_class, to_dict(given.agent)))
+    about = f"Agents: {', '.join(registry.names())}, and those that --import brings. These are the options of {agent}."
+    given = parse(TrainOptions, options, f"klrl train {agent} {env or 'ENV'}", about)
+    run = replace(given.run, imports=(*given.run.imports, *(n for n in networks if n not in given.run.imports)))
+    run_training(agent_class, env or "", run, given.agent)
 
 
 def _resume(arguments: list[str]) -> None:
@@ -219,7 +219,7 @@ def _read_config(path: str, agent: str) -> dict[str, Any]:
             options = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise UsageError(f"--config {path} is not valid TOML: {problem}") from None
-    if options.pop("agent", agent) != agent:
+    if options.pop("agent", agent) != agent.lower():
         raise UsageError(f"--config {path} is of another agent than {agent!r}")
     options.pop("env_id", None)
     return options

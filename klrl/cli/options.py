@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import is_dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from klrl.config import build, field_types, suggest, to_dict
+from klrl.config import field_types, suggest
 from klrl.errors import UsageError
 
 C = TypeVar("C")
@@ -26,7 +26,7 @@ def parse_command(
     count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     if not wants_help(arguments[count:]) and not least <= count <= most:
         raise UsageError(example)
-    return list(arguments[:count]), build(cls, to_dict(parse(cls, arguments[count:], f"klrl {usage}")))
+    return list(arguments[:count]), parse(cls, arguments[count:], f"klrl {usage}")
 
 
 def wants_help(arguments: Sequence[str]) -> bool:
@@ -34,8 +34,11 @@ def wants_help(arguments: Sequence[str]) -> bool:
     return not {"-h", "--help"}.isdisjoint(arguments)
 
 
-def parse(cls: Any, arguments: Sequence[str], prog: str) -> Any:
-    """Parse with tyro, and with numbers like 1e5 and 100_000, name=value tables, and errors of one line."""
+def parse(cls: Any, arguments: Sequence[str], prog: str, about: str | None = None) -> Any:
+    """Parse with tyro, and with numbers like 1e5 and 100_000, name=value tables, and errors of one line.
+
+    ``about`` is the help's first line, by default the docstring of ``cls``.
+    """
     import tyro
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
@@ -60,15 +63,22 @@ def parse(cls: Any, arguments: Sequence[str], prog: str) -> Any:
     try:
         with contextlib.redirect_stderr(errors):
             parsed, unknown = tyro.cli(
-                cls, prog=prog, args=list(arguments), return_unknown_args=True, registry=registry
+                cls, prog=prog, description=about, args=list(arguments), return_unknown_args=True, registry=registry
             )
     except SystemExit as stop:
         if stop.code:
-            raise UsageError(_one_line(errors.getvalue())) from None
+            raise _refusal(stop) or UsageError(_one_line(errors.getvalue())) from None
         sys.exit(0)
     if unknown:
         raise UsageError(f"unknown option {unknown[0]!r}{suggest(unknown[0], _option_names(cls))}")
     return parsed
+
+
+def _refusal(problem: BaseException | None) -> UsageError | None:
+    """What a config raised where it was made, from the exception that tyro made of it."""
+    while problem is not None and not isinstance(problem, UsageError):
+        problem = problem.__context__
+    return problem
 
 
 def _option_names(cls: Any, prefix: str = "--") -> list[str]:

@@ -21,7 +21,7 @@ from rich.table import Table
 from klrl.analysis import tables
 from klrl.analysis.report import ReportConfig, report
 from klrl.analysis.scores import score_of
-from klrl.config import Count, PositiveInt
+from klrl.config import Checked, Count, Range
 from klrl.envs.make import EnvConfig, Imports, check, import_module, make_vector
 from klrl.errors import Interrupted, refusals
 from klrl.sweep.grid import expand, file_name, parse_choices
@@ -32,8 +32,8 @@ _POLL, _REDRAW = 0.1, 1.0  # seconds
 
 
 @dataclass(frozen=True)
-class SweepConfig:
-    seeds: PositiveInt = 5
+class SweepConfig(Checked):
+    seeds: Annotated[int, Range(1, 10_000)] = 5
     """Runs of each setting, with the seeds 0, 1, 2 and so on."""
     set: Annotated[
         tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="OPTION=VALUE,...")

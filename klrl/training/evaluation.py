@@ -8,7 +8,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from klrl.agents.base import Agent
-from klrl.config import PositiveInt
+from klrl.config import Checked, EnvCount
 from klrl.envs.make import Imports
 from klrl.policies.encoder import Observation
 
@@ -27,8 +27,8 @@ class Evaluation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    episodes: PositiveInt = 20
+class EvalConfig(Checked):
+    episodes: EnvCount = 20
     """Episodes to run, each in an environment of its own."""
     checkpoint: Literal["last", "best"] = "last"
     """Which of a run's checkpoints."""

@@ -6,14 +6,15 @@ import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import tyro
 from gymnasium.vector import VectorEnv
 
 from klrl.agents.base import Agent, State, UpdateResult
-from klrl.config import Count, PositiveInt, Seed, flatten
+from klrl.config import Checked, Count, EnvCount, Form, PositiveInt, Range, Reads, Seed, flatten
 from klrl.envs.make import EnvConfig, EnvFactory, Imports, can_replay, make_vector
 from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, SkippedUpdateError, UsageError
 from klrl.policies import spaces
@@ -27,19 +28,25 @@ _FINAL_EPISODES = 20
 _MOST_SKIPPED = 10
 _SAVE_SECONDS = 60.0
 Envs = VectorEnv[Any, Any, Any]
+Device = Annotated[
+    str,
+    Reads(str),  # a torch.device
+    Form("auto|cpu|cuda(:[0-9]+)?", "auto, cpu, cuda or cuda:N"),
+    tyro.conf.arg(metavar="{auto,cpu,cuda,cuda:N}"),
+]
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Checked):
     total_timesteps: PositiveInt = 1_000_000
     """Environment steps to train for; an on-policy run ends with the first whole rollout at or beyond this."""
     seed: Seed = 0
     """Seed of weights, environments and sampling."""
-    n_envs: PositiveInt = 8
+    n_envs: EnvCount = 8
     """Environments stepped side by side."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where the networks live; auto takes CUDA for image observations where there is one, else the CPU."""
-    threads: PositiveInt = 1
+    threads: Annotated[int, Range(1, 1024)] = 1
     """CPU threads of torch; small networks are fastest with one."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Of float32 products; medium rounds to bfloat16, which is faster where the processor has units for it."""
@@ -47,7 +54,7 @@ class RunConfig:
     """The folder in which the run's own folder is made."""
     eval_every: Count = 20
     """Updates (off-policy: windows of kl.every steps) between two evaluations on separate environments; 0 never."""
-    eval_episodes: PositiveInt = 5
+    eval_episodes: EnvCount = 5
     """Episodes of each of those evaluations; the final one has 20."""
     save_every: Count = 0
     """Steps between two checkpoints; 0 saves about once a minute. The last two and the best are kept."""

@@ -16,7 +16,7 @@ import torch
 
 from klrl.agents import registry
 from klrl.agents.base import Agent
-from klrl.config import Count, build, field_types, merge, suggest, to_dict
+from klrl.config import Checked, Count, build, field_types, merge, option_names, suggest, to_dict
 from klrl.envs.make import (
     EnvConfig,
     EnvFactory,
@@ -38,7 +38,7 @@ from klrl.training.loop import Loop, RunConfig
 
 
 @dataclass(frozen=True)
-class ResumeConfig:
+class ResumeConfig(Checked):
     total_timesteps: Count = 0
     """Steps to train for, those done included; 0 keeps the run's own."""
     imports: Imports = ()
@@ -74,7 +74,7 @@ def train(
     Raises UsageError (a ValueError) for bad input, before anything is written, and NonFiniteError where training met
     a nan or infinity; the run's checkpoints then stay.
     """
-    agent_class = registry.find(agent) if isinstance(agent, str) else agent
+    agent_class = registry.find(agent, env) if isinstance(agent, str) else agent
     if not (isinstance(agent_class, type) and issubclass(agent_class, Agent)) or isabstract(agent_class):
         raise UsageError(f"{agent!r} is no agent: train takes a name, or a subclass of klrl.Agent with all its methods")
     if agent_class.name() in registry.BUILT_IN and registry.find(agent_class.name()) is not agent_class:
@@ -94,7 +94,8 @@ def resolve(
     mine, theirs = field_types(RunConfig), field_types(config_class)
     for key in flat:
         if key not in mine and key not in theirs:
-            raise UsageError(f"unknown option {key!r}{suggest(key, [*mine, *theirs])}")
+            known = [*option_names(RunConfig), *option_names(config_class)]
+            raise UsageError(f"unknown option {key!r}{suggest(key, known)}")
     run_config = build(RunConfig, {k: v for k, v in flat.items() if k in mine})
     return run_config, build(config_class, {k: v for k, v in flat.items() if k in theirs})
 
@@ -226,8 +227,12 @@ def config_of(agent_class: type[Agent], options: Mapping[str, Any]) -> tuple[Run
 
 def pick_device(wanted: str, has_images: Any) -> str:
     """The device to use. Raises UsageError for CUDA where there is none."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no CUDA device is available to this torch; use --device cpu")
+    if wanted.startswith("cuda"):
+        count, index = torch.cuda.device_count() if torch.cuda.is_available() else 0, int(wanted[5:] or 0)
+        if not count:
+            raise UsageError(f"--device {wanted}: no CUDA device is available to this torch; use --device cpu")
+        if index >= count:
+            raise UsageError(f"--device {wanted}: the last CUDA device here is cuda:{count - 1}")
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() and has_images() else "cpu"
     return wanted
