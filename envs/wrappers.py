@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv, VectorWrapper
 
-from klrl.errors import EnvironmentFailedError, UsageError, one_line
+from klrl.errors import STOP_SIGNALS, EnvironmentFailedError, UsageError, one_line
 from klrl.policies.encoder import replace_rows
 
 T = TypeVar("T")
@@ -194,7 +194,7 @@ def make_seeded(
 ) -> SeededEpisodes:
     """Make a vector environment's ``index``-th environment, in a worker process or in this one."""
     if multiprocessing.parent_process() is not None:
-        for signum in (signal.SIGINT, signal.SIGTERM):  # a group's signal reaches all; the trainer decides when to end
+        for signum in STOP_SIGNALS:  # a group's signal reaches all; the trainer decides when to end
             signal.signal(signum, signal.SIG_IGN)
     return SeededEpisodes(factory(), index, on_error, position)
 

@@ -1,7 +1,11 @@
 """The exceptions that klrl raises, and those of others as one line that says what would do."""
 
 import contextlib
+import signal
 from collections.abc import Iterator
+
+# Those that end a run once it is saved. A closing terminal sends SIGHUP, which Windows does not have.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class UsageError(ValueError):
@@ -21,7 +25,7 @@ class EnvironmentFailedError(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM, after the run was saved."""
+    """SIGINT, SIGTERM or SIGHUP, after the run was saved."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"signal {signum}")

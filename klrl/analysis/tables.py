@@ -35,4 +35,7 @@ def show(columns: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> N
         table.add_column(name, justify="right" if side == ">" else "left")
     for row in rows:
         table.add_row(*map(markup.escape, row))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    with console.capture() as text:  # rich would end the process where nobody reads
+        console.print(table)
+    print(text.get(), end="", flush=True)

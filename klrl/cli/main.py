@@ -19,6 +19,7 @@ from klrl import __version__
 from klrl.cli.options import parse, parse_command, wants_help
 from klrl.config import suggest
 from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, UsageError, needs, refusals
+from klrl.rundir.console import keep_standard_files, say
 
 _USAGE = """usage: klrl COMMAND ...
 
@@ -42,16 +43,17 @@ commands:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 training failed, 2 bad input, both with one line on stderr.
 
-    A run stopped by SIGINT or SIGTERM was saved and exits with 130 or 143.
+    A run stopped by SIGHUP, SIGINT or SIGTERM was saved and exits with 129, 130 or 143.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    keep_standard_files()
     try:
         _dispatch(arguments)
     except BrokenPipeError:  # whoever read has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UsageError, NonFiniteError, EnvironmentFailedError, OSError) as problem:
-        print(f"klrl: {' '.join(str(problem).split())}", file=sys.stderr)
+        say(f"klrl: {' '.join(str(problem).split())}", "stderr")
         sys.exit(2 if isinstance(problem, UsageError) else 1)
     except Interrupted as stop:
         sys.exit(128 + stop.signum)

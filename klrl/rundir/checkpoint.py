@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import stat
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from klrl.errors import EnvironmentFailedError, UsageError, refusals
+from klrl.rundir.console import say
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -178,7 +178,7 @@ def newest(path: Path, which: str = "last", with_rows: bool = False) -> tuple[Pa
             complaint = complaint or problem
             continue
         if complaint is not None:
-            print(f"klrl: {complaint}; {candidate.name} is used instead", file=sys.stderr, flush=True)
+            say(f"klrl: {complaint}; {candidate.name} is used instead", "stderr")
         return candidate, content
     assert complaint is not None
     raise complaint

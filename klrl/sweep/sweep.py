@@ -24,6 +24,7 @@ from klrl.analysis.scores import score_of
 from klrl.config import Checked, Count, Range
 from klrl.envs.make import EnvConfig, Imports, check, import_module, make_vector
 from klrl.errors import Interrupted, refusals
+from klrl.rundir.console import attempt, is_open, say
 from klrl.sweep.grid import expand, file_name, parse_choices
 from klrl.sweep.trial import Status, Trial
 from klrl.training.signals import Signals
@@ -57,7 +58,7 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
     Everything is validated before anything is written. Running the same command again continues the sweep: finished
     trials are left alone, stopped ones resumed, and those that another process works on waited for. A failing trial
     does not stop the others. Raises UsageError for bad input, ChildProcessError at the end where a trial failed, and
-    Interrupted after SIGINT or SIGTERM, once every process has saved; a second SIGINT ends them at once.
+    Interrupted after SIGINT, SIGTERM or SIGHUP, once every process has saved; a second SIGINT ends them at once.
     """
     for package in config.imports:
         import_module(package, f"--import {package}")
@@ -121,7 +122,7 @@ def _stop(trials: list[Trial], signum: int) -> None:
         trial.poll()
     done = sum(trial.status == "finished" for trial in trials)
     text = f"stopped with {done} of {len(trials)} trials finished; the same command goes on"
-    print(text, file=sys.stderr, flush=True)
+    say(text, "stderr")
 
 
 @contextmanager
@@ -134,7 +135,7 @@ def _display(trials: list[Trial], quiet: bool) -> Iterator[Callable[[], None]]:
         for i, trial in enumerate(trials):
             if trial.status not in ("waiting", shown.get(i)):
                 shown[i] = trial.status
-                print("  ".join(text for text in [*row(trial), trial.problem] if text), flush=True)
+                say("  ".join(text for text in [*row(trial), trial.problem] if text))
 
     def redraw() -> None:
         nonlocal due
@@ -142,15 +143,15 @@ def _display(trials: list[Trial], quiet: bool) -> Iterator[Callable[[], None]]:
             for trial in trials:
                 if trial.status in ("running", "elsewhere"):
                     trial.read()
-            live.update(table(trials, live.console.height - 4), refresh=True)
+            attempt(lambda: live.update(table(trials, live.console.height - 4), refresh=True))
             due = time.monotonic() + max(_REDRAW, 20 * (time.monotonic() - start))  # reading takes time, too
 
-    if quiet or not sys.stdout.isatty():
+    if quiet or not is_open("stdout") or not sys.stdout.isatty():
         yield (lambda: None) if quiet else print_changes
     else:
         with Live(console=Console(), auto_refresh=False) as live:
             yield redraw
-            live.update(table(trials, len(trials)), refresh=True)
+            attempt(lambda: live.update(table(trials, len(trials)), refresh=True))
 
 
 def row(trial: Trial) -> list[str]:
@@ -190,13 +191,13 @@ def _finish(trials: Sequence[Trial], folder: Path) -> None:
         score = score_of(runs)
         text = "-" if score is None else f"{score.mean:.1f} +- {score.std:.1f}"
         scores.append((here[0].setting.label, f"{len(runs)} of {len(here)}", text))
-    tables.show(("setting", "seeds", "mean return"), scores, "<>>")
+    attempt(lambda: tables.show(("setting", "seeds", "mean return"), scores, "<>>"))
     if any(trial.status == "finished" for trial in trials):
         # On every run in the folder, those of an earlier grid included.
         form: Literal["html", "md"] = "html" if find_spec("matplotlib") else "md"
-        print("report     ", report([str(folder)], ReportConfig(str(folder / f"report.{form}"), form)), flush=True)
+        say(f"report      {report([str(folder)], ReportConfig(str(folder / f'report.{form}'), form))}")
     failed = [trial for trial in trials if trial.status == "failed"]
     for trial in failed:
-        print(f"klrl: {trial.setting.label} seed {trial.seed} failed: {trial.problem}", file=sys.stderr, flush=True)
+        say(f"klrl: {trial.setting.label} seed {trial.seed} failed: {trial.problem}", "stderr")
     if failed:
         raise ChildProcessError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again")

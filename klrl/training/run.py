@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from inspect import isabstract
@@ -31,6 +30,7 @@ from klrl.errors import Interrupted, UsageError
 from klrl.policies import spaces
 from klrl.policies.networks import OwnNetwork, name_of_network, named_network
 from klrl.rundir import checkpoint
+from klrl.rundir.console import say
 from klrl.rundir.folder import locked, make_folder, replace_file
 from klrl.training.episodes import Episodes
 from klrl.training.evaluation import FRESH_SEED, Evaluation, run_episodes
@@ -187,12 +187,11 @@ def run_training(
         try:
             score = loop.run(folder)
         except Interrupted:
-            line = f"stopped after {episodes.steps:,} steps; go on with: klrl resume {folder}"
-            print(line, file=sys.stderr, flush=True)
+            say(f"stopped after {episodes.steps:,} steps; go on with: klrl resume {folder}", "stderr")
             raise
-    print(f"evaluation  {score.mean:.1f} +- {score.std:.1f} over {len(score.returns)} episodes")
-    print(f"run         {folder}")
-    print(f"watch       tensorboard --logdir {config.run_dir}", flush=True)
+    say(f"evaluation  {score.mean:.1f} +- {score.std:.1f} over {len(score.returns)} episodes")
+    say(f"run         {folder}")
+    say(f"watch       tensorboard --logdir {config.run_dir}")
     return Run(agent, folder, env, config, score)
 
 
