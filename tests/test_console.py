@@ -164,3 +164,25 @@ def test_a_hangup_of_a_run_with_workers_whose_terminal_is_gone() -> None:
     assert process.wait(timeout=20) == 129
     (folder,) = Path("runs").iterdir()
     assert checkpoint.steps(folder / "checkpoints")
+
+
+def test_resume_takes_the_options_that_change_nothing_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    run = klrl.train("ppo", "CartPole-v1", **QUICK | {"total_timesteps": 300})
+    more = ["resume", str(run.folder), "--total-timesteps"]
+    counts = []
+    for steps, option in (("600", "--verbose"), ("900", "--quiet")):
+        capsys.readouterr()
+        main([*more, steps, option, "--threads", "2", "--device", "cpu"])
+        counts.append(len(capsys.readouterr().out.splitlines()))
+    assert counts[0] > counts[1] == 3
+    main([*more, "1200"])
+    assert len(capsys.readouterr().out.splitlines()) == 3, "as it was begun"
+    assert klrl.resume(run.folder, total_timesteps=1500).config.threads == 2
+    for options, message in (
+        ({"quite": True}, r"unknown option 'quite' \(did you mean 'quiet'\?\)"),
+        ({"threads": -1}, "--threads must be at least 0"),
+        ({"quiet": True, "verbose": True}, "--quiet and --verbose contradict each other"),
+        ({"device": "cuda:99"}, "--device cuda:99: "),
+    ):
+        with pytest.raises(klrl.UsageError, match=message):
+            klrl.resume(run.folder, total_timesteps=1800, **options)

@@ -132,7 +132,7 @@ def _resume(arguments: list[str]) -> None:
 
     example = "resume needs a run folder: klrl resume runs/ppo-CartPole-v1-0-..."
     (run,), given = parse_command(ResumeConfig, arguments, "resume RUN", 1, 1, example)
-    resume(run, total_timesteps=given.total_timesteps, imports=given.imports)
+    resume(run, **vars(given))
 
 
 def _sweep(arguments: list[str]) -> None:

@@ -28,12 +28,8 @@ _FINAL_EPISODES = 20
 _MOST_SKIPPED = 10
 _SAVE_SECONDS = 60.0
 Envs = VectorEnv[Any, Any, Any]
-Device = Annotated[
-    str,
-    Reads(str),  # a torch.device
-    Form("auto|cpu|cuda(:[0-9]+)?", "auto, cpu, cuda or cuda:N"),
-    tyro.conf.arg(metavar="{auto,cpu,cuda,cuda:N}"),
-]
+DeviceName = Annotated[str, Reads(str), tyro.conf.arg(metavar="{auto,cpu,cuda,cuda:N}")]  # or a torch.device
+DEVICES = Form("auto|cpu|cuda(:[0-9]+)?", "auto, cpu, cuda or cuda:N")
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class RunConfig(Checked):
     """Seed of weights, environments and sampling."""
     n_envs: EnvCount = 8
     """Environments stepped side by side."""
-    device: Device = "auto"
+    device: Annotated[DeviceName, DEVICES] = "auto"
     """Where the networks live; auto takes CUDA for image observations where there is one, else the CPU."""
     threads: Annotated[int, Range(1, 1024)] = 1
     """CPU threads of torch; small networks are fastest with one."""

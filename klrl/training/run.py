@@ -3,11 +3,11 @@
 import contextlib
 import gc
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from inspect import isabstract
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import gymnasium as gym
 import tomli_w
@@ -15,7 +15,7 @@ import torch
 
 from klrl.agents import registry
 from klrl.agents.base import Agent
-from klrl.config import Checked, Count, build, field_types, merge, option_names, suggest, to_dict
+from klrl.config import Checked, Count, Form, Range, build, field_types, merge, option_names, suggest, to_dict
 from klrl.envs.make import (
     EnvConfig,
     EnvFactory,
@@ -34,13 +34,21 @@ from klrl.rundir.console import say
 from klrl.rundir.folder import locked, make_folder, replace_file
 from klrl.training.episodes import Episodes
 from klrl.training.evaluation import FRESH_SEED, Evaluation, run_episodes
-from klrl.training.loop import Loop, RunConfig
+from klrl.training.loop import DEVICES, DeviceName, Loop, RunConfig
 
 
 @dataclass(frozen=True)
 class ResumeConfig(Checked):
     total_timesteps: Count = 0
     """Steps to train for, those done included; 0 keeps the run's own."""
+    device: Annotated[DeviceName, Form(f"({DEVICES.pattern})?", DEVICES.said)] = ""
+    """Where the networks live; by default as before. Another device may round otherwise."""
+    threads: Annotated[int, Range(0, 1024)] = 0
+    """CPU threads of torch; 0 keeps the run's own. Another number may round otherwise."""
+    quiet: bool = False
+    """Print only the final evaluation and where the run lies. Without this and --verbose, as the run was begun."""
+    verbose: bool = False
+    """Print a line for each update."""
     imports: Imports = ()
 
 
@@ -106,16 +114,17 @@ def resume(
     total_timesteps: int = 0,
     agent: type[Agent] | None = None,
     network: OwnNetwork | None = None,
-    imports: Iterable[str] = (),
+    **options: Any,
 ) -> Run:
     """Go on with the run in folder ``path``, in that folder, as if it had not stopped.
 
     From its newest whole checkpoint; rows logged after that are dropped. ``env``, ``agent``, ``network``: the factory,
     class and network of a run that was given such. ``total_timesteps``: a new total, in place of the run's own; more
-    than are done. ``imports``: packages to import first. Raises UsageError where it is still running, where no
-    checkpoint is whole, and where its steps are done.
+    than are done. ``options``: the command line's others, as keywords. Raises UsageError where it is still running,
+    where no checkpoint is whole, and where its steps are done.
     """
-    folder = Path(path)
+    given = build(ResumeConfig, {"total_timesteps": total_timesteps, **options})
+    folder, total_timesteps = Path(path), given.total_timesteps
     checkpoint.resolve(folder)
     if (folder / "manifest.json").exists():
         raise UsageError(f"resume takes a run's folder, not one of its checkpoints: {folder.parent.parent}")
@@ -123,18 +132,21 @@ def resume(
         checkpoint.clean(folder / "checkpoints")
         source, content = checkpoint.newest(folder, with_rows=True)
         with checkpoint.refusing_misfits(source):
-            options, state = content["state"]["options"], content["state"]["loop"]
-            for package in [*options["imports"], *imports]:
+            begun, state = content["state"]["options"], content["state"]["loop"]
+            for package in [*begun["imports"], *given.imports]:
                 import_module(package, f"--import {package}")
-            agent_class = agent or registry.find(options["agent"])
-            config, agent_config = config_of(agent_class, options)
-            target, done = env or options["env_id"], state["episodes"]["steps"]
+            agent_class = agent or registry.find(begun["agent"])
+            config, agent_config = config_of(agent_class, begun)
+            target, done = env or begun["env_id"], state["episodes"]["steps"]
         if isinstance(target, str) and not registered(target):
             raise UsageError(f"{path} was trained on {target!r}, which is no env id here: give klrl.resume its factory")
         if total_timesteps:
             if total_timesteps <= done:
                 raise UsageError(f"--total-timesteps {total_timesteps}: {path} has {done:,} steps already")
             config = replace(config, total_timesteps=total_timesteps)
+        config = replace(config, device=given.device or config.device, threads=given.threads or config.threads)
+        if given.quiet or given.verbose:
+            config = replace(config, quiet=given.quiet, verbose=given.verbose)
         if state["complete"] and config.total_timesteps <= done:
             raise UsageError(f"{path} has its {config.total_timesteps:,} steps; --total-timesteps N trains it further")
         return run_training(agent_class, target, config, agent_config, network, folder, (source, content))
