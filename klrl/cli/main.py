@@ -1,4 +1,4 @@
-"""The command: ``klrl train | resume | sweep | eval | report | compare | record | list | plot``.
+"""The command: ``klrl train | resume | sweep | eval | report | compare | record | list | plot | completion``.
 
 torch is imported only inside the commands.
 """
@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import tomllib
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -35,7 +36,10 @@ commands:
   klrl record RUN [options]        a video of a run's policy
   klrl list                        agents, presets and their measured scores
   klrl plot FIGURE [options]       kl-gaussian, kl-2d, fit or families, as .png or .svg
+  klrl completion SHELL            a script that completes all this in bash or zsh, e.g. for bash
+                                   klrl completion bash > ~/.local/share/bash-completion/completions/klrl
   klrl COMMAND --help              a command's options
+  klrl COMMAND ... --debug         the traceback behind an error of one line
   klrl --version
 """
 
@@ -47,12 +51,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     keep_standard_files()
+    debug = "--debug" in arguments
+    arguments = [word for word in arguments if word != "--debug"]
     try:
         _dispatch(arguments)
     except BrokenPipeError:  # whoever read has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UsageError, NonFiniteError, EnvironmentFailedError, OSError) as problem:
+        if debug:
+            say(_traceback(problem), "stderr")
         say(f"klrl: {' '.join(str(problem).split())}", "stderr")
         sys.exit(2 if isinstance(problem, UsageError) else 1)
     except Interrupted as stop:
@@ -61,27 +69,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
+def _traceback(problem: BaseException) -> str:
+    """The traceback with those of the exceptions behind it, which ``from None`` leaves out."""
+    behind: BaseException | None = problem
+    while behind is not None:
+        behind.__suppress_context__ = False
+        behind = behind.__cause__ or behind.__context__
+    return "".join(traceback.format_exception(problem)).rstrip()
+
+
 def _dispatch(arguments: list[str]) -> None:
-    if not arguments or wants_help(arguments[:1]):
+    if not arguments or wants_help(arguments[:1]) or arguments == ["help"]:
         print(_USAGE, end="")
         return
     if arguments[0] == "--version":
         print(f"klrl {__version__}")
         return
-    commands: dict[str, Callable[[list[str]], None]] = {
-        "train": _train,
-        "resume": _resume,
-        "sweep": _sweep,
-        "eval": _eval,
-        "report": _report,
-        "compare": _compare,
-        "record": _record,
-        "list": _list,
-        "plot": _plot,
-    }
-    if arguments[0] not in commands:
-        raise UsageError(f"unknown command {arguments[0]!r}{suggest(arguments[0], commands)}; see klrl --help")
-    commands[arguments[0]](arguments[1:])
+    if arguments[0] not in _COMMANDS:
+        raise UsageError(f"unknown command {arguments[0]!r}{suggest(arguments[0], _COMMANDS)}; see klrl --help")
+    _COMMANDS[arguments[0]](arguments[1:])
 
 
 def _train(arguments: list[str]) -> None:
@@ -215,6 +221,15 @@ def _plot(arguments: list[str]) -> None:
     print(path)
 
 
+def _completion(arguments: list[str]) -> None:
+    if wants_help(arguments[:1]):
+        print("usage: klrl completion bash|zsh\n\nPrint a script that completes commands, agents, envs and options.")
+        return
+    from klrl.cli.completion import script
+
+    print(script(" ".join(arguments), _COMMANDS), end="")
+
+
 def _read_config(path: str, agent: str) -> dict[str, Any]:
     try:
         with refusals(f"--config {path}"):
@@ -225,3 +240,17 @@ def _read_config(path: str, agent: str) -> dict[str, Any]:
         raise UsageError(f"--config {path} is of another agent than {agent!r}")
     options.pop("env_id", None)
     return options
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": _train,
+    "resume": _resume,
+    "sweep": _sweep,
+    "eval": _eval,
+    "report": _report,
+    "compare": _compare,
+    "record": _record,
+    "list": _list,
+    "plot": _plot,
+    "completion": _completion,
+}

@@ -70,7 +70,7 @@ def parse(cls: Any, arguments: Sequence[str], prog: str, about: str | None = Non
             raise _refusal(stop) or UsageError(_one_line(errors.getvalue())) from None
         sys.exit(0)
     if unknown:
-        raise UsageError(f"unknown option {unknown[0]!r}{suggest(unknown[0], _option_names(cls))}")
+        raise UsageError(f"unknown option {unknown[0]!r}{suggest(unknown[0], options_of(cls))}")
     return parsed
 
 
@@ -81,18 +81,18 @@ def _refusal(problem: BaseException | None) -> UsageError | None:
     return problem
 
 
-def _option_names(cls: Any, prefix: str = "--") -> list[str]:
-    """Every option of a dataclass as it is spelled on the command line."""
-    names: list[str] = []
+def options_of(cls: Any, prefix: str = "--") -> dict[str, Any]:
+    """A dataclass's options as they are spelled on the command line, and the type of each."""
+    options: dict[str, Any] = {}
     for field, annotation in field_types(cls).items():
         kind, *marks = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
         named = [mark.name for mark in marks if getattr(mark, "name", None) is not None]  # by tyro.conf.arg
         name = named[0] if named else field.replace("_", "-")
         if is_dataclass(kind):
-            names += _option_names(kind, f"{prefix}{name}." if name else prefix)
+            options |= options_of(kind, f"{prefix}{name}." if name else prefix)
         else:
-            names.append(prefix + name)
-    return names
+            options[prefix + name] = annotation
+    return options
 
 
 def _whole_number(word: str) -> int:

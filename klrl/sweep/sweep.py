@@ -18,6 +18,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from klrl.agents import registry
 from klrl.analysis import tables
 from klrl.analysis.report import ReportConfig, report
 from klrl.analysis.scores import score_of
@@ -62,12 +63,13 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
     """
     for package in config.imports:
         import_module(package, f"--import {package}")
+    registry.find(agent, env)
     check(env)
     settings = expand(agent, env, parse_choices(word for words in config.set for word in words or [""]), config.imports)
     for i, setting in enumerate(settings):
         if setting.options["env"] not in [other.options["env"] for other in settings[:i]]:
             make_vector(env, 1, EnvConfig(kwargs=setting.options["env"]["kwargs"])).close()
-    folder = Path(config.run_dir) / file_name(config.name or f"sweep-{agent}-{env}")
+    folder = Path(config.run_dir) / file_name(config.name or f"sweep-{agent.lower()}-{env}")
     with refusals(f"--run-dir {config.run_dir}"):
         folder.mkdir(parents=True, exist_ok=True)
     trials = [Trial(setting, seed, folder / setting.name) for setting in settings for seed in range(config.seeds)]
