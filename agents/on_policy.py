@@ -43,7 +43,7 @@ class OnPolicyConfig(Checked):
     """Widths of the hidden layers, of the policy and of the critic."""
     activation: Activation = "tanh"
     """Activation of the hidden layers."""
-    log_std_init: Annotated[float, Range(-20, 20)] = 0.0
+    log_std_init: Annotated[float, Range(-80, 80)] = 0.0
     """Logarithm of the initial standard deviation of continuous actions, where a bounded action spans -1 to 1."""
     kl: KLTarget = field(default_factory=KLTarget)
 
