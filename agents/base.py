@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from klrl.buffers.protocol import Buffer
-from klrl.config import NonNegative, PositiveInt, Range, build, convert, field_types, to_dict
+from klrl.config import Checked, NonNegative, PositiveInt, Seed, build, convert, field_types, to_dict
 from klrl.errors import UsageError, one_line
 from klrl.kl import Direction, KLLimit, KLReport, at_most, concatenate, freeze
 from klrl.kl.limit import Check, Overshoot, Rule
@@ -35,8 +35,10 @@ CHUNK = 2048  # rows of a batched pass: their activations stay in cache
 
 
 @dataclass(frozen=True)
-class KLTarget:
+class KLTarget(Checked):
     """How far an update may move the policy."""
+
+    group = "kl."
 
     target: NonNegative = 0.02
     """Limit on the mean KL(old||new) of an update, in nats, action dimensions summed; 0 sets none."""
@@ -109,11 +111,11 @@ class Agent(ABC):
         action_space: spaces.Space[Any],
         config: Any = None,
         device: str | torch.device = "cpu",
-        seed: int = 0,
+        seed: int | None = 0,
         network: str | OwnNetwork | None = None,
     ) -> None:
         """``config``: an instance of ``Config``, or its fields as a dict. ``network``: one's own, from encoded
-        observations to features [B, F], or what makes it for a space, or its "module:Class".
+        observations to features [B, F], or what makes it for a space, or its "module:Class". ``seed``: None draws one.
 
         Raises UsageError for spaces, options, devices, seeds and networks that do not fit.
         """
@@ -123,7 +125,7 @@ class Agent(ABC):
         self.config: Any = build(self.Config, options)
         network = named_network(network) if isinstance(network, str) else network
         self.device = _usable(device)
-        seed = convert(Annotated[int, Range(0, 2**63 - 1)], int(seed) if isinstance(seed, np.integer) else seed, "seed")
+        seed = convert(Seed, seed, "seed")
         self.rng = np.random.default_rng(seed)
         self.network_name = "" if network is None else name_of_network(network)
         self.n_updates = 0

@@ -15,7 +15,8 @@ from torch import Tensor
 from klrl.agents.base import CHUNK, Agent, KLTarget, State, chunks
 from klrl.buffers.returns import RewardScale, gae
 from klrl.buffers.rollout import RolloutBuffer
-from klrl.config import Fraction, Range, Real, Widths
+from klrl.config import Checked, Fraction, Range, Widths
+from klrl.errors import UsageError
 from klrl.kl import select
 from klrl.policies.encoder import Inputs, ObservationEncoder
 from klrl.policies.heads import make_head
@@ -26,7 +27,7 @@ from klrl.policies.policy import Policy
 
 
 @dataclass(frozen=True)
-class OnPolicyConfig:
+class OnPolicyConfig(Checked):
     n_steps: Annotated[int, Range(2)] = 256
     """Steps of each environment between two updates; of two rows, at most one only resets."""
     gamma: Fraction = 0.99
@@ -43,7 +44,7 @@ class OnPolicyConfig:
     """Widths of the hidden layers, of the policy and of the critic."""
     activation: Activation = "tanh"
     """Activation of the hidden layers."""
-    log_std_init: Real = 0.0
+    log_std_init: Annotated[float, Range(-80, 80)] = 0.0
     """Logarithm of the initial standard deviation of continuous actions, where a bounded action spans -1 to 1."""
     kl: KLTarget = field(default_factory=KLTarget)
 
@@ -119,8 +120,14 @@ class OnPolicyAgent(Agent):
         self.limit = config.kl.make_limit(self.device)
 
     def new_buffer(self, n_envs: int, autoreset: AutoresetMode | str = AutoresetMode.NEXT_STEP) -> RolloutBuffer:
-        """An empty buffer for one rollout."""
-        return RolloutBuffer(self.observation_space, self.action_space, self.config.n_steps, n_envs, autoreset)
+        """An empty buffer for one rollout. Raises UsageError where it does not fit into memory."""
+        steps = self.config.n_steps
+        try:
+            return RolloutBuffer(self.observation_space, self.action_space, steps, n_envs, autoreset)
+        except UsageError:
+            raise
+        except (MemoryError, ValueError):  # ValueError: more than an array can have
+            raise UsageError(f"--n-steps {steps:,} of {n_envs:,} environments do not fit into memory") from None
 
     @torch.no_grad()
     def value(self, obs: Observation) -> Tensor:

@@ -13,29 +13,34 @@ from klrl.errors import UsageError
 BUILT_IN = {"ppo": "klrl.agents.ppo:PPO", "sac": "klrl.agents.sac:SAC", "trpo": "klrl.agents.trpo:TRPO"}
 
 
-def find(name: str) -> type[Agent]:
+def find(name: str, env: object = None) -> type[Agent]:
     """The agent class called ``name``: klrl's, an entry point of group "klrl.agents", or a class that was imported.
 
-    A class is called as itself, in lower case. Raises UsageError for a name that is unknown, or borne by two.
+    A class is called as itself; capitals do not matter. Raises UsageError for a name that is unknown, or borne by two,
+    and says so where ``env``, which was given beside it, is an agent's.
     """
+    given, name = name, name.lower()
     if name in BUILT_IN:
         module, _, attribute = BUILT_IN[name].partition(":")
         found: type[Agent] = getattr(import_module(module), attribute)
         return found
     for entry in _installed():
-        if entry.name == name:
+        if entry.name.lower() == name:
             loaded: type[Agent] = entry.load()
             return loaded
     # By where they are defined: of a class that was defined again, as in a notebook's cell, the newest.
-    known_as = {(c.__module__, c.__qualname__): c for c in _subclasses(Agent) if c.name() == name}  # type: ignore[type-abstract]
+    known_as = {(c.__module__, c.__qualname__): c for c in _subclasses(Agent) if c.name().lower() == name}  # type: ignore[type-abstract]
     imported = list(known_as.values())
     if len(imported) == 1:
         return imported[0]
     if imported:
         modules = ", ".join(cls.__module__ for cls in imported)
         raise UsageError(f"agent {name!r} is in each of {modules}: rename one")
+    if isinstance(env, str) and env.lower() in names():
+        raise UsageError(f"the agent comes first, then the env: {env} {given}, not {given} {env}")
     known = ", ".join(names())
-    raise UsageError(f"unknown agent {name!r}{suggest(name, BUILT_IN)}; known: {known}, and those that --import brings")
+    near = suggest(name, [*names(), *(c.name() for c in _subclasses(Agent))])  # type: ignore[type-abstract]
+    raise UsageError(f"unknown agent {given!r}{near}; known: {known}, and those that --import brings")
 
 
 def names() -> list[str]:

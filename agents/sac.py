@@ -19,7 +19,7 @@ from klrl.agents.base import Actions, Agent, OffPolicyKLConfig, State, UpdateRes
 from klrl.agents.sac_continuous import SampledActions
 from klrl.agents.sac_discrete import EnumeratedActions
 from klrl.buffers.replay import ReplayBuffer, Transitions
-from klrl.config import Fraction, Positive, PositiveInt, Range, Widths
+from klrl.config import Checked, Fraction, Positive, PositiveInt, Range, Widths
 from klrl.errors import SkippedUpdateError, UsageError
 from klrl.kl import Dual, Move, Penalty, at_least
 from klrl.policies.encoder import Inputs, ObservationEncoder
@@ -33,7 +33,7 @@ _STATES = 1024  # of the replay buffer, on which a window's KL is measured
 
 
 @dataclass(frozen=True)
-class SACConfig:
+class SACConfig(Checked):
     buffer_size: PositiveInt = 1_000_000
     """Transitions kept for replay."""
     buffer_folder: str = ""
@@ -44,7 +44,7 @@ class SACConfig:
     """Steps of each environment between two updates."""
     gradient_steps: Annotated[int, Range(-1)] = -1
     """Gradient steps of an update, at most kl.every; -1 takes as many as environment steps were made."""
-    batch_size: PositiveInt = 256
+    batch_size: Annotated[int, Range(1, 1_000_000)] = 256
     """Transitions of a gradient step."""
     n_step: PositiveInt = 1
     """Rewards summed before a value is bootstrapped."""

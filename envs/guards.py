@@ -10,16 +10,13 @@ import threading
 import time
 from collections.abc import Iterator
 
+from klrl.console import is_open, say
+
 FAILURES = (Exception, SystemExit)
 """What an environment's fault is caught as: one that calls sys.exit would end a run without a word."""
 CLOSE_SECONDS = 5.0
 """How long an environment may take to close."""
 _said: set[str] = set()
-
-
-def say(text: str) -> None:
-    """Print a line on stderr."""
-    print(f"klrl: {text}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -50,6 +47,9 @@ def each_line_once() -> Iterator[None]:
     A simulator's warning would come once for every copy of an environment. Libraries in C print past ``sys.stderr``,
     so the file descriptor itself is held. Worker processes print nothing: one copy was made before them.
     """
+    if not is_open("stderr"):
+        yield
+        return
     speaks = multiprocessing.parent_process() is None
     with contextlib.ExitStack() as stack:
         try:
@@ -75,5 +75,5 @@ def each_line_once() -> Iterator[None]:
             lines = held.read().decode(errors="replace").splitlines() if speaks else []
             for line in lines:
                 if line.strip() and line not in _said:
-                    print(line, file=sys.stderr, flush=True)
+                    say(line, "stderr")
                     _said.add(line)

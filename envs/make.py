@@ -15,7 +15,7 @@ from gymnasium import error
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 
 import klrl.envs  # registers the probes
-from klrl.config import Positive, suggest
+from klrl.config import Checked, Range, suggest
 from klrl.envs.guards import FAILURES, each_line_once
 from klrl.envs.wrappers import EpisodePosition, NamedFaults, SeededEpisodes, WatchedWorkers, make_seeded, next_step
 from klrl.errors import UsageError, one_line
@@ -35,14 +35,16 @@ Imports = Annotated[
 
 
 @dataclass(frozen=True)
-class EnvConfig:
+class EnvConfig(Checked):
+    group = "env."
+
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments for the environment, as name=value pairs: --env.kwargs continuous=true gravity=-8."""
     vectorization: Literal["sync", "async"] = "sync"
     """Step the environments in this process, or in a process each (pays off where a step takes milliseconds)."""
     on_error: Literal["raise", "restart"] = "raise"
     """What an exception or a wrong answer of an environment's step does: end the run, or truncate that episode."""
-    timeout: Positive = 60.0
+    timeout: Annotated[float, Range(0, 1e6, above=True)] = 60.0
     """Seconds that a step or reset may take in a process of its own."""
 
 

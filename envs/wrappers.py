@@ -13,9 +13,10 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv, VectorWrapper
 
+from klrl.console import warn
 from klrl.envs.answers import check_reset, check_step
-from klrl.envs.guards import CLOSE_SECONDS, FAILURES, each_line_once, say, time_limit
-from klrl.errors import EnvironmentFailedError, UsageError, one_line
+from klrl.envs.guards import CLOSE_SECONDS, FAILURES, each_line_once, time_limit
+from klrl.errors import STOP_SIGNALS, EnvironmentFailedError, UsageError, one_line
 from klrl.policies.encoder import replace_rows
 from klrl.policies.observations import Layout
 
@@ -100,7 +101,7 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
             with time_limit(CLOSE_SECONDS):
                 self.env.close()
         except FAILURES as problem:
-            say(f"env {self.index} failed at close: {one_line(problem)}")
+            warn(f"env {self.index} failed at close: {one_line(problem)}")
 
     def _replay(self, position: EpisodePosition) -> None:
         ended, shown = False, Layout(self._shows).as_shown(position.obs)
@@ -194,7 +195,7 @@ class WatchedWorkers(VectorWrapper):
             if process.is_alive():
                 process.kill()
                 if not self.failed:
-                    say(f"env {i} did not close: its worker was killed")
+                    warn(f"env {i} did not close: its worker was killed")
             process.join()
         _open.discard(self)
         for pipe in pipes:
@@ -223,7 +224,7 @@ def make_seeded(
 ) -> SeededEpisodes:
     """Make a vector environment's ``index``-th environment, in a worker process or in this one."""
     if multiprocessing.parent_process() is not None:
-        for signum in (signal.SIGINT, signal.SIGTERM):  # a group's signal reaches all; the trainer decides when to end
+        for signum in STOP_SIGNALS:  # a group's signal reaches all; the trainer decides when to end
             signal.signal(signum, signal.SIG_IGN)
     try:
         with each_line_once():

@@ -7,9 +7,11 @@ Python keyword are all refused by the same line.
 import dataclasses
 import difflib
 import math
+import os
+import re
 import types
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from klrl.errors import UsageError
 
@@ -18,54 +20,149 @@ C = TypeVar("C")
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The values a number may take: finite, from ``low`` (exclusive if ``above``) to ``high``."""
+    """The values a number may take: from ``low`` (exclusive if ``above``) to ``high``, none that overflows."""
 
     low: float = -math.inf
     high: float = math.inf
     above: bool = False
 
     def __contains__(self, value: float) -> bool:
-        return abs(value) < math.inf and (value > self.low if self.above else value >= self.low) and value <= self.high
+        within = self.low <= value <= self.high and abs(value) <= _largest(value)
+        return within and not (self.above and value == self.low)
 
-    def __str__(self) -> str:
-        words = []
-        if self.low > -math.inf:
-            words.append(f"{'above' if self.above else 'at least'} {self.low:.15g}")
-        if self.high < math.inf:
-            words.append(f"at most {self.high:.15g}")
+    def words(self, value: float) -> str:
+        """What ``value``, which is not among them, should have been."""
+        words, largest = [], _largest(value)
+        if self.low > -math.inf or value < -largest:
+            words.append(f"{'above' if self.above else 'at least'} {max(self.low, -largest):.15g}")
+        if self.high < math.inf or value > largest:
+            words.append(f"at most {min(self.high, largest):.15g}")
         return " and ".join(words) or "a finite number"
 
 
+def _largest(value: float) -> float:
+    """The largest number that float32 holds or, of whole ones, whose products with a row's bytes int64 holds."""
+    return 1e15 if isinstance(value, int) else 1e38
+
+
 @dataclasses.dataclass(frozen=True)
-class AtMost:
-    """The most that is tried of a number, or of a list's items: beyond that, no machine has room for it."""
+class Form:
+    """The texts that match ``pattern`` as a whole; ``said`` is how an error describes them."""
 
-    size: float
-    of: str = ""
+    pattern: str
+    said: str
 
-    def allows(self, value: Any) -> bool:
-        return (len(value) if isinstance(value, tuple) else abs(value)) <= self.size
+    def __contains__(self, value: str) -> bool:
+        return re.fullmatch(self.pattern, value) is not None
 
-    def __str__(self) -> str:
-        return f"at most {self.size:,.15g}{self.of}"
+    def words(self, value: str) -> str:
+        """What ``value``, which is not among them, should have been."""
+        return self.said
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """The lists of at most so many items."""
+
+    most: int
+
+    def __contains__(self, value: tuple[Any, ...]) -> bool:
+        return len(value) <= self.most
+
+    def words(self, value: tuple[Any, ...]) -> str:
+        """What ``value``, which is not among them, should have been."""
+        return f"at most {self.most} of them"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reads:
+    """A mark of a field that takes other values, too: ``plain`` makes of them what the field holds."""
+
+    plain: Callable[[Any], Any]
+
+
+def _drawn(seed: Any) -> Any:
+    return int.from_bytes(os.urandom(4)) if seed is None else seed
 
 
 PositiveInt = Annotated[int, Range(1)]
 Count = Annotated[int, Range(0)]
 # Beyond what fits into a machine, so that a slip, or a file of somebody's, is refused before it is tried.
-Copies = Annotated[int, Range(1), AtMost(100_000)]
-Widths = Annotated[tuple[Annotated[int, Range(1), AtMost(65_536)], ...], AtMost(100, " of them")]
-Seed = Annotated[int, Range(0, 2**32 - 1)]
+Seed = Annotated[int, Reads(_drawn), Range(0, 2**32 - 1)]
+EnvCount = Annotated[int, Range(1, 65_536)]  # each is an object, or a process
+Widths = Annotated[tuple[Annotated[int, Range(1, 16_384)], ...], Length(100)]
 Positive = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
-Real = Annotated[float, Range()]
+
+
+class Checked:
+    """A base of config dataclasses: what their fields are given is converted and checked wherever one is made."""
+
+    group: ClassVar[str] = ""
+    """How the command line prefixes the options, as ``kl.``."""
+
+    def __post_init__(self) -> None:
+        for name, value in _converted(type(self), vars(self), self.group).items():
+            object.__setattr__(self, name, value)
+
+
+# What is called otherwise elsewhere (Stable-Baselines3, CleanRL, RLlib, klrl 0.1.0), by the name it has here.
+_ELSEWHERE = {
+    "total_timesteps": "timesteps n_timesteps num_timesteps total_steps num_steps_total max_steps steps",
+    "n_envs": "num_envs num_env envs n_workers num_workers",
+    "device": "cuda gpu",
+    "threads": "n_threads num_threads torch_threads",
+    "run_dir": "output out log_dir logdir tensorboard_log save_path",
+    "eval_every": "eval_freq evaluation_interval",
+    "eval_episodes": "n_eval_episodes num_eval_episodes",
+    "save_every": "save_freq save_interval checkpoint_every checkpoint_freq",
+    "env.kwargs": "env_kwargs env_args env_config",
+    "n_steps": "num_steps rollout_length rollout_steps horizon",
+    "learning_rate": "lr alpha_lr policy_lr q_lr pi_lr vf_lr step_size",
+    "lr_schedule": "anneal_lr schedule",
+    "gamma": "discount discount_factor",
+    "gae_lambda": "lam lambda gae lambda_ gae_lam",
+    "batch_size": "bs minibatch_size mini_batch_size sgd_minibatch_size",
+    "n_epochs": "epochs num_epochs update_epochs num_sgd_iter train_iters",
+    "clip_range": "clip clip_coef clip_eps clip_epsilon clip_param eps_clip clip_ratio",
+    "clip_range_vf": "clip_vloss vf_clip_param clip_value",
+    "ent_coef": "ent entropy entropy_coef entropy_coeff entropy_bonus alpha temperature",
+    "vf_coef": "vf value_coef value_coeff vf_loss_coeff",
+    "max_grad_norm": "grad_clip grad_norm clip_grad gradient_clip",
+    "normalize_advantage": "norm_adv normalize_advantages",
+    "normalize_observation": "norm_obs normalize_obs",
+    "normalize_reward": "norm_reward normalize_rewards",
+    "hidden_sizes": "net_arch hidden layers hidden_size hidden_layers policy_kwargs",
+    "kl.target": "target_kl max_kl desired_kl kl_target delta",
+    "kl.coef": "kl_coef kl_coeff beta",
+    "fisher_fraction": "fisher_share sub_sampling_factor",
+    "cg_max_steps": "cg_iters cg_iterations",
+    "cg_damping": "damping",
+    "line_search_max_iter": "backtrack_iters",
+    "n_critic_updates": "train_v_iters vf_iters",
+    "buffer_size": "replay_size memory_size buffer",
+    "learning_starts": "start_steps warmup warmup_steps",
+    "tau": "polyak",
+    "gradient_steps": "utd utd_ratio",
+    "ent_coef_lr": "ent_rate",
+    "target_entropy_fraction": "target_entropy_share",
+}
+_HERE = {name: here for here, names in _ELSEWHERE.items() for name in names.split()}
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the nearest known name, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    """`` (did you mean 'x'?)`` for the known name that is meant elsewhere by ``name``, or the nearest, or nothing."""
+    spelled = {_bare(word): word for word in known}
+    bare = _bare(name)
+    same = [word for word in spelled if word in (bare, _HERE.get(bare)) or word.endswith(f".{bare}")]
+    near = same or difflib.get_close_matches(bare, list(spelled), n=1, cutoff=0.5)
+    return f" (did you mean {spelled[near[0]]!r}?)" if near else ""
+
+
+def _bare(name: str) -> str:
+    """A name without what its spelling on the command line, or as name=value, adds."""
+    return name.partition("=")[0].lstrip("-").replace("-", "_").lower()
 
 
 def option(path: str) -> str:
@@ -84,22 +181,35 @@ def build(cls: type[C], data: Mapping[str, Any], path: str = "") -> C:
 
     Raises UsageError that names the option for an unknown key, a wrong type or a value out of range.
     """
+    return cls(**_converted(cls, data, path))
+
+
+def _converted(cls: type, data: Mapping[str, Any], path: str) -> dict[str, Any]:
     fields = field_types(cls)
     # Within a group, what is not given is as this class has it, which need not be the group's own default.
     groups = {
         f.name: f.default_factory() if callable(f.default_factory) else f.default
-        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+        for f in dataclasses.fields(cls)
+        if dataclasses.is_dataclass(fields[f.name])
     }
-    data = {
-        key: merge(to_dict(groups[key]), value)
-        if dataclasses.is_dataclass(groups.get(key)) and isinstance(value, Mapping)
-        else value
-        for key, value in data.items()
-    }
-    for key in data:
+    converted = {}
+    for key, value in data.items():
         if key not in fields:
-            raise UsageError(f"unknown option {path + key!r}{suggest(path + key, (path + name for name in fields))}")
-    return cls(**{key: convert(fields[key], value, path + key) for key, value in data.items()})
+            known = [path + name for name in option_names(cls)]
+            raise UsageError(f"unknown option {path + key!r}{suggest(path + key, known)}")
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(groups.get(key)):
+            value = merge(to_dict(groups[key]), value)
+        converted[key] = convert(fields[key], value, path + key)
+    return converted
+
+
+def option_names(cls: type) -> list[str]:
+    """The dataclass's options, those of groups as ``kl.target``."""
+    names: list[str] = []
+    for name, kind in field_types(cls).items():
+        group = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        names += [f"{name}.{inner}" for inner in option_names(kind)] if group else [name]
+    return names
 
 
 def convert(annotation: Any, value: Any, path: str) -> Any:
@@ -110,14 +220,15 @@ def convert(annotation: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise UsageError(f"{option(path)} must be a table of options, got {value!r}")
         return build(annotation, value, path + ".")
+    value = _plain(value)
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
+        for mark in arguments[1:]:
+            value = mark.plain(value) if isinstance(mark, Reads) else value
         converted = convert(arguments[0], value, path)
-        for limit in (*arguments[1:], _LARGEST.get(arguments[0])):
-            if isinstance(limit, Range) and converted not in limit:
-                raise UsageError(f"{option(path)} must be {limit}, got {value}")
-            if isinstance(limit, AtMost) and not limit.allows(converted):
-                raise UsageError(f"{option(path)} must be {limit}")
+        for mark in arguments[1:]:
+            if isinstance(mark, Range | Form | Length) and converted not in mark:
+                raise UsageError(f"{option(path)} must be {mark.words(converted)}, got {_short(value)}")
         return converted
     if origin is Literal:
         if value not in arguments:
@@ -125,9 +236,8 @@ def convert(annotation: Any, value: Any, path: str) -> Any:
             raise UsageError(f"{option(path)} must be one of {choices}, got {value!r}{suggest(str(value), arguments)}")
         return value
     if origin is tuple:
-        if isinstance(value, str) or not isinstance(value, Iterable):
-            raise UsageError(f"{option(path)} must be a list, got {value!r}")
-        return tuple(convert(arguments[0], item, path) for item in value)
+        single = isinstance(value, str) or not isinstance(value, Iterable)
+        return tuple(convert(arguments[0], item, path) for item in ([value] if single else value))
     if origin in (Union, types.UnionType):
         raise TypeError(f"{path}: optional fields have no TOML form; use a value that means 'off'")
     if origin is dict:
@@ -145,7 +255,21 @@ def convert(annotation: Any, value: Any, path: str) -> Any:
     return value
 
 
-_LARGEST = {int: AtMost(1e15), float: AtMost(1e30)}  # of which float32 would make infinity, were it much more
+def _short(value: Any) -> str:
+    return str(value) if len(str(value)) <= 80 else f"{str(value)[:77]}..."
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it, where it has it: Python's own number for numpy's or torch's, a path's text."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 

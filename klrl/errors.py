@@ -1,8 +1,11 @@
 """The exceptions that klrl raises, and those of others as one line that says what would do."""
 
 import contextlib
-import sys
+import signal
 from collections.abc import Iterator
+
+# Those that end a run once it is saved. A closing terminal sends SIGHUP, which Windows does not have.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class UsageError(ValueError):
@@ -22,7 +25,7 @@ class EnvironmentFailedError(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM, after the run was saved."""
+    """SIGINT, SIGTERM or SIGHUP, after the run was saved."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"signal {signum}")
@@ -47,19 +50,6 @@ def refusals(what: str, advice: str = "") -> Iterator[None]:
         yield
     except OSError as problem:
         raise UsageError(f"{what}: {problem.strerror or problem}{advice}") from None
-
-
-def printable(text: str) -> str:
-    """The text with its line breaks, and every other character that a terminal would obey, not show, as an escape.
-
-    Names and messages of others may hold such; a file's name also what is no UTF-8.
-    """
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
-def warn(text: str) -> None:
-    """Print a line on stderr, even where a run is quiet."""
-    print(f"klrl: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def one_line(problem: BaseException) -> str:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first; a room may import from those above it in this list, and from itself.
 LAYERS = [
     {"klrl.errors", "klrl.kl"},
-    {"klrl.config", "klrl.sb3"},
+    {"klrl.config", "klrl.console", "klrl.sb3"},
     {"klrl.policies"},
     {"klrl.buffers", "klrl.rundir", "klrl.envs"},
     {"klrl.agents"},

@@ -317,7 +317,7 @@ def test_a_figure_is_written_beside_the_text(runs: dict[str, str], capsys: pytes
         (("box", "sac"), "no closed-form KL between a normal and a squashed normal policy"),
         (("discrete", "nowhere"), "no run or checkpoint at nowhere"),
         (("discrete", "discrete", "--env", "CartPole-v1"), "but CartPole-v1 has Box("),
-        (("discrete", "discrete", "--steps", "0"), "--steps must be at least 1, got 0"),
+        (("discrete", "discrete", "--steps", "0"), "--steps must be at least 1 and at most 10000000, got 0"),
         (("discrete", "discrete", "--stps", "3"), "unknown option '--stps' (did you mean '--steps'?)"),
         (("discrete", "discrete", "--figure", "a.pdf"), "--figure a.pdf: must end in .png or .svg"),
         (("discrete", "discrete", "--figure", "no/a.png"), "--figure no/a.png: must end in .png or .svg and lie in"),

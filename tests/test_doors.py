@@ -333,8 +333,8 @@ def test_an_agent_that_never_reports_or_takes_a_name_of_klrls_is_refused() -> No
 def test_options_are_checked_where_an_agent_is_made() -> None:
     box, two = spaces.Box(-1, 1, (4,)), spaces.Discrete(2)
     for agent, config, message in (
-        (klrl.PPO, klrl.PPOConfig(n_epochs=-1), "--n-epochs must be at least 1, got -1"),
-        (klrl.TRPO, klrl.TRPOConfig(kl=klrl.KLConfig(on_overshoot="project")), "unknown option 'kl.penalty'"),
+        (klrl.PPO, {"n_epochs": -1}, "--n-epochs must be at least 1, got -1"),
+        (klrl.TRPO, {"kl": klrl.KLConfig(on_overshoot="project")}, "unknown option 'kl.penalty'"),
         (klrl.PPO, klrl.SACConfig(), "unknown option 'buffer_size'"),
         (klrl.PPO, {"kl": {"stop": -1}}, "--kl.stop must be at least 0"),
     ):

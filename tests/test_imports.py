@@ -117,7 +117,7 @@ def test_a_config_file_imports_nothing_by_itself(capsys: pytest.CaptureFixture[s
         line = refused(capsys, "train", "ppo", "CartPole-v1", "--config", "their.toml")
         assert line.startswith("klrl: their.toml takes code from 'trap'")
     Path("their.toml").write_text("imports = 3")
-    assert "must be a list, got 3" in refused(capsys, "train", "ppo", "CartPole-v1", "--config", "their.toml")
+    assert "--imports must be a text, got 3" in refused(capsys, "train", "ppo", "CartPole-v1", "--config", "their.toml")
     assert not Path("sprung").exists()
 
 

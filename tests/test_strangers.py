@@ -21,7 +21,8 @@ from klrl.analysis.figures import thinned
 from klrl.analysis.report import ReportConfig, report
 from klrl.analysis.tables import as_markdown
 from klrl.cli.main import main
-from klrl.errors import UsageError, printable
+from klrl.console import printable
+from klrl.errors import UsageError
 from klrl.rundir import checkpoint
 from klrl.rundir.history import read_history
 from klrl.sweep.grid import expand
@@ -174,14 +175,14 @@ def prepared(run: Path, **state: Any) -> str:
 
 
 ABSURD: list[tuple[dict[str, Any], str]] = [
-    ({"options": {"n_envs": 10**9}}, "--n-envs must be at most 100,000"),
+    ({"options": {"n_envs": 10**9}}, "--n-envs must be at least 1 and at most 65536"),
     ({"options": {"hidden_sizes": [1] * 20_000}}, "--hidden-sizes must be at most 100 of them"),
-    ({"options": {"hidden_sizes": [10**9]}}, "--hidden-sizes must be at most 65,536"),
-    ({"options": {"hidden_sizes": [60_000, 60_000]}}, "hidden layers of 3,600,000,000 weights, but"),
-    ({"options": {"threads": 100_000}}, "--threads must be at most 1,024"),
-    ({"options": {"learning_rate": 1e300}}, "--learning-rate must be at most 1e+30"),
-    ({"options": {"total_timesteps": 10**400}}, "--total-timesteps must be at most 1e+15"),
-    ({"options": {"kl": {"target": 10**400}}}, "--kl.target must be at most 1e+30"),
+    ({"options": {"hidden_sizes": [10**9]}}, "--hidden-sizes must be at least 1 and at most 16384"),
+    ({"options": {"hidden_sizes": [16_000] * 15}}, "hidden layers of 3,584,000,000 weights, but"),
+    ({"options": {"threads": 100_000}}, "--threads must be at least 1 and at most 1024"),
+    ({"options": {"learning_rate": 1e300}}, "--learning-rate must be above 0 and at most 1e+38"),
+    ({"options": {"total_timesteps": 10**400}}, "--total-timesteps must be at least 1 and at most 1e+15"),
+    ({"options": {"kl": {"target": 10**400}}}, "--kl.target must be at least 0 and at most 1e+38"),
     ({"options": {"run_dir": "\udcff"}}, "--run-dir must be a text in UTF-8"),
 ]
 VAST = {"type": "Box", "shape": [10**5, 10**5], "dtype": "float32", "low": 0.0, "high": 1.0}
@@ -204,7 +205,7 @@ def test_an_absurd_space_is_refused(run: Path, capsys: pytest.CaptureFixture[str
 
 def test_what_no_memory_holds_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--n-steps", "1e12"], ["--n-steps", "1e15"]):
-        assert "not enough memory" in refused(capsys, "train", "ppo", "CartPole-v1", "--run-dir", "r", *words)
+        assert "do not fit into memory" in refused(capsys, "train", "ppo", "CartPole-v1", "--run-dir", "r", *words)
     with pytest.raises(UsageError, match="--set gives 1,000,000 combinations: at most 10,000"):
         expand("ppo", "CartPole-v1", {"gamma": [0.9] * 1000, "seed": list(range(1000))})
     with pytest.raises(UsageError, match="at most 512 processes, not 600"):

@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_map
 
 from klrl.agents.base import Agent
 from klrl.analysis import tables
-from klrl.config import AtMost, Copies, Range, Seed
+from klrl.config import Checked, EnvCount, Range, Seed
+from klrl.console import printable
 from klrl.envs.make import Imports
-from klrl.errors import NonFiniteError, UsageError, needs, printable
+from klrl.errors import NonFiniteError, UsageError, needs
 from klrl.kl import concatenate, js, kl, reverse_kl, select
 from klrl.kl.estimators import own_noise
 from klrl.policies.distributions import MultiCategorical
@@ -40,15 +41,15 @@ _QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Checked):
     """How policies A and B differ at the states that each of them visits."""
 
     env: str = ""
     """Another environment with the same spaces; the one that A was trained on by default."""
     imports: Imports = ()
-    steps: Annotated[int, Range(1), AtMost(10_000_000)] = 2000
+    steps: Annotated[int, Range(1, 10_000_000)] = 2000
     """Environment steps that each policy takes, with sampled actions, to visit states."""
-    episodes: Copies = 10
+    episodes: EnvCount = 10
     """Episodes of each policy for its returns, with its most likely actions; the same seeds for both."""
     checkpoint: Literal["last", "best"] = "last"
     """Which of a run's checkpoints."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from klrl.analysis.figures import COLOURS, GREY, tidy
+from klrl.config import Checked
 from klrl.errors import UsageError
 from klrl.kl import jeffreys, js, kl, renyi, reverse_kl, total_variation
 
@@ -20,7 +21,7 @@ _GRID_CELLS = 20_000
 
 
 @dataclass(frozen=True)
-class PlotConfig:
+class PlotConfig(Checked):
     """Draw FIGURE: kl-gaussian, kl-2d, fit or families."""
 
     output: str = ""

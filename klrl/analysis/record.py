@@ -15,7 +15,7 @@ import numpy as np
 from gymnasium.vector import SyncVectorEnv
 
 from klrl.analysis.video import Frame, Video, draw_text, find_encoder
-from klrl.config import Copies, Count, Range
+from klrl.config import Checked, Count, EnvCount, Range
 from klrl.envs.make import Imports
 from klrl.errors import UsageError, one_line
 from klrl.kl import kl
@@ -28,8 +28,8 @@ from klrl.training.loop import Envs
 
 
 @dataclass(frozen=True)
-class RecordConfig:
-    episodes: Copies = 3
+class RecordConfig(Checked):
+    episodes: EnvCount = 3
     """Episodes to record, an mp4 each: the ones that klrl eval runs when asked for as many."""
     output: str = ""
     """Folder for the videos, by default videos/ in the run's; those of the same name there are replaced."""

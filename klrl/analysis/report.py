@@ -15,14 +15,15 @@ import tyro
 from klrl.analysis import tables
 from klrl.analysis.anomalies import find_anomalies
 from klrl.analysis.scores import Group, group_runs, score_of
-from klrl.config import flatten
-from klrl.errors import UsageError, needs, printable, refusals, warn
+from klrl.config import Checked, flatten
+from klrl.console import printable, warn
+from klrl.errors import UsageError, needs, refusals
 from klrl.rundir.folder import replace_file
 from klrl.rundir.history import History, read_history
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Checked):
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = ""
     """File to write; by default report.html in the run's folder, for several runs here; md and json are printed."""
     format: Literal["html", "md", "json"] = "html"

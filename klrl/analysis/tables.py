@@ -9,7 +9,7 @@ from rich import markup
 from rich.console import Console
 from rich.table import Table
 
-from klrl.errors import printable
+from klrl.console import printable
 
 
 def as_text(rows: Sequence[Sequence[str]], align: str) -> list[str]:
@@ -45,4 +45,7 @@ def show(columns: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> N
         table.add_column(name, justify="right" if side == ">" else "left")
     for row in rows:
         table.add_row(*(markup.escape(printable(cell)) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    with console.capture() as text:  # rich would end the process where nobody reads
+        console.print(table)
+    print(text.get(), end="", flush=True)

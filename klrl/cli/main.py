@@ -1,4 +1,4 @@
-"""The command: ``klrl train | resume | sweep | eval | report | compare | record | list | plot``.
+"""The command: ``klrl train | resume | sweep | eval | report | compare | record | list | plot | completion``.
 
 torch is imported only inside the commands.
 """
@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import tomllib
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,17 +18,9 @@ from typing import Annotated, Any
 
 from klrl import __version__
 from klrl.cli.options import parse, parse_command, wants_help
-from klrl.config import build, convert, suggest, to_dict
-from klrl.errors import (
-    EnvironmentFailedError,
-    Interrupted,
-    NonFiniteError,
-    UsageError,
-    needs,
-    one_line,
-    printable,
-    refusals,
-)
+from klrl.config import convert, suggest
+from klrl.console import keep_standard_files, printable, say
+from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, UsageError, needs, one_line, refusals
 
 # What NumPy and torch say, as ValueError or RuntimeError, of sizes that no machine has.
 _OUT_OF_MEMORY = ("memory", "array is too big", "Maximum allowed dimension", "calculation overflowed")
@@ -45,7 +38,10 @@ commands:
   klrl record RUN [options]        a video of a run's policy
   klrl list                        agents, presets and their measured scores
   klrl plot FIGURE [options]       kl-gaussian, kl-2d, fit or families, as .png or .svg
+  klrl completion SHELL            a script that completes all this in bash or zsh, e.g. for bash
+                                   klrl completion bash > ~/.local/share/bash-completion/completions/klrl
   klrl COMMAND --help              a command's options
+  klrl COMMAND ... --debug         the traceback behind an error of one line
   klrl --version
 """
 
@@ -53,16 +49,21 @@ commands:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 training failed, 2 bad input, both with one line on stderr.
 
-    A run stopped by SIGINT or SIGTERM was saved and exits with 130 or 143.
+    A run stopped by SIGHUP, SIGINT or SIGTERM was saved and exits with 129, 130 or 143.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    keep_standard_files()
+    debug = "--debug" in arguments
+    arguments = [word for word in arguments if word != "--debug"]
     try:
         _dispatch(arguments)
     except BrokenPipeError:  # whoever read has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UsageError, NonFiniteError, EnvironmentFailedError, OSError) as problem:
-        print(f"klrl: {printable(' '.join(str(problem).split()))}", file=sys.stderr)
+        if debug:
+            say(_traceback(problem), "stderr")
+        say(f"klrl: {' '.join(str(problem).split())}", "stderr")
         sys.exit(2 if isinstance(problem, UsageError) else 1)
     except (MemoryError, RuntimeError, ValueError) as problem:
         if not (isinstance(problem, MemoryError) or any(word in str(problem) for word in _OUT_OF_MEMORY)):
@@ -75,27 +76,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
+def _traceback(problem: BaseException) -> str:
+    """The traceback with those of the exceptions behind it, which ``from None`` leaves out."""
+    behind: BaseException | None = problem
+    while behind is not None:
+        behind.__suppress_context__ = False
+        behind = behind.__cause__ or behind.__context__
+    return "".join(traceback.format_exception(problem)).rstrip()
+
+
 def _dispatch(arguments: list[str]) -> None:
-    if not arguments or wants_help(arguments[:1]):
+    if not arguments or wants_help(arguments[:1]) or arguments == ["help"]:
         print(_USAGE, end="")
         return
     if arguments[0] == "--version":
         print(f"klrl {__version__}")
         return
-    commands: dict[str, Callable[[list[str]], None]] = {
-        "train": _train,
-        "resume": _resume,
-        "sweep": _sweep,
-        "eval": _eval,
-        "report": _report,
-        "compare": _compare,
-        "record": _record,
-        "list": _list,
-        "plot": _plot,
-    }
-    if arguments[0] not in commands:
-        raise UsageError(f"unknown command {arguments[0]!r}{suggest(arguments[0], commands)}; see klrl --help")
-    commands[arguments[0]](arguments[1:])
+    if arguments[0] not in _COMMANDS:
+        raise UsageError(f"unknown command {arguments[0]!r}{suggest(arguments[0], _COMMANDS)}; see klrl --help")
+    _COMMANDS[arguments[0]](arguments[1:])
 
 
 def _train(arguments: list[str]) -> None:
@@ -125,7 +124,7 @@ def _train(arguments: list[str]) -> None:
     wanted = convert(tuple[str, ...], saved.pop("imports", ()), "imports")
     network = "" if found["--network"] else convert(str, saved.get("network", ""), "network")
     check_imported([*wanted, module_of(network)], "".join(found["--config"][-1:]))
-    agent_class = registry.find(agent)
+    agent_class = registry.find(agent, env)
     config_class = agent_class.Config
     run_config, agent_config = resolve(agent_class, env, saved)
     if env is not None:
@@ -139,10 +138,9 @@ def _train(arguments: list[str]) -> None:
         run: Annotated[RunConfig, tyro.conf.arg(name="")] = run_config
         agent: Annotated[config_class, tyro.conf.arg(name="")] = agent_config  # type: ignore[valid-type]
 
-    given = parse(TrainOptions, options, f"klrl train {agent} {env or 'ENV'}")
-    run_training(
-        agent_class, env or "", build(RunConfig, to_dict(given.run)), build(config_class, to_dict(given.agent))
-    )
+    about = f"Agents: {', '.join(registry.names())}, and those that --import brings. These are the options of {agent}."
+    given = parse(TrainOptions, options, f"klrl train {agent} {env or 'ENV'}", about)
+    run_training(agent_class, env or "", given.run, given.agent)
 
 
 def _resume(arguments: list[str]) -> None:
@@ -150,7 +148,7 @@ def _resume(arguments: list[str]) -> None:
 
     example = "resume needs a run folder: klrl resume runs/ppo-CartPole-v1-0-..."
     (run,), given = parse_command(ResumeConfig, arguments, "resume RUN", 1, 1, example)
-    resume(run, total_timesteps=given.total_timesteps, imports=given.imports)
+    resume(run, **vars(given))
 
 
 def _sweep(arguments: list[str]) -> None:
@@ -239,6 +237,15 @@ def _show(*lines: str) -> None:
     print(*map(printable, lines), sep="\n")
 
 
+def _completion(arguments: list[str]) -> None:
+    if wants_help(arguments[:1]):
+        print("usage: klrl completion bash|zsh\n\nPrint a script that completes commands, agents, envs and options.")
+        return
+    from klrl.cli.completion import script
+
+    print(script(" ".join(arguments), _COMMANDS), end="")
+
+
 def _read_config(path: str, agent: str) -> dict[str, Any]:
     with refusals(f"--config {path}"):
         content = Path(path).read_bytes()
@@ -246,7 +253,21 @@ def _read_config(path: str, agent: str) -> dict[str, Any]:
         options = tomllib.loads(content.decode())
     except (ValueError, RecursionError) as problem:
         raise UsageError(f"--config {path} is not valid TOML: {problem}") from None
-    if options.pop("agent", agent) != agent:
+    if options.pop("agent", agent) != agent.lower():
         raise UsageError(f"--config {path} is of another agent than {agent!r}")
     options.pop("env_id", None)
     return options
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": _train,
+    "resume": _resume,
+    "sweep": _sweep,
+    "eval": _eval,
+    "report": _report,
+    "compare": _compare,
+    "record": _record,
+    "list": _list,
+    "plot": _plot,
+    "completion": _completion,
+}

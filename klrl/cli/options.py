@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import is_dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from klrl.config import build, field_types, suggest, to_dict
+from klrl.config import field_types, suggest
 from klrl.errors import UsageError
 
 C = TypeVar("C")
@@ -26,7 +26,7 @@ def parse_command(
     parsed, words = _parse(cls, arguments, f"klrl {usage}")
     if not least <= len(words) <= most:
         raise UsageError(example)
-    return words, build(cls, to_dict(parsed))
+    return words, parsed
 
 
 def wants_help(arguments: Sequence[str]) -> bool:
@@ -34,15 +34,18 @@ def wants_help(arguments: Sequence[str]) -> bool:
     return not {"-h", "--help"}.isdisjoint(arguments)
 
 
-def parse(cls: Any, arguments: Sequence[str], prog: str) -> Any:
-    """Parse with tyro, and with numbers like 1e5 and 100_000, name=value tables, and errors of one line."""
-    parsed, words = _parse(cls, arguments, prog)
+def parse(cls: Any, arguments: Sequence[str], prog: str, about: str | None = None) -> Any:
+    """Parse with tyro, and with numbers like 1e5 and 100_000, name=value tables, and errors of one line.
+
+    ``about`` is the help's first line, by default the docstring of ``cls``.
+    """
+    parsed, words = _parse(cls, arguments, prog, about)
     if words:
-        raise UsageError(f"unknown option {words[0]!r}{suggest(words[0], _option_names(cls))}")
+        raise UsageError(f"unknown option {words[0]!r}{suggest(words[0], options_of(cls))}")
     return parsed
 
 
-def _parse(cls: Any, arguments: Sequence[str], prog: str) -> tuple[Any, list[str]]:
+def _parse(cls: Any, arguments: Sequence[str], prog: str, about: str | None = None) -> tuple[Any, list[str]]:
     """What ``parse`` returns, and the words that belong to no option."""
     import tyro
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
@@ -68,30 +71,37 @@ def _parse(cls: Any, arguments: Sequence[str], prog: str) -> tuple[Any, list[str
     try:
         with contextlib.redirect_stderr(errors):
             parsed, unknown = tyro.cli(
-                cls, prog=prog, args=list(arguments), return_unknown_args=True, registry=registry
+                cls, prog=prog, description=about, args=list(arguments), return_unknown_args=True, registry=registry
             )
     except SystemExit as stop:
         if stop.code:
-            raise UsageError(_one_line(errors.getvalue())) from None
+            raise _refusal(stop) or UsageError(_one_line(errors.getvalue())) from None
         sys.exit(0)
     for word in unknown:
         if word.startswith("-"):
-            raise UsageError(f"unknown option {word!r}{suggest(word, _option_names(cls))}")
+            raise UsageError(f"unknown option {word!r}{suggest(word, options_of(cls))}")
     return parsed, unknown
 
 
-def _option_names(cls: Any, prefix: str = "--") -> list[str]:
-    """Every option of a dataclass as it is spelled on the command line."""
-    names: list[str] = []
+def _refusal(problem: BaseException | None) -> UsageError | None:
+    """What a config raised where it was made, from the exception that tyro made of it."""
+    while problem is not None and not isinstance(problem, UsageError):
+        problem = problem.__context__
+    return problem
+
+
+def options_of(cls: Any, prefix: str = "--") -> dict[str, Any]:
+    """A dataclass's options as they are spelled on the command line, and the type of each."""
+    options: dict[str, Any] = {}
     for field, annotation in field_types(cls).items():
         kind, *marks = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
         named = [mark.name for mark in marks if getattr(mark, "name", None) is not None]  # by tyro.conf.arg
         name = named[0] if named else field.replace("_", "-")
         if is_dataclass(kind):
-            names += _option_names(kind, f"{prefix}{name}." if name else prefix)
+            options |= options_of(kind, f"{prefix}{name}." if name else prefix)
         else:
-            names.append(prefix + name)
-    return names
+            options[prefix + name] = annotation
+    return options
 
 
 def _whole_number(word: str) -> int:

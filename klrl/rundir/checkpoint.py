@@ -21,7 +21,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from klrl.errors import EnvironmentFailedError, UsageError, refusals, warn
+from klrl.console import warn
+from klrl.errors import EnvironmentFailedError, UsageError, refusals
 from klrl.rundir.folder import new_file, open_file
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"

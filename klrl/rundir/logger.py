@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import custom_scalars, histogram_raw
 
-from klrl.errors import printable
+from klrl.console import attempt, is_open, printable, say
 from klrl.rundir.folder import replace_file
 from klrl.rundir.history import Column, read_rows
 
@@ -168,13 +169,14 @@ class Console:
         self._next_step, self._next_time = 0.0, 0.0
         self._pace = Pace()
         self._progress: Any = None
-        if not (quiet or verbose) and sys.stdout.isatty():
+        if not (quiet or verbose) and is_open("stdout") and sys.stdout.isatty():
             from rich.progress import Progress, TextColumn
             from rich.table import Column
 
-            self._progress = Progress(TextColumn("{task.description}", table_column=Column(no_wrap=True)))
+            column = TextColumn("{task.description}", table_column=Column(no_wrap=True))
+            self._progress = Progress(column, auto_refresh=False)  # by a thread, which a closed terminal would end
             self._task = self._progress.add_task("")
-            self._progress.start()
+            attempt(self._progress.start)
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
         """Show where the run stands."""
@@ -184,12 +186,12 @@ class Console:
             left = self._pace.seconds_left(step, self._total)
             done = f"{100 * min(step / self._total, 1):.0f}%" + ("" if left is None else f" {_clock_time(left)} left")
             line = "  ".join([done, *_words(step, metrics)]).replace(" of ", "/")  # 80 columns hold it
-            self._progress.update(self._task, description=line)
+            attempt(partial(self._progress.update, self._task, description=line, refresh=True))
         elif self._verbose or step >= self._next_step or time.monotonic() >= self._next_time:
             self._next_step, self._next_time = (step * 10 // self._total + 1) * self._total / 10, time.monotonic() + 60
             widths = (">15", ">9", ">13", "", "")
             words = [f"{word:{width}}" for word, width in zip(_words(step, metrics), widths, strict=False)]
-            print("  ".join([f"{100 * min(step / self._total, 1):3.0f}%", *words]).rstrip(), flush=True)
+            say("  ".join([f"{100 * min(step / self._total, 1):3.0f}%", *words]).rstrip())
 
     def evaluating(self, done: int, total: int) -> None:
         """Show how far the final evaluation is: on the live line, elsewhere once a minute."""
@@ -203,7 +205,7 @@ class Console:
     def close(self) -> None:
         """Leave the live line as it is and give the terminal back."""
         if self._progress is not None:
-            self._progress.stop()
+            attempt(self._progress.stop)
             self._progress = None
 
 

@@ -67,8 +67,8 @@ def expand(
         options: dict[str, Any] = {"imports": list(imports), "network": network}
         for path, value in chosen.items():
             options = merge(options, reduce(lambda part, key: {key: part}, reversed(path.split(".")), value))
-        run, own = resolve(registry.find(agent), env, options)
-        options = {"agent": agent, "env_id": env, **to_dict(run), **to_dict(own)}
+        run, own = resolve(registry.find(agent, env), env, options)
+        options = {"agent": agent.lower(), "env_id": env, **to_dict(run), **to_dict(own)}
         texts = {key: f"{key}={_text(flatten(options).get(key, chosen[key]))}" for key in sorted(choices)}
         name = file_name(",".join(texts.values()) or "default")
         label = " ".join(text for key, text in texts.items() if len(choices[key]) > 1) or env

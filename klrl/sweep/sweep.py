@@ -18,12 +18,14 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from klrl.agents import registry
 from klrl.analysis import tables
 from klrl.analysis.report import ReportConfig, report
 from klrl.analysis.scores import score_of
-from klrl.config import AtMost, Count, Range
+from klrl.config import Checked, Count, Range
+from klrl.console import attempt, is_open, printable, say, warn
 from klrl.envs.make import EnvConfig, Imports, check, import_module, make_vector, module_of
-from klrl.errors import Interrupted, printable, refusals, warn
+from klrl.errors import Interrupted, refusals
 from klrl.policies.networks import named_network
 from klrl.sweep.grid import expand, file_name, parse_choices
 from klrl.sweep.trial import Status, Trial
@@ -34,8 +36,8 @@ _POLL, _REDRAW = 0.1, 1.0  # seconds
 
 
 @dataclass(frozen=True)
-class SweepConfig:
-    seeds: Annotated[int, Range(1), AtMost(10_000)] = 5
+class SweepConfig(Checked):
+    seeds: Annotated[int, Range(1, 10_000)] = 5
     """Runs of each setting, with the seeds 0, 1, 2 and so on."""
     set: Annotated[
         tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="OPTION=VALUE,...")
@@ -61,10 +63,11 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
     Everything is validated before anything is written. Running the same command again continues the sweep: finished
     trials are left alone, stopped ones resumed, and those that another process works on waited for. A failing trial
     does not stop the others. Raises UsageError for bad input, ChildProcessError at the end where a trial failed, and
-    Interrupted after SIGINT or SIGTERM, once every process has saved; a second SIGINT ends them at once.
+    Interrupted after SIGINT, SIGTERM or SIGHUP, once every process has saved; a second SIGINT ends them at once.
     """
     for package in config.imports:
         import_module(package, f"--import {package}")
+    registry.find(agent, env)
     check(env)
     choices = parse_choices(word for words in config.set for word in words or [""])
     settings = expand(agent, env, choices, config.imports, config.network)
@@ -76,7 +79,7 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
     for i, setting in enumerate(settings):
         if setting.options["env"] not in [other.options["env"] for other in settings[:i]]:
             make_vector(env, 1, EnvConfig(kwargs=setting.options["env"]["kwargs"])).close()
-    folder = Path(config.run_dir) / file_name(config.name or f"sweep-{agent}-{env}")
+    folder = Path(config.run_dir) / file_name(config.name or f"sweep-{agent.lower()}-{env}")
     with refusals(f"--run-dir {config.run_dir}"):
         folder.mkdir(parents=True, exist_ok=True)
     trials = [Trial(setting, seed, folder / setting.name) for setting in settings for seed in range(config.seeds)]
@@ -127,7 +130,7 @@ def _stop(trials: list[Trial], signum: int) -> None:
         trial.poll()
     done = sum(trial.status == "finished" for trial in trials)
     text = f"stopped with {done} of {len(trials)} trials finished; the same command goes on"
-    print(text, file=sys.stderr, flush=True)
+    say(text, "stderr")
 
 
 @contextmanager
@@ -140,7 +143,7 @@ def _display(trials: list[Trial], quiet: bool) -> Iterator[Callable[[], None]]:
         for i, trial in enumerate(trials):
             if trial.status not in ("waiting", shown.get(i)):
                 shown[i] = trial.status
-                print(printable("  ".join(text for text in [*row(trial), trial.problem] if text)), flush=True)
+                say("  ".join(text for text in [*row(trial), trial.problem] if text))
 
     def redraw() -> None:
         nonlocal due
@@ -148,15 +151,15 @@ def _display(trials: list[Trial], quiet: bool) -> Iterator[Callable[[], None]]:
             for trial in trials:
                 if trial.status in ("running", "elsewhere"):
                     trial.read()
-            live.update(table(trials, live.console.height - 4), refresh=True)
+            attempt(lambda: live.update(table(trials, live.console.height - 4), refresh=True))
             due = time.monotonic() + max(_REDRAW, 20 * (time.monotonic() - start))  # reading takes time, too
 
-    if quiet or not sys.stdout.isatty():
+    if quiet or not is_open("stdout") or not sys.stdout.isatty():
         yield (lambda: None) if quiet else print_changes
     else:
         with Live(console=Console(), auto_refresh=False) as live:
             yield redraw
-            live.update(table(trials, len(trials)), refresh=True)
+            attempt(lambda: live.update(table(trials, len(trials)), refresh=True))
 
 
 def row(trial: Trial) -> list[str]:
@@ -196,11 +199,11 @@ def _finish(trials: Sequence[Trial], folder: Path) -> None:
         score = score_of(runs)
         text = "-" if score is None else f"{score.mean:.1f} +- {score.std:.1f}"
         scores.append((here[0].setting.label, f"{len(runs)} of {len(here)}", text))
-    tables.show(("setting", "seeds", "mean return"), scores, "<>>")
+    attempt(lambda: tables.show(("setting", "seeds", "mean return"), scores, "<>>"))
     if any(trial.status == "finished" for trial in trials):
         # On every run in the folder, those of an earlier grid included.
         form: Literal["html", "md"] = "html" if find_spec("matplotlib") else "md"
-        print("report     ", report([str(folder)], ReportConfig(str(folder / f"report.{form}"), form)), flush=True)
+        say(f"report      {report([str(folder)], ReportConfig(str(folder / f'report.{form}'), form))}")
     failed = [trial for trial in trials if trial.status == "failed"]
     for trial in failed:
         warn(f"{trial.setting.label} seed {trial.seed} failed: {trial.problem}")

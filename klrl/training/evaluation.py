@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from klrl.agents.base import Agent
-from klrl.config import Copies
+from klrl.config import Checked, EnvCount
 from klrl.envs.make import Imports, can_replay
 from klrl.envs.wrappers import counted_from
 from klrl.policies.observations import Observation
@@ -49,8 +49,8 @@ NO_EPISODES = Evaluation(math.nan, math.nan, [], [], [])
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    episodes: Copies = 20
+class EvalConfig(Checked):
+    episodes: EnvCount = 20
     """Episodes to run, as many side by side as the run had environments."""
     checkpoint: Literal["last", "best"] = "last"
     """Which of a run's checkpoints."""

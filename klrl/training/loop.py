@@ -9,12 +9,14 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import tyro
 from gymnasium.vector import VectorEnv
 
 from klrl.agents.base import Agent, UpdateResult
-from klrl.config import AtMost, Copies, Count, PositiveInt, Range, Seed, flatten
+from klrl.config import Checked, Count, EnvCount, Form, PositiveInt, Range, Reads, Seed, flatten
+from klrl.console import warn
 from klrl.envs.make import EnvConfig, EnvFactory, Imports, can_replay, make_vector
-from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, SkippedUpdateError, UsageError, warn
+from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, SkippedUpdateError, UsageError
 from klrl.policies import spaces
 from klrl.rundir import checkpoint
 from klrl.rundir.logger import Console, Logger
@@ -26,19 +28,21 @@ from klrl.training.signals import Signals
 _MOST_SKIPPED = 10
 _SAVE_SECONDS = 60.0
 Envs = VectorEnv[Any, Any, Any]
+DeviceName = Annotated[str, Reads(str), tyro.conf.arg(metavar="{auto,cpu,cuda,cuda:N}")]  # or a torch.device
+DEVICES = Form("auto|cpu|cuda(:[0-9]+)?", "auto, cpu, cuda or cuda:N")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Checked):
     total_timesteps: PositiveInt = 1_000_000
     """Environment steps to train for; an on-policy run ends with the first whole rollout at or beyond this."""
     seed: Seed = 0
     """Seed of weights, environments and sampling."""
-    n_envs: Copies = 8
+    n_envs: EnvCount = 8
     """Environments stepped side by side."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[DeviceName, DEVICES] = "auto"
     """Where the networks live; auto takes CUDA for image observations where there is one, else the CPU."""
-    threads: Annotated[int, Range(1), AtMost(1024)] = 1
+    threads: Annotated[int, Range(1, 1024)] = 1
     """CPU threads of torch, at most this machine's cores; small networks are fastest with one."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Of float32 products; medium rounds to bfloat16, which is faster where the processor has units for it."""
@@ -46,9 +50,9 @@ class RunConfig:
     """The folder in which the run's own folder is made."""
     eval_every: Count = 20
     """Updates (off-policy: windows of kl.every steps) between two evaluations on separate environments; 0 never."""
-    eval_episodes: Copies = 5
+    eval_episodes: EnvCount = 5
     """Episodes of each of those evaluations."""
-    final_episodes: Annotated[int, Range(0, 100_000)] = 20
+    final_episodes: Annotated[int, Range(0, 65_536)] = 20
     """Episodes of the final evaluation, once everything is saved and the training environments are closed; 0 none."""
     save_every: Count = 0
     """Steps between two checkpoints; 0 saves about once a minute. The last two and the best are kept."""

@@ -4,19 +4,19 @@ import contextlib
 import gc
 import json
 import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from inspect import isabstract
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tomli_w
 import torch
 
 from klrl.agents import registry
 from klrl.agents.base import Agent, check_widths
-from klrl.config import Count, build, convert, field_types, merge, suggest, to_dict
+from klrl.config import Checked, Count, Form, Range, build, convert, field_types, merge, option_names, suggest, to_dict
+from klrl.console import say
 from klrl.envs.make import (
     EnvConfig,
     EnvFactory,
@@ -29,21 +29,29 @@ from klrl.envs.make import (
     preset,
     registered,
 )
-from klrl.errors import Interrupted, UsageError, printable
+from klrl.errors import Interrupted, UsageError
 from klrl.policies import spaces
 from klrl.policies.networks import OwnNetwork, name_of_network, named_network
 from klrl.rundir import checkpoint
 from klrl.rundir.folder import locked, make_folder, replace_file
 from klrl.training.episodes import Episodes
 from klrl.training.evaluation import Evaluation, evaluation_seed, run_episodes, summary
-from klrl.training.loop import Loop, RunConfig
+from klrl.training.loop import DEVICES, DeviceName, Loop, RunConfig
 from klrl.training.randomness import random_state_kept
 
 
 @dataclass(frozen=True)
-class ResumeConfig:
+class ResumeConfig(Checked):
     total_timesteps: Count = 0
     """Steps to train for, those done included; 0 keeps the run's own."""
+    device: Annotated[DeviceName, Form(f"({DEVICES.pattern})?", DEVICES.said)] = ""
+    """Where the networks live; by default as before. Another device may round otherwise."""
+    threads: Annotated[int, Range(0, 1024)] = 0
+    """CPU threads of torch; 0 keeps the run's own. Another number may round otherwise."""
+    quiet: bool = False
+    """Print only the final evaluation and where the run lies. Without this and --verbose, as the run was begun."""
+    verbose: bool = False
+    """Print a line for each update."""
     imports: Imports = ()
 
 
@@ -80,7 +88,7 @@ def train(
     """
     for package in convert(tuple[str, ...], config.get("imports", ()), "imports"):
         import_module(package, f"--import {package}")
-    agent_class = registry.find(agent) if isinstance(agent, str) else agent
+    agent_class = registry.find(agent, env) if isinstance(agent, str) else agent
     if not (isinstance(agent_class, type) and issubclass(agent_class, Agent)) or isabstract(agent_class):
         raise UsageError(f"{agent!r} is no agent: train takes a name, or a subclass of klrl.Agent with all its methods")
     if agent_class.name() in registry.BUILT_IN and registry.find(agent_class.name()) is not agent_class:
@@ -100,7 +108,8 @@ def resolve(
     mine, theirs = field_types(RunConfig), field_types(config_class)
     for key in flat:
         if key not in mine and key not in theirs:
-            raise UsageError(f"unknown option {key!r}{suggest(key, [*mine, *theirs])}")
+            known = [*option_names(RunConfig), *option_names(config_class)]
+            raise UsageError(f"unknown option {key!r}{suggest(key, known)}")
     run_config = build(RunConfig, {k: v for k, v in flat.items() if k in mine})
     return run_config, build(config_class, {k: v for k, v in flat.items() if k in theirs})
 
@@ -111,19 +120,20 @@ def resume(
     total_timesteps: int = 0,
     agent: type[Agent] | None = None,
     network: OwnNetwork | None = None,
-    imports: Iterable[str] = (),
+    **options: Any,
 ) -> Run:
     """Go on with the run in folder ``path``, in that folder, as if it had not stopped.
 
     From its newest whole checkpoint; rows logged after that are dropped. ``env``, ``agent``, ``network``: the factory,
     class and network of a run that was given such. ``total_timesteps``: a new total, in place of the run's own; more
-    than are done. ``imports``: packages to import first; those that the run names have to be among them, or imported
-    already. Raises UsageError where they are not, where it is still running, where no checkpoint is whole, and where
-    its steps are done.
+    than are done. ``options``: the command line's others, as keywords; the packages that the run names have to be among
+    ``imports``, or imported already. Raises UsageError where they are not, where it is still running, where no
+    checkpoint is whole, and where its steps are done.
     """
-    for package in imports:
+    given = build(ResumeConfig, {"total_timesteps": total_timesteps, **options})
+    for package in given.imports:
         import_module(package, f"--import {package}")
-    folder = Path(path).absolute()
+    folder, total_timesteps = Path(path).absolute(), given.total_timesteps
     checkpoint.resolve(folder)
     if (folder / "manifest.json").exists():
         raise UsageError(f"resume takes a run's folder, not one of its checkpoints: {folder.parent.parent}")
@@ -131,18 +141,21 @@ def resume(
         checkpoint.clean(folder / "checkpoints")
         source, content = checkpoint.newest(folder, with_rows=True)
         with checkpoint.refusing_misfits(source):
-            options, state = content["state"]["options"], content["state"]["loop"]
-            target, done = env or options["env_id"], state["episodes"]["steps"]
-            check_imported([*options["imports"], module_of(target) if isinstance(target, str) else ""], str(path))
-            agent_class = agent or registry.find(options["agent"])
-            config, agent_config = config_of(agent_class, options)
-            check_widths(options, content["state"]["agent"])
+            begun, state = content["state"]["options"], content["state"]["loop"]
+            target, done = env or begun["env_id"], state["episodes"]["steps"]
+            check_imported([*begun["imports"], module_of(target) if isinstance(target, str) else ""], str(path))
+            agent_class = agent or registry.find(begun["agent"])
+            config, agent_config = config_of(agent_class, begun)
+            check_widths(begun, content["state"]["agent"])
         if isinstance(target, str) and not registered(target):
             raise UsageError(f"{path} was trained on {target!r}, which is no env id here: give klrl.resume its factory")
         if total_timesteps:
             if total_timesteps <= done:
                 raise UsageError(f"--total-timesteps {total_timesteps}: {path} has {done:,} steps already")
             config = replace(config, total_timesteps=total_timesteps)
+        config = replace(config, device=given.device or config.device, threads=given.threads or config.threads)
+        if given.quiet or given.verbose:
+            config = replace(config, quiet=given.quiet, verbose=given.verbose)
         if state["complete"] and config.total_timesteps <= done:
             raise UsageError(f"{path} has its {config.total_timesteps:,} steps; --total-timesteps N trains it further")
         return run_training(agent_class, target, config, agent_config, network, folder, (source, content))
@@ -197,12 +210,12 @@ def run_training(
         try:
             score = loop.run(folder)
         except Interrupted:
-            line = f"stopped after {episodes.steps:,} steps; go on with: klrl resume {named}"
-            print(printable(line), file=sys.stderr, flush=True)
+            say(f"stopped after {episodes.steps:,} steps; go on with: klrl resume {named}", "stderr")
             raise
     if score.returns:
-        print(f"evaluation  {summary(score)}")
-    print(printable(f"run         {named}\nwatch       tensorboard --logdir {config.run_dir}"), flush=True)
+        say(f"evaluation  {summary(score)}")
+    say(f"run         {named}")
+    say(f"watch       tensorboard --logdir {config.run_dir}")
     return Run(agent, folder, env, config, score)
 
 
@@ -242,8 +255,12 @@ def config_of(agent_class: type[Agent], options: Mapping[str, Any]) -> tuple[Run
 
 def pick_device(wanted: str, has_images: Any) -> str:
     """The device to use. Raises UsageError for CUDA where there is none."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no CUDA device is available to this torch; use --device cpu")
+    if wanted.startswith("cuda"):
+        count, index = torch.cuda.device_count() if torch.cuda.is_available() else 0, int(wanted[5:] or 0)
+        if not count:
+            raise UsageError(f"--device {wanted}: no CUDA device is available to this torch; use --device cpu")
+        if index >= count:
+            raise UsageError(f"--device {wanted}: the last CUDA device here is cuda:{count - 1}")
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() and has_images() else "cpu"
     return wanted

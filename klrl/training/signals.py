@@ -1,17 +1,18 @@
-"""SIGINT and SIGTERM as something that a loop asks about when it suits it."""
+"""SIGINT, SIGTERM and SIGHUP as something that a loop asks about when it suits it."""
 
 import signal
 import threading
 from types import FrameType
 from typing import Any, Self
 
-from klrl.errors import Interrupted
+from klrl.errors import STOP_SIGNALS, Interrupted
 
 
 class Signals:
-    """While entered, the first SIGINT or SIGTERM waits for ``check``; a second SIGINT is a KeyboardInterrupt at once.
+    """While entered, the first signal waits for ``check``; a SIGINT after it is a KeyboardInterrupt at once.
 
-    Outside of the main thread, where Python allows no handlers, signals do what they did.
+    Outside of the main thread, where Python allows no handlers, signals do what they did, and SIGHUP does nothing
+    where nohup says so.
     """
 
     def __init__(self) -> None:
@@ -25,8 +26,9 @@ class Signals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._before[signum] = signal.signal(signum, self._note)
+            for signum in STOP_SIGNALS:
+                if signum in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(signum) is not signal.SIG_IGN:
+                    self._before[signum] = signal.signal(signum, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

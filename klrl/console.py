@@ -1,0 +1,65 @@
+"""What is printed for whoever watches a run: a convenience, without which the run goes on."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Literal
+
+Stream = Literal["stdout", "stderr"]
+
+
+def printable(text: str) -> str:
+    """The text with its line breaks, and every other character that a terminal would obey, not show, as an escape.
+
+    Names and messages of others may hold such; a file's name also what is no UTF-8.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(line: str, to: Stream = "stdout") -> None:
+    """Print a line, if anybody can read it."""
+    attempt(lambda: print(printable(line), file=getattr(sys, to), flush=True), to)
+
+
+def warn(text: str) -> None:
+    """Print a line on stderr, even where a run is quiet."""
+    say(f"klrl: {text}", "stderr")
+
+
+def attempt(show: Callable[[], object], to: Stream = "stdout") -> None:
+    """Call ``show``, which prints to the stream; where that fails, all that follows there goes nowhere.
+
+    It fails once a pipe's reader or the terminal has gone, and on a full disk. A stream may also be closed from the
+    beginning.
+    """
+    if not is_open(to):
+        return
+    try:
+        show()
+    except OSError as problem:
+        with contextlib.suppress(OSError, ValueError):  # a stream of somebody's own may have no file
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, getattr(sys, to).fileno())
+            os.close(nowhere)
+        if to == "stdout":
+            say(f"klrl: stdout: {problem.strerror}; the run goes on without it", "stderr")
+
+
+def is_open(name: Stream) -> bool:
+    """Whether the stream is there to be printed to."""
+    stream = getattr(sys, name)
+    return stream is not None and not getattr(stream, "closed", False)
+
+
+def keep_standard_files() -> None:
+    """Open on nothing what is closed of stdin, stdout and stderr.
+
+    A run's own file would otherwise get the number of one, and in it what a library prints by that number.
+    """
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(handle)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (as long as the process)
