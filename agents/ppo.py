@@ -15,6 +15,7 @@ from klrl.config import NonNegative, Positive, PositiveInt
 from klrl.errors import NonFiniteError, SkippedUpdateError, UsageError
 from klrl.kl import Adaptive, KLLimit, Move, at_most
 from klrl.policies.networks import OwnNetwork
+from klrl.policies.parameters import clip_, gradients
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class PPO(OnPolicyAgent):
     """Proximal policy optimisation for Box, Discrete, MultiDiscrete and MultiBinary actions.
 
     Policy and critic take their steps together, with one learning rate and one gradient norm. An update that is rolled
-    back for its KL still keeps what the critic learned.
+    back for its KL still keeps what the critic learned, and one whose policy stops early goes on with the critic.
     """
 
     Config: ClassVar[type[OnPolicyConfig]] = PPOConfig
@@ -108,21 +109,34 @@ class PPO(OnPolicyAgent):
         return UpdateResult(move.report, metrics | self.diagnostics(batch))
 
     def _learn(self, batch: Batch, learning_rate: Tensor, move: Move) -> list[Tensor]:
-        """Take epochs of minibatch steps until they are done or the policy moved too far; the steps' metrics."""
-        config, trace = self.config, []
+        """Take epochs of minibatch steps, the critic's alone once the policy moved too far; the joint ones' metrics."""
+        config, trace, moves = self.config, [], True
         networks = (self.policy.network, self.critic.network)
         fused = suits(self.policy, self.policy_params) and applies(networks[1], self.critic_params)
         self.fused = (FusedPolicy(self.policy), FusedCritic(self.critic)) if fused else None
         for epoch in range(1, config.n_epochs + 1):
             minibatches = batch.minibatches(config.batch_size, self.rng)
             for minibatch in minibatches:
+                if not moves:
+                    self._critic_step(minibatch, learning_rate)
+                    continue
                 trace.append(self._step(minibatch, learning_rate))
                 last = epoch == config.n_epochs and minibatch is minibatches[-1]
-                if not last and move.exceeded("minibatch", at=epoch):
-                    return trace
-            if epoch < config.n_epochs and move.exceeded("epoch", at=epoch):
-                return trace
+                moves = last or not move.exceeded("minibatch", at=epoch)
+            moves = moves and (epoch == config.n_epochs or not move.exceeded("epoch", at=epoch))
         return trace
+
+    def _critic_step(self, minibatch: Batch, learning_rate: Tensor) -> None:
+        """Take one step of Adam with the critic alone, along its gradient clipped to ``max_grad_norm``."""
+        config = self.config
+        if self.fused is not None:
+            gradient = torch.cat(self.fused[1].gradient(minibatch, config.clip_range_vf, config.vf_coef)[1])
+        else:
+            with torch.enable_grad():
+                loss = config.vf_coef * value_loss(self.critic(minibatch.inputs), minibatch, config.clip_range_vf)
+                gradient = gradients(loss, self.critic_params)
+        clip_(gradient, config.max_grad_norm)
+        self.critic_params.adam_step(gradient, learning_rate)
 
     def _step(self, minibatch: Batch, learning_rate: Tensor) -> Tensor:
         """Take one step of Adam on a minibatch: -E[ratio A], E[(V - return)^2] and the gradient's norm, [3]."""

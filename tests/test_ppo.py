@@ -195,6 +195,20 @@ def test_the_update_stops_on_the_exact_kl() -> None:
     assert far.mean > near.mean > 0.015
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("check", ["minibatch", "epoch"])
+def test_the_critic_goes_on_once_the_policy_has_stopped(
+    check: Any, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("klrl.agents.ppo.applies", lambda *_: fused)
+    kl = KLConfig(target=1e-6, penalty="none", stop=1.0, check=check)
+    agent, (report,) = train(replace(PROBE, kl=kl), "CartPole-v1", 1)
+    assert report.kl.stopped_at == 1
+    an_epoch = math.ceil(PROBE.n_steps * 8 / PROBE.batch_size)
+    assert int(agent.policy_params.count) == (an_epoch if check == "epoch" else 1)
+    assert int(agent.critic_params.count) == an_epoch * PROBE.n_epochs
+
+
 def test_a_non_finite_gradient_stops_and_leaves_the_weights() -> None:
     env = make_vector("CartPole-v1", 8, EnvConfig())
     config = replace(PROBE, normalize_advantage=False)
