@@ -150,7 +150,8 @@ class SAC(Agent):
         steps = config.gradient_steps if config.gradient_steps >= 0 else config.train_freq * n_envs
         if not 1 <= steps <= config.kl.every:
             raise UsageError(
-                f"--gradient-steps {config.gradient_steps}: an update takes 1 to --kl.every steps, not {steps}"
+                f"--gradient-steps {config.gradient_steps} of {n_envs} environments: an update takes 1 to --kl.every "
+                f"({config.kl.every}) steps, not {steps}"
             )
         self._window = None
         sizes = (self.actions.stored_width, config.buffer_size, n_envs)
@@ -260,7 +261,12 @@ class SAC(Agent):
         return self._window
 
     def _end_window(self, window: Window) -> UpdateResult:
-        report = window.move.end()
+        try:
+            report = window.move.end()
+        except ValueError as problem:  # the policy has no KL, as its outputs overflow
+            self._load_weights(window.before)
+            self._window = None
+            raise SkippedUpdateError(str(problem)) from None
         if report.rolled_back:  # alpha goes back with the policy that it answered
             self.alpha.retrace(window.before["alpha"], 1 - report.rolled_back)
         self._window = None

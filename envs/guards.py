@@ -5,18 +5,15 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-
-from klrl.console import is_open, say
 
 FAILURES = (Exception, SystemExit)
 """What an environment's fault is caught as: one that calls sys.exit would end a run without a word."""
 CLOSE_SECONDS = 5.0
 """How long an environment may take to close."""
-_said: set[str] = set()
+_said: set[bytes] = set()
 
 
 @contextlib.contextmanager
@@ -42,38 +39,46 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def each_line_once() -> Iterator[None]:
-    """Let what the block prints on stderr through, but for lines that such a block has printed before.
+    """Let what the block prints on stderr through, but for lines that such a block has printed before; all of it where
+    the block fails, as it may say why.
 
-    A simulator's warning would come once for every copy of an environment. Libraries in C print past ``sys.stderr``,
-    so the file descriptor itself is held. Worker processes print nothing: one copy was made before them.
+    A simulator's warning would come once for every copy of an environment. Worker processes print nothing: one copy was
+    made before them. Libraries in C print past ``sys.stderr``, so the file descriptor itself becomes a pipe; processes
+    that the block starts may keep that, and a thread goes on with what they print.
     """
-    if not is_open("stderr"):
+    speaks = multiprocessing.parent_process() is None
+    try:
+        sys.stderr.flush()
+        kept = os.dup(2)
+    except (OSError, ValueError, AttributeError):  # there is no stderr
         yield
         return
-    speaks = multiprocessing.parent_process() is None
-    with contextlib.ExitStack() as stack:
-        try:
-            held = stack.enter_context(tempfile.TemporaryFile())
-            kept = os.dup(2)
-        except OSError:  # no stderr, or no room for what it holds
-            yield
-            return
-        stack.callback(os.close, kept)
-        sys.stderr.flush()
-        os.dup2(held.fileno(), 2)
-        text = stack.enter_context(open(held.fileno(), "w", closefd=False))
-        try:
-            with contextlib.redirect_stderr(text):
-                yield
-        except BaseException:
-            speaks = True  # it may say why
-            raise
-        finally:
-            text.flush()
-            os.dup2(kept, 2)
-            held.seek(0)
-            lines = held.read().decode(errors="replace").splitlines() if speaks else []
-            for line in lines:
-                if line.strip() and line not in _said:
-                    say(line, "stderr")
-                    _said.add(line)
+    reading, writing = os.pipe()
+    os.dup2(writing, 2)
+    os.close(writing)
+    held: list[bytes] = []
+    reader = threading.Thread(target=_pass_on, args=(reading, os.dup(kept), held, speaks), daemon=True)
+    reader.start()
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        reader.join(0.2)
+        if failed:
+            with contextlib.suppress(OSError):
+                os.write(2, b"".join(held))
+
+
+def _pass_on(reading: int, out: int, held: list[bytes], speaks: bool) -> None:
+    with open(reading, "rb") as lines, open(out, "wb", buffering=0) as shown, contextlib.suppress(OSError):
+        for line in lines:
+            if not speaks or line in _said or not line.strip():
+                held.append(line)
+            else:
+                _said.add(line)
+                shown.write(line)

@@ -5,7 +5,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib import resources
 from typing import Annotated, Any, Literal
 
@@ -119,6 +119,12 @@ def registered(env_id: str) -> bool:
     return True
 
 
+def import_packages(names: Iterable[str]) -> None:
+    """Import what --import names. Raises UsageError where that fails."""
+    for name in names:
+        import_module(name, f"--import {name}")
+
+
 def import_module(name: str, wanted_by: str) -> None:
     """Import a module for the environments it registers. Raises UsageError where that fails, naming ``wanted_by``."""
     try:
@@ -165,6 +171,7 @@ def _guard(env_id: str, kwargs: dict[str, Any], make: Callable[[], Any]) -> Any:
         raise UsageError(f"{blamed}: {one_line(problem)}") from None
 
 
+@cache
 def presets() -> dict[str, dict[str, Any]]:
     """Every preset by env id: a table per agent with "config", "source" and what was "measured"."""
     folder = resources.files(klrl.envs) / "presets"

@@ -37,8 +37,7 @@ class EpisodePosition:
 
 
 def counted_from(first: int) -> dict[str, Any] | None:
-    """The options of a ``reset`` with a seed by which the environments ``first``, ``first`` + 1 and so on begin, as if
-    there were so many."""
+    """Options for ``reset`` that number the environments from ``first``."""
     return {_FIRST: first} if first else None
 
 
@@ -96,12 +95,7 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
         return answer
 
     def close(self) -> None:
-        """Close the environment; say so where that fails or takes too long, as nothing depends on it any more."""
-        try:
-            with time_limit(CLOSE_SECONDS):
-                self.env.close()
-        except FAILURES as problem:
-            warn(f"env {self.index} failed at close: {one_line(problem)}")
+        close_or_warn(self.env, self.index)
 
     def _replay(self, position: EpisodePosition) -> None:
         ended, shown = False, Layout(self._shows).as_shown(position.obs)
@@ -236,19 +230,43 @@ def make_seeded(
     return SeededEpisodes(env, index, on_error, position)
 
 
+def close_or_warn(env: Any, name: object) -> None:
+    """Close the environment; say so where that fails or takes too long, as nothing depends on it any more."""
+    try:
+        with time_limit(CLOSE_SECONDS):
+            env.close()
+    except FAILURES as problem:
+        warn(f"env {name} failed at close: {one_line(problem)}")
+
+
 class NamedFaults(VectorWrapper):
     """A vector environment that comes as one: its faults are EnvironmentFailedErrors, as those of single ones are."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any], name: str) -> None:
         super().__init__(env)
         self.name, self.steps = name, 0
+        self._layout = Layout(env.single_observation_space)
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        return self._named("reset", lambda: self.env.reset(**kwargs))
+        def checked() -> tuple[Any, dict[str, Any]]:
+            obs, info = self.env.reset(**kwargs)
+            return self._layout.batch(obs, self.num_envs), info
+
+        return self._named("reset", checked)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        def checked() -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+            obs, reward, terminated, truncated, info = self.env.step(actions)
+            for name, part in (("reward", reward), ("terminated", terminated), ("truncated", truncated)):
+                if np.shape(part) != (self.num_envs,):
+                    raise ValueError(f"its {name} has shape {np.shape(part)}, not ({self.num_envs},)")
+            return self._layout.batch(obs, self.num_envs), reward, terminated, truncated, info
+
         self.steps += 1
-        return self._named("step", lambda: self.env.step(actions))
+        return self._named("step", checked)
+
+    def close(self, **kwargs: Any) -> None:
+        close_or_warn(self.env, self.name)
 
     def _named(self, what: str, call: Callable[[], T]) -> T:
         try:

@@ -41,7 +41,7 @@ class Range:
 
 
 def _largest(value: float) -> float:
-    """The largest number that float32 holds or, of whole ones, whose products with a row's bytes int64 holds."""
+    """The largest number that is taken: beyond it float32 overflows or, of whole ones, a product of some in int64."""
     return 1e15 if isinstance(value, int) else 1e38
 
 
@@ -89,7 +89,8 @@ PositiveInt = Annotated[int, Range(1)]
 Count = Annotated[int, Range(0)]
 # Beyond what fits into a machine, so that a slip, or a file of somebody's, is refused before it is tried.
 Seed = Annotated[int, Reads(_drawn), Range(0, 2**32 - 1)]
-EnvCount = Annotated[int, Range(1, 65_536)]  # each is an object, or a process
+MOST_ENVS = 65_536  # each is an object, or a process
+EnvCount = Annotated[int, Range(1, MOST_ENVS)]
 Widths = Annotated[tuple[Annotated[int, Range(1, 16_384)], ...], Length(100)]
 Positive = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
@@ -245,7 +246,7 @@ def convert(annotation: Any, value: Any, path: str) -> Any:
             raise UsageError(f"{option(path)} must be a table of names and values, got {value!r}")
         return dict(value)
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(min(max(value, -(10**300)), 10**300))
+        return float(min(max(value, -(10**300)), 10**300))  # more is no float, and refused as too large below
     if annotation is int and isinstance(value, float) and value.is_integer():
         return int(value)  # 1e5 in a TOML file
     if not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):

@@ -1,6 +1,5 @@
 """What is printed for whoever watches a run: a convenience, without which the run goes on."""
 
-import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -18,8 +17,14 @@ def printable(text: str) -> str:
 
 
 def say(line: str, to: Stream = "stdout") -> None:
-    """Print a line, if anybody can read it."""
-    attempt(lambda: print(printable(line), file=getattr(sys, to), flush=True), to)
+    """Print a line, if anybody can read it; what the stream's encoding does not have is escaped."""
+
+    def show() -> None:
+        stream = getattr(sys, to)
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        print(printable(line).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+    attempt(show, to)
 
 
 def warn(text: str) -> None:
@@ -38,10 +43,12 @@ def attempt(show: Callable[[], object], to: Stream = "stdout") -> None:
     try:
         show()
     except OSError as problem:
-        with contextlib.suppress(OSError, ValueError):  # a stream of somebody's own may have no file
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, getattr(sys, to).fileno())
-            os.close(nowhere)
+        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (it may become the stream)
+        try:
+            os.dup2(nowhere.fileno(), getattr(sys, to).fileno())
+            nowhere.close()
+        except (OSError, ValueError, AttributeError):  # a stream of somebody's own, without a file
+            setattr(sys, to, nowhere)
         if to == "stdout":
             say(f"klrl: stdout: {problem.strerror}; the run goes on without it", "stderr")
 

@@ -1,8 +1,10 @@
 """What environments answer wrongly, or do where they should answer: one line that names which, and when."""
 
+import logging
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -249,9 +251,10 @@ def test_an_alarm_of_someone_elses_goes_on() -> None:
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_what_environments_print_while_they_are_made_is_shown_once(
-    kind: Any, capfd: pytest.CaptureFixture[str]
+    kind: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guards._said.clear()
+    monkeypatch.setattr(sys, "stderr", os.fdopen(2, "w", closefd=False))  # as it is but for pytest
     for _ in range(2):
         envs = make_vector(lambda: Odd("warns"), 3, EnvConfig(vectorization=kind))
         envs.reset(seed=0)
@@ -280,10 +283,46 @@ def test_a_vector_environment_that_fails_or_answers_wrongly_is_named() -> None:
             EnvironmentFailedError,
             "env Whole-v0 failed at step after 1 steps: SystemExit: 0; saved after 0 steps",
         ),
-        ("column", UsageError, r"reward has shape \(2, 1\), expected \(2,\)"),
+        ("column", EnvironmentFailedError, r"its reward has shape \(2, 1\), not \(2,\); saved after 0 steps"),
     ):
         with pytest.raises(kind, match=said):
             klrl.train("ppo", "Whole-v0", total_timesteps=100, env={"kwargs": {"how": how}}, **SMALL)
+
+
+class Logging(gym.Wrapper[Any, Any, Any, Any]):
+    """An environment that sets up logging, and starts a process, where it is made."""
+
+    def __init__(self) -> None:
+        super().__init__(gym.make("CartPole-v1"))
+        self.log = logging.Logger("sim")
+        self.log.addHandler(logging.StreamHandler())
+        code = "import sys, time; time.sleep(0.5); sys.stderr.write('the server has a remark')"
+        self.server = subprocess.Popen([sys.executable, "-c", code])
+
+
+def test_what_an_environment_starts_while_it_is_made_can_still_be_heard(capfd: pytest.CaptureFixture[str]) -> None:
+    guards._said.clear()
+    with guards.each_line_once():
+        env = Logging()
+    env.log.warning("the sensor is lost")
+    env.server.wait()
+    time.sleep(0.2)
+    assert sorted(capfd.readouterr().err.splitlines()) == ["the sensor is lost", "the server has a remark"]
+
+
+def test_a_vector_environment_that_cannot_be_closed_is_evaluated_all_the_same(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
+
+    class Stuck(CartPoleVectorEnv):
+        def close(self, **_: Any) -> None:
+            raise RuntimeError("boom")
+
+    gym.register("Stuck-v0", vector_entry_point=Stuck, kwargs={"max_episode_steps": 50})
+    run = klrl.train("ppo", "Stuck-v0", total_timesteps=100, **SMALL)
+    assert len(run.score.returns) == 20
+    assert "env Stuck-v0 failed at close: RuntimeError: boom" in capsys.readouterr().err
 
 
 def test_an_environment_in_place_of_what_makes_it_is_refused_in_one_line() -> None:

@@ -186,3 +186,30 @@ def test_resume_takes_the_options_that_change_nothing_of_the_run(capsys: pytest.
     ):
         with pytest.raises(klrl.UsageError, match=message):
             klrl.resume(run.folder, total_timesteps=1800, **options)
+
+
+class Unreadable(io.StringIO):
+    """A stream of somebody's own, without a file, that fails."""
+
+    def write(self, text: str) -> int:
+        raise OSError(5, "gone")
+
+    def fileno(self) -> int:
+        raise AttributeError("none")
+
+
+def test_a_stream_of_ones_own_that_fails_is_left_alone_after_its_first_fault(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Unreadable())
+    for _ in range(3):
+        say("a line")
+    sys.stdout.close()
+    assert capsys.readouterr().err == "klrl: stdout: gone; the run goes on without it\n"
+
+
+def test_what_an_encoding_does_not_have_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    say("runs/\N{LATIN SMALL LETTER E WITH ACUTE}")
+    assert raw.getvalue() == b"runs/\\xe9\n"

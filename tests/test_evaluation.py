@@ -22,6 +22,7 @@ from klrl.cli.main import main
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.rundir import checkpoint
 from klrl.rundir.history import read_history
+from klrl.rundir.logger import Console
 from klrl.training.evaluation import Evaluation, evaluation_seed, run_episodes, summary
 
 
@@ -264,3 +265,17 @@ def test_a_recording_has_a_video_for_each_episode_of_each_round(tmp_path: Path) 
     score = run.evaluate(3)
     paths = record(str(run.folder), RecordConfig(episodes=3, output=str(tmp_path / "videos")))
     assert [count_frames_and_secs(path)[0] for path in paths] == [length + 1 for length in score.lengths]
+
+
+def test_the_final_evaluation_shows_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(100)
+    for done in range(3):
+        console.evaluating(done, 3)  # once a minute
+    assert capsys.readouterr().out == "evaluation: 0 of 3 episodes\n"
+
+
+def test_an_evaluation_along_the_way_is_not_the_final_one() -> None:
+    run = klrl.train("ppo", "CartPole-v1", **{**QUICK, "final_episodes": 0, "eval_every": 1})
+    assert run.score.returns == []
+    assert not read_history(run.folder).has("eval/final_return")
+    assert read_history(run.folder).has("eval/mean_reward")

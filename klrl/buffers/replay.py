@@ -71,7 +71,7 @@ class ReplayBuffer(Buffer):
             for key, shape in self.encoder.images.items()
         }
         self.size, self.steps, self.written = 0, 0, 0
-        self.new_steps = 0  # since the agent last learned, which counts them down
+        self.new_steps = 0  # that the agent has not learned from yet; it counts them down
         self._ended: npt.NDArray[np.bool_] = np.zeros(n_envs, np.bool_)
         self._shown: Any = None  # what the environments showed last, where one of them ended
         # Of each environment, the steps whose sum of n rewards is not complete: inputs, action, reward.

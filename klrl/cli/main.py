@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (MemoryError, RuntimeError, ValueError) as problem:
         if not (isinstance(problem, MemoryError) or any(word in str(problem) for word in _OUT_OF_MEMORY)):
             raise
-        print(f"klrl: there is not enough memory for these options: {printable(one_line(problem))}", file=sys.stderr)
+        say(f"klrl: there is not enough memory for these options: {one_line(problem)}", "stderr")
         sys.exit(2)
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
@@ -107,7 +107,7 @@ def _train(arguments: list[str]) -> None:
     if not names or (len(names) < 2 and not help_wanted):
         raise UsageError("train needs an agent and an env: klrl train ppo CartPole-v1")
 
-    from klrl.envs.make import check, check_imported, import_module, module_of
+    from klrl.envs.make import check, check_imported, import_module, import_packages, module_of
     from klrl.training.loop import RunConfig
     from klrl.training.run import resolve, run_training
 
@@ -117,8 +117,7 @@ def _train(arguments: list[str]) -> None:
         early.add_argument(name, dest=name, nargs="?", action="append", default=[])
     found = {name: [word for word in words if word] for name, words in vars(early.parse_known_args(options)[0]).items()}
     saved = _read_config(found["--config"][-1], agent) if found["--config"] else {}
-    for package in found["--import"]:
-        import_module(package, f"--import {package}")
+    import_packages(found["--import"])
     for network in filter(module_of, found["--network"]):
         import_module(module_of(network), f"--network {network}")
     wanted = convert(tuple[str, ...], saved.pop("imports", ()), "imports")
@@ -253,7 +252,7 @@ def _read_config(path: str, agent: str) -> dict[str, Any]:
         options = tomllib.loads(content.decode())
     except (ValueError, RecursionError) as problem:
         raise UsageError(f"--config {path} is not valid TOML: {problem}") from None
-    if options.pop("agent", agent) != agent.lower():
+    if str(options.pop("agent", agent)).lower() != agent.lower():
         raise UsageError(f"--config {path} is of another agent than {agent!r}")
     options.pop("env_id", None)
     return options

@@ -139,8 +139,8 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.device == b.device and a.shape == b.shape and bool((a == b).all())
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        numbers = [x.item() if isinstance(x, Tensor) and not x.dim() else x for x in (a, b)]
-        return all(isinstance(x, int | float) for x in numbers) and bool(numbers[0] == numbers[1])
+        plain = [x.item() if isinstance(x, Tensor) and not x.dim() else x for x in (a, b)]
+        return all(isinstance(x, int | float) for x in plain) and bool(plain[0] == plain[1])
     return bool(a == b)
 
 

@@ -120,9 +120,6 @@ class DiagonalNormal(td.Distribution):
         return self.mode
 
 
-PolicyDistribution = MultiCategorical | DiagonalNormal
-
-
 @td.register_kl(MultiCategorical, MultiCategorical)  # type: ignore[no-untyped-call, untyped-decorator]
 def _kl_multi_categorical(old: MultiCategorical, new: MultiCategorical) -> Tensor:
     if torch.is_grad_enabled() and (old.logits.requires_grad or new.logits.requires_grad):

@@ -54,11 +54,11 @@ def open_file(path: Path, maximum: int, links: bool = True) -> BinaryIO:
     bytes, and for a link unless ``links``.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | (0 if links else getattr(os, "O_NOFOLLOW", 0))
-    file = open(os.open(path, flags), "rb")  # noqa: SIM115 (the caller's)
-    about = os.fstat(file.fileno())
+    handle = os.open(path, flags)
+    about = os.fstat(handle)
     if stat.S_ISREG(about.st_mode) and about.st_size <= maximum:
-        return file
-    file.close()
+        return open(handle, "rb")
+    os.close(handle)
     problem = f"more than {maximum:,} bytes" if stat.S_ISREG(about.st_mode) else "not a regular file"
     raise OSError(errno.EINVAL, problem, str(path))
 

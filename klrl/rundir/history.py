@@ -103,11 +103,12 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
     with open_file(path, _MOST_METRICS) as file:
         while line := file.readline(_LONGEST_LINE):
             try:
-                row = {tag: float(value) for tag, value in json.loads(line).items()}
+                text = line.decode()
+                row = {tag: float(value) for tag, value in json.loads(text).items()}
             except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
                 continue
             if abs(row.get("step", math.nan)) <= _MOST_STEPS:
-                yield line.decode().rstrip(), row
+                yield text.rstrip(), row
 
 
 def _read_columns(path: Path) -> dict[str, Column]:

@@ -195,12 +195,14 @@ class Console:
 
     def evaluating(self, done: int, total: int) -> None:
         """Show how far the final evaluation is: on the live line, elsewhere once a minute."""
-        line = f"evaluation: {done} of {total} episodes"
+        if time.monotonic() < self._next_time:
+            return
+        line, self._next_time = f"evaluation: {done} of {total} episodes", time.monotonic() + 60
         if self._progress is not None:
-            self._progress.update(self._task, description=line)
-        elif not self._quiet and time.monotonic() >= self._next_time:
-            self._next_time = time.monotonic() + 60
-            print(line, flush=True)
+            self._next_time = time.monotonic() + 0.2
+            attempt(partial(self._progress.update, self._task, description=line, refresh=True))
+        elif not self._quiet:
+            say(line)
 
     def close(self) -> None:
         """Leave the live line as it is and give the terminal back."""

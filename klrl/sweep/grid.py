@@ -73,7 +73,7 @@ def expand(
         name = file_name(",".join(texts.values()) or "default")
         label = " ".join(text for key, text in texts.items() if len(choices[key]) > 1) or env
         settings.append(Setting(name, label, options))
-    return [setting for i, setting in enumerate(settings) if setting not in settings[:i]]
+    return list({json.dumps(setting.options, sort_keys=True): setting for setting in reversed(settings)}.values())[::-1]
 
 
 def _text(value: Any) -> str:

@@ -1,5 +1,6 @@
 """Training a grid of settings and seeds on this machine's cores, a process for each trial, with a report at the end."""
 
+import json
 import math
 import os
 import signal
@@ -24,7 +25,7 @@ from klrl.analysis.report import ReportConfig, report
 from klrl.analysis.scores import score_of
 from klrl.config import Checked, Count, Range
 from klrl.console import attempt, is_open, printable, say, warn
-from klrl.envs.make import EnvConfig, Imports, check, import_module, make_vector, module_of
+from klrl.envs.make import EnvConfig, Imports, check, import_module, import_packages, make_vector, module_of
 from klrl.errors import Interrupted, refusals
 from klrl.policies.networks import named_network
 from klrl.sweep.grid import expand, file_name, parse_choices
@@ -65,8 +66,7 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
     does not stop the others. Raises UsageError for bad input, ChildProcessError at the end where a trial failed, and
     Interrupted after SIGINT, SIGTERM or SIGHUP, once every process has saved; a second SIGINT ends them at once.
     """
-    for package in config.imports:
-        import_module(package, f"--import {package}")
+    import_packages(config.imports)
     registry.find(agent, env)
     check(env)
     choices = parse_choices(word for words in config.set for word in words or [""])
@@ -76,9 +76,8 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
             import_module(module_of(network), f"--network {network}")
         if network:
             named_network(network)
-    for i, setting in enumerate(settings):
-        if setting.options["env"] not in [other.options["env"] for other in settings[:i]]:
-            make_vector(env, 1, EnvConfig(kwargs=setting.options["env"]["kwargs"])).close()
+    for kwargs in {json.dumps(s.options["env"]["kwargs"]): s.options["env"]["kwargs"] for s in settings}.values():
+        make_vector(env, 1, EnvConfig(kwargs=kwargs)).close()
     folder = Path(config.run_dir) / file_name(config.name or f"sweep-{agent.lower()}-{env}")
     with refusals(f"--run-dir {config.run_dir}"):
         folder.mkdir(parents=True, exist_ok=True)

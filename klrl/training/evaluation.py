@@ -74,7 +74,8 @@ def run_episodes(
 ) -> Evaluation:
     """``episodes`` in rounds of one in each environment, by default one round; short ones therefore count no more.
 
-    An episode is the same however many run side by side, where its environment was made and seeded by itself.
+    With the most likely actions, an episode is the same however many run side by side, where its environment was made
+    and seeded by itself.
     Sampled actions follow from ``seed`` and leave the agent's own random state alone. An episode that goes on for
     ``max_steps``, or 27,000, steps is cut off. ``watch`` is called at each state, the last one included, and may raise:
     with the observations [N, *shape], which of them are of these episodes [N], the returns so far [N], the step, and

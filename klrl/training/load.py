@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from klrl.agents import registry
 from klrl.agents.base import Agent
-from klrl.envs.make import check_imported, import_module, make_vector, module_of, registered
+from klrl.envs.make import check_imported, import_packages, make_vector, module_of, registered
 from klrl.errors import UsageError
 from klrl.policies.networks import OwnNetwork
 from klrl.rundir import checkpoint
@@ -76,8 +76,7 @@ def load_policy(
     network: OwnNetwork | None = None,
 ) -> LoadedPolicy:
     """The policy of a run folder or checkpoint, as ``load``, once ``imports`` are imported."""
-    for package in imports:
-        import_module(package, f"--import {package}")
+    import_packages(imports)
     source, content = checkpoint.newest(Path(path), which)
     with checkpoint.refusing_misfits(source):
         options = content["state"]["options"]

@@ -13,7 +13,7 @@ import tyro
 from gymnasium.vector import VectorEnv
 
 from klrl.agents.base import Agent, UpdateResult
-from klrl.config import Checked, Count, EnvCount, Form, PositiveInt, Range, Reads, Seed, flatten
+from klrl.config import MOST_ENVS, Checked, Count, EnvCount, Form, PositiveInt, Range, Reads, Seed, flatten
 from klrl.console import warn
 from klrl.envs.make import EnvConfig, EnvFactory, Imports, can_replay, make_vector
 from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, SkippedUpdateError, UsageError
@@ -52,7 +52,7 @@ class RunConfig(Checked):
     """Updates (off-policy: windows of kl.every steps) between two evaluations on separate environments; 0 never."""
     eval_episodes: EnvCount = 5
     """Episodes of each of those evaluations."""
-    final_episodes: Annotated[int, Range(0, 65_536)] = 20
+    final_episodes: Annotated[int, Range(0, MOST_ENVS)] = 20
     """Episodes of the final evaluation, once everything is saved and the training environments are closed; 0 none."""
     save_every: Count = 0
     """Steps between two checkpoints; 0 saves about once a minute. The last two and the best are kept."""
@@ -154,7 +154,7 @@ class Loop:
                         progress.figures = self._learn()
                     score = self._assess(progress.figures)
                     if self.finished:
-                        return score or NO_EPISODES
+                        return NO_EPISODES if score is None else score
                     progress.figures, progress.began = None, self.episodes.steps
             except (Interrupted, EnvironmentFailedError) as problem:
                 self._save(None)
@@ -236,11 +236,12 @@ class Loop:
         return report, learning
 
     def _assess(self, learned: dict[str, float]) -> Evaluation | None:
-        """Evaluate where it is time, log, and save; the evaluation's score."""
+        """Evaluate where it is time, log, and save; the score of the final evaluation."""
         config, progress, steps = self.config, self.progress, self.episodes.steps
         figures, score = dict(learned), None
+        final = self.finished and config.final_episodes > 0
         self._find_folder()
-        if self.finished and config.final_episodes:
+        if final:
             self._save(None)  # an evaluation may fail, or take longer than anyone waits
             self.envs.close()  # of some tasks no two instances may exist
             if self._evaluators is not None:
@@ -252,7 +253,7 @@ class Loop:
         if score is not None:
             figures["eval/mean_reward"], figures["eval/std_reward"] = score.mean, score.std
             figures["eval/mean_ep_length"] = statistics.fmean(score.lengths)
-            if self.finished:
+            if final:
                 figures["eval/final_return"] = score.mean
         self.logger.write(steps, figures)
         if self.per_state is not None and config.histogram_every and progress.updates % config.histogram_every == 0:
@@ -267,7 +268,7 @@ class Loop:
             self._save(score)
         progress.best = max(progress.best, score.mean) if score is not None else progress.best
         progress.logged = steps
-        return score
+        return score if final else None
 
     def _evaluate(self, episodes: int, seed: int) -> Evaluation:
         """Episodes that leave the global generators as they were, so that training does not depend on them."""
@@ -282,7 +283,7 @@ class Loop:
             def watch(obs: Any, running: Any, returns: Any, step: int, first: int) -> None:
                 self.signals.check()
                 if self.finished:
-                    self.console.evaluating(min(first + int((~running).sum()), episodes), episodes)
+                    self.console.evaluating(min(first + len(running), episodes) - int(running.sum()), episodes)
 
             return run_episodes(self.agent, self._evaluators, seed, watch=watch, episodes=episodes)
 

@@ -29,7 +29,10 @@ def restore_random_state(state: State) -> None:
 def random_state_kept(seed: int | None = None) -> Iterator[None]:
     """Leave the generators as they were before the block, in which they start from ``seed`` where one is given."""
     before = random_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    # Only where CUDA is in use: to ask it for a state would start it, on every GPU.
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if in_use else []
+    with torch.random.fork_rng(devices=devices):
         if seed is not None:
             torch.manual_seed(seed)
             np.random.seed(seed)

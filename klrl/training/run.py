@@ -15,7 +15,20 @@ import torch
 
 from klrl.agents import registry
 from klrl.agents.base import Agent, check_widths
-from klrl.config import Checked, Count, Form, Range, build, convert, field_types, merge, option_names, suggest, to_dict
+from klrl.config import (
+    Checked,
+    Count,
+    Form,
+    Range,
+    Seed,
+    build,
+    convert,
+    field_types,
+    merge,
+    option_names,
+    suggest,
+    to_dict,
+)
 from klrl.console import say
 from klrl.envs.make import (
     EnvConfig,
@@ -23,7 +36,7 @@ from klrl.envs.make import (
     Imports,
     check_imported,
     env_name,
-    import_module,
+    import_packages,
     make_vector,
     module_of,
     preset,
@@ -68,7 +81,8 @@ class Run:
 
     def evaluate(self, episodes: int = 20, deterministic: bool = True, seed: int = 0) -> Evaluation:
         """Episodes with the trained agent that are not those of the final evaluation; another seed gives others."""
-        width, chosen = min(episodes, self.config.n_envs), evaluation_seed("afterwards", self.config.seed, seed)
+        number = convert(Seed, seed, "seed")
+        width, chosen = min(episodes, self.config.n_envs), evaluation_seed("afterwards", self.config.seed, number)
         with contextlib.closing(make_vector(self.env, width, self.config.env)) as envs:
             return run_episodes(self.agent, envs, chosen, deterministic, episodes=episodes)
 
@@ -86,8 +100,7 @@ def train(
     Raises UsageError (a ValueError) for bad input, before anything is written, and NonFiniteError where training met
     a nan or infinity; the run's checkpoints then stay.
     """
-    for package in convert(tuple[str, ...], config.get("imports", ()), "imports"):
-        import_module(package, f"--import {package}")
+    import_packages(convert(tuple[str, ...], config.get("imports", ()), "imports"))
     agent_class = registry.find(agent, env) if isinstance(agent, str) else agent
     if not (isinstance(agent_class, type) and issubclass(agent_class, Agent)) or isabstract(agent_class):
         raise UsageError(f"{agent!r} is no agent: train takes a name, or a subclass of klrl.Agent with all its methods")
@@ -131,8 +144,7 @@ def resume(
     checkpoint is whole, and where its steps are done.
     """
     given = build(ResumeConfig, {"total_timesteps": total_timesteps, **options})
-    for package in given.imports:
-        import_module(package, f"--import {package}")
+    import_packages(given.imports)
     folder, total_timesteps = Path(path).absolute(), given.total_timesteps
     checkpoint.resolve(folder)
     if (folder / "manifest.json").exists():

@@ -11,8 +11,8 @@ from klrl.errors import STOP_SIGNALS, Interrupted
 class Signals:
     """While entered, the first signal waits for ``check``; a SIGINT after it is a KeyboardInterrupt at once.
 
-    Outside of the main thread, where Python allows no handlers, signals do what they did, and SIGHUP does nothing
-    where nohup says so.
+    A SIGHUP that nohup has switched off stays so. Outside of the main thread Python allows no handlers, and signals do
+    what they did before.
     """
 
     def __init__(self) -> None:
