@@ -21,6 +21,8 @@ from klrl.policies.encoder import replace_rows
 from klrl.policies.observations import Layout
 
 T = TypeVar("T")
+RESTARTED = "klrl.restarted"
+"""The key of an info that says why an episode was truncated, and the next one begun."""
 _FIRST = "klrl.first"
 
 
@@ -46,8 +48,9 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
 
     An environment therefore has no state to save: its ``EpisodePosition`` brings it back. The first ``reset`` replays
     ``position``. Where the replay ends at another observation, and where a step fails under ``on_error`` "restart",
-    the episode is truncated at the last observation, and "restarted" in the info says why. A step fails where it
-    raises, asks the interpreter to exit, or returns what no environment may.
+    the episode is truncated at the last observation, and RESTARTED in the info says why. A step fails where it raises,
+    asks the interpreter to exit, or returns what no environment may. The environment's own infos end here: training
+    reads none, and those of several environments need not fit into one.
     """
 
     def __init__(
@@ -72,12 +75,12 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
         options = None if options is None or _FIRST in options else options
         words = np.random.SeedSequence([self.seed, self.index, self.episode]).generate_state(1)
         try:
-            self.obs, info = check_reset(self._shows, self.env.reset(seed=int(words[0]), options=options))
+            self.obs, _ = check_reset(self._shows, self.env.reset(seed=int(words[0]), options=options))
         except FAILURES as problem:
             raise self._failure(problem, "reset") from None
         if position is not None:
             self._replay(position)
-        return self.obs, info
+        return self.obs, {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         if self.next is not None:
@@ -90,9 +93,10 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
             if self.on_error == "raise":
                 raise failure from None
             return self._truncate(str(failure))
-        self.obs = answer[0]
+        obs, reward, terminated, truncated, _ = answer
+        self.obs = obs
         self.steps += 1
-        return answer
+        return obs, reward, terminated, truncated, {}
 
     def close(self) -> None:
         close_or_warn(self.env, self.index)
@@ -118,7 +122,7 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
         return obs, 0.0, False, False, info
 
     def _truncate(self, why: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        return self.obs, 0.0, False, True, {"restarted": why}
+        return self.obs, 0.0, False, True, {RESTARTED: why}
 
     def _failure(self, problem: BaseException, where: str) -> EnvironmentFailedError:
         what = f"env {self.index} failed at {where} of episode {self.episode}"

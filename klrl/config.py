@@ -103,6 +103,11 @@ class Checked:
     group: ClassVar[str] = ""
     """How the command line prefixes the options, as ``kl.``."""
 
+    def __init_subclass__(cls) -> None:
+        for name in set(vars(cls)) - set(vars(cls).get("__annotations__", {})) - {"group"}:
+            if any(name in vars(base).get("__annotations__", {}) for base in cls.__mro__[1:]):
+                raise TypeError(f"{cls.__name__}.{name} has no type, and would change no default: annotate it")
+
     def __post_init__(self) -> None:
         for name, value in _converted(type(self), vars(self), self.group).items():
             object.__setattr__(self, name, value)

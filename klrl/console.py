@@ -42,7 +42,7 @@ def attempt(show: Callable[[], object], to: Stream = "stdout") -> None:
         return
     try:
         show()
-    except OSError as problem:
+    except (OSError, ValueError) as problem:  # ValueError: a stream that was closed meanwhile
         nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (it may become the stream)
         try:
             os.dup2(nowhere.fileno(), getattr(sys, to).fileno())
@@ -50,13 +50,18 @@ def attempt(show: Callable[[], object], to: Stream = "stdout") -> None:
         except (OSError, ValueError, AttributeError):  # a stream of somebody's own, without a file
             setattr(sys, to, nowhere)
         if to == "stdout":
-            say(f"klrl: stdout: {problem.strerror}; the run goes on without it", "stderr")
+            say(f"klrl: stdout: {getattr(problem, 'strerror', problem)}; the run goes on without it", "stderr")
 
 
 def is_open(name: Stream) -> bool:
     """Whether the stream is there to be printed to."""
     stream = getattr(sys, name)
     return stream is not None and not getattr(stream, "closed", False)
+
+
+def is_terminal(name: Stream = "stdout") -> bool:
+    """Whether the stream is there, and a terminal; one of somebody's own may not even know."""
+    return is_open(name) and bool(getattr(getattr(sys, name), "isatty", lambda: False)())
 
 
 def keep_standard_files() -> None:

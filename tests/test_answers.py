@@ -21,6 +21,7 @@ from klrl.cli.main import main
 from klrl.envs import guards, wrappers
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.errors import EnvironmentFailedError, UsageError
+from klrl.training.evaluation import run_episodes
 
 SMALL: dict[str, Any] = {"n_envs": 2, "n_steps": 64, "batch_size": 64, "n_epochs": 2, "quiet": True, "eval_every": 0}
 OBS = np.zeros(2, np.float32)
@@ -77,7 +78,7 @@ def test_a_wrong_answer_is_named_and_may_count_as_truncated(wrong: dict[str, Any
         assert truncated.tolist() == [t == 3] * 2
     assert terminated.tolist() == [False] * 2
     assert reward.tolist() == [0.0] * 2
-    assert "env 1 failed at step 3 of episode 0" in info["restarted"][1]
+    assert "env 1 failed at step 3 of episode 0" in info["klrl.restarted"][1]
 
 
 def test_wrong_answers_are_named_in_processes_of_their_own_too() -> None:
@@ -323,6 +324,46 @@ def test_a_vector_environment_that_cannot_be_closed_is_evaluated_all_the_same(
     run = klrl.train("ppo", "Stuck-v0", total_timesteps=100, **SMALL)
     assert len(run.score.returns) == 20
     assert "env Stuck-v0 failed at close: RuntimeError: boom" in capsys.readouterr().err
+
+
+class Telling(gym.Wrapper[Any, Any, Any, Any]):
+    """An environment whose infos fit into no array, and use the name of one of klrl's."""
+
+    def __init__(self) -> None:
+        super().__init__(gym.make("CartPole-v1"))
+
+    def step(self, action: Any) -> Any:
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        info = {"contacts": np.zeros(self.np_random.integers(1, 5)), "restarted": False}
+        return obs, reward, terminated, truncated, info
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_infos_may_hold_anything(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    klrl.train("ppo", Telling, total_timesteps=300, env={"vectorization": kind}, **SMALL)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reward_after_an_episode_is_no_part_of_its_return() -> None:
+    class Late(gym.Wrapper[Any, Any, Any, Any]):
+        made = 0
+
+        def __init__(self) -> None:
+            Late.made += 1
+            super().__init__(gym.make("CartPole-v1", max_episode_steps=3 if Late.made % 2 else 9))
+
+        def reset(self, **kwargs: Any) -> Any:
+            self.ended = self.ended + 1 if hasattr(self, "ended") else 0
+            return super().reset(**kwargs)
+
+        def step(self, action: Any) -> Any:
+            obs, _, *rest = self.env.step(action)
+            return obs, np.inf if self.ended else 1.0, *rest
+
+    envs = make_vector(Late, 2, EnvConfig())
+    score = run_episodes(klrl.PPO(envs.single_observation_space, envs.single_action_space), envs, 0)
+    assert score.returns == score.lengths
+    assert min(score.lengths) < max(score.lengths), "one goes on while the other has ended"
 
 
 def test_an_environment_in_place_of_what_makes_it_is_refused_in_one_line() -> None:

@@ -149,3 +149,10 @@ def test_an_agent_is_found_in_any_case_and_a_misspelled_or_swapped_one_named() -
     ):
         with pytest.raises(UsageError, match=message):
             klrl.train(agent, env)
+
+
+def test_a_default_that_would_not_take_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Mine\.gamma has no type, and would change no default: annotate it"):
+
+        class Mine(klrl.PPOConfig):
+            gamma = 0.5

@@ -208,6 +208,18 @@ def test_a_stream_of_ones_own_that_fails_is_left_alone_after_its_first_fault(
     assert capsys.readouterr().err == "klrl: stdout: gone; the run goes on without it\n"
 
 
+def test_a_stream_need_not_know_whether_it_is_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tee:
+        def write(self, text: str) -> int:
+            return len(text)
+
+        def flush(self) -> None:
+            pass
+
+    monkeypatch.setattr(sys, "stdout", Tee())
+    assert klrl.train("ppo", "CartPole-v1", **SHOWN | {"verbose": False}).folder.exists()
+
+
 def test_what_an_encoding_does_not_have_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))

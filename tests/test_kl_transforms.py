@@ -186,21 +186,6 @@ class OfItsClass(Scaled):
     weight = torch.ones(())
 
 
-class ReadsAGlobal(Scaled):
-    def _call(self, x: Tensor) -> Tensor:
-        return x * NETWORK.scale()
-
-
-def reads_a_closure() -> td.Transform:
-    scale = torch.ones(())
-
-    class ReadsAClosure(Scaled):
-        def _call(self, x: Tensor) -> Tensor:
-            return x * scale
-
-    return ReadsAClosure(1.0)
-
-
 def holding(value: Any) -> td.Transform:
     transform = Scaled(1.0)
     transform.held = value  # type: ignore[attr-defined]
@@ -212,9 +197,6 @@ def holding(value: Any) -> td.Transform:
     [
         (Slotted(1.0), "Slotted has state .* __slots__"),
         (OfItsClass(1.0), "OfItsClass has state .*weight belongs to its class"),
-        (ReadsAGlobal(1.0), "ReadsAGlobal has state .*_call reads variables"),
-        (reads_a_closure(), "ReadsAClosure has state .*_call reads variables"),
-        (holding(lambda x, scale=NETWORK: x), "lambda> has state"),
         (holding(NETWORK.scale), "Flow.scale has state"),
         (holding(torch.Generator()), "Generator has state"),
     ],
@@ -224,6 +206,66 @@ def test_a_transform_whose_state_cannot_be_read_is_refused_by_name(transform: td
         pass
     with torch.no_grad():
         assert kl(policy(transform), policy(transform)).tolist() == [0.0] * STATES, "one object is equal to itself"
+
+
+OUTSIDE = {"scale": torch.ones(()), "net": NETWORK}
+
+
+def scaled_by_the_outside(x: Tensor) -> Tensor:
+    return x * OUTSIDE["scale"]
+
+
+class ReadsElsewhere(td.transforms.Transform):
+    """A transform that computes with what lies outside of it, in the way that ``how`` says."""
+
+    domain = codomain = td.constraints.real
+    bijective = True
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        scale = OUTSIDE["scale"]
+        self.net = how  # a global of this module may be called so, too
+        self.function = {
+            "helper": scaled_by_the_outside,
+            "closure": lambda x: x * scale,
+            "default": lambda x, by=scale: x * by,
+            "partial": functools.partial(torch.mul, scale),
+        }.get(how)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return x * OUTSIDE["scale"] if self.function is None else self.function(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y / OUTSIDE["scale"]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.log(OUTSIDE["scale"]).expand_as(x)
+
+
+net = NETWORK
+
+
+@pytest.mark.parametrize("how", ["global", "helper", "closure", "default"])
+def test_what_a_transform_reads_elsewhere_is_seen_to_change(how: str) -> None:
+    OUTSIDE["scale"].fill_(1.0)
+    transform = ReadsElsewhere(how)
+    with track(lambda: policy(transform)) as update:
+        pass
+    assert update.report.mean == 0.0
+    assert not update.report.estimated
+    with pytest.raises(ValueError, match="reads what lies outside of it and has changed"):  # noqa: SIM117
+        with track(lambda: policy(transform)):
+            OUTSIDE["scale"].fill_(2.0)
+    OUTSIDE["scale"].fill_(1.0)
+
+
+def test_what_a_composition_remembers_is_no_part_of_it() -> None:
+    first, second = (
+        policy(td.transforms.ComposeTransform([Scaled(2.0), td.transforms.TanhTransform()])) for _ in range(2)
+    )
+    assert first.base_dist.transforms[0].bijective  # is remembered, once it was asked for
+    for pair in ((first, second), (second, first)):
+        assert float(kl(*pair).max()) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from helpers import QUICK
 
 import klrl
 from klrl.buffers.replay import ReplayBuffer
@@ -87,7 +88,7 @@ def test_an_image_with_its_channels_at_the_other_end_is_transposed_not_reshaped(
         UsageError, match="observation is of type float32, expected whole numbers, as its space's uint8"
     ):
         agent.act(image[None] / np.float32(255))
-    with pytest.raises(UsageError, match=r"observation lies in 0 to 256, expected bytes"):
+    with pytest.raises(UsageError, match=r"observation lies in 0 to 256, expected 0 to 255"):
         agent.act(np.where(np.arange(image.size) == 7, 256, 0).reshape(1, *space.shape))
 
 
@@ -211,3 +212,46 @@ def test_odd_autoreset_modes_devices_and_seeds_are_refused_in_one_line() -> None
         assert (
             agent(BOX, TWO, seed=np.int64(3)).rng.bit_generator.state == agent(BOX, TWO, seed=3).rng.bit_generator.state
         )
+
+
+def test_integers_that_their_space_cannot_hold_are_refused() -> None:
+    agent = klrl.PPO(spaces.Box(-100, 100, (2,), np.int8), TWO)
+    assert agent.act(np.array([[3, -100]])).shape == (1, 1)
+    with pytest.raises(UsageError, match="observation lies in 0 to 180, expected -128 to 127"):
+        agent.act(np.array([[0, 180]]))
+
+
+def test_a_dict_whose_only_key_is_empty_resumes() -> None:
+    class Nameless(gym.ObservationWrapper[Any, Any, Any]):
+        def __init__(self) -> None:
+            super().__init__(gym.make("CartPole-v1"))
+            self.observation_space = spaces.Dict({"": self.env.observation_space})
+
+        def observation(self, observation: Any) -> Any:
+            return {"": observation}
+
+    run = klrl.train("ppo", Nameless, **QUICK | {"total_timesteps": 300})
+    assert klrl.resume(run.folder, env=Nameless, total_timesteps=600).score.mean > 0
+
+
+@pytest.mark.parametrize(
+    "space", [spaces.Discrete(2, dtype=np.int32, start=3), spaces.MultiDiscrete([3, 4], dtype=np.int8), TWO]
+)
+def test_actions_have_the_type_of_their_space(space: Any) -> None:
+    agent = klrl.PPO(BOX, space)
+    (taken,) = agent.env_action(agent.act(np.zeros((1, *BOX.shape), np.float32)))
+    assert space.contains(taken)
+
+
+@pytest.mark.parametrize(("action", "said"), [(0.5, "fractions"), (2, "lie in 2 to 2"), (-1, "lie in -1 to -1")])
+def test_actions_that_a_space_does_not_have_are_refused(action: Any, said: str) -> None:
+    agent = klrl.PPO(BOX, TWO, {"n_steps": 2})
+    buffer, obs, no = agent.new_buffer(1), np.zeros((1, *BOX.shape), np.float32), np.zeros(1, bool)
+
+    def learn() -> None:
+        for _ in range(2):
+            buffer.add(obs, np.array([[action]]), np.ones(1), no, no, obs)
+        agent.update(buffer)
+
+    with pytest.raises(UsageError, match=said):
+        learn()

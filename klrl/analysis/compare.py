@@ -22,7 +22,7 @@ from klrl.console import printable
 from klrl.envs.make import Imports
 from klrl.errors import NonFiniteError, UsageError, needs
 from klrl.kl import concatenate, js, kl, reverse_kl, select
-from klrl.kl.estimators import own_noise
+from klrl.kl.state import own_noise
 from klrl.policies.distributions import MultiCategorical
 from klrl.policies.observations import Observation
 from klrl.policies.spaces import category_sizes

@@ -1,7 +1,6 @@
 """Tables of words: as plain text, Markdown or HTML, and printed."""
 
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -9,7 +8,7 @@ from rich import markup
 from rich.console import Console
 from rich.table import Table
 
-from klrl.console import printable
+from klrl.console import is_terminal, printable
 
 
 def as_text(rows: Sequence[Sequence[str]], align: str) -> list[str]:
@@ -45,7 +44,7 @@ def show(columns: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> N
         table.add_column(name, justify="right" if side == ">" else "left")
     for row in rows:
         table.add_row(*(markup.escape(printable(cell)) for cell in row))
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if is_terminal() else 140)
     with console.capture() as text:  # rich would end the process where nobody reads
         console.print(table)
     print(text.get(), end="", flush=True)

@@ -82,7 +82,7 @@ class ReplayBuffer(Buffer):
     ) -> None:
         """Take one step of all N environments.
 
-        Raises NonFiniteError naming the environment where an observation or reward is not finite, UsageError where a
+        Raises NonFiniteError naming the environment where a value is not finite, UsageError where a
         part has another shape, and ValueError where ``final_obs`` does not go with the autoreset mode.
         """
         layout, one = self.encoder.layout, (self.n_envs,)
@@ -99,6 +99,7 @@ class ReplayBuffer(Buffer):
         for name, values in (
             ("observation", before.get("vector")),
             ("observation", after.get("vector")),
+            ("action", action),
             ("reward", reward[:, None]),
         ):
             if values is not None and not np.isfinite(values).all():

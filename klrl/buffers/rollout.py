@@ -10,8 +10,9 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 
 from klrl.buffers.protocol import Buffer, autoreset_mode, check_continues, flags, led_to, numbers
-from klrl.errors import NonFiniteError
+from klrl.errors import NonFiniteError, UsageError
 from klrl.policies.observations import Layout, Observation
+from klrl.policies.spaces import category_sizes
 
 _FACTS = ("action", "reward", "terminated", "truncated", "valid")
 
@@ -40,6 +41,7 @@ class RolloutBuffer(Buffer):
         empty = {name: _empty(part, (n_steps + 1, n_envs)) for name, part in self.layout.parts.items()}
         self.obs: Observation = empty if self.layout.keyed else empty[""]
         self.action = action_storage(action_space, (n_steps, n_envs))
+        self._sizes = None if isinstance(action_space, spaces.Box) else category_sizes(action_space)
         self.reward: npt.NDArray[np.float32] = np.zeros((n_steps, n_envs), np.float32)
         self.terminated: npt.NDArray[np.bool_] = np.zeros((n_steps, n_envs), np.bool_)
         self.truncated: npt.NDArray[np.bool_] = np.zeros((n_steps, n_envs), np.bool_)
@@ -63,6 +65,8 @@ class RolloutBuffer(Buffer):
         """
         one = (self.n_envs,)
         action, reward = numbers("action", action, self.action.shape[1:]), numbers("reward", reward, one)
+        if self._sizes is not None and action.dtype.kind == "f":
+            raise UsageError("actions are fractions, where whole numbers are wanted: give those of act")
         terminated, truncated = flags("terminated", terminated, one), flags("truncated", truncated, one)
         ended = terminated | truncated
         plain = self.autoreset is AutoresetMode.NEXT_STEP and final_obs is None
@@ -131,14 +135,18 @@ class RolloutBuffer(Buffer):
         self._ended[:] = False
 
     def check_finite(self) -> None:
-        """Raise NonFiniteError naming field, environment index and step of the first observation or reward that is not.
+        """Raise NonFiniteError naming field, environment index and step of the first value that is not finite.
 
-        Of one step, the observation comes first: a nan there makes the action and so the reward nan.
+        Of one step, the observation comes first: a nan there makes the action and so the reward nan. Raises UsageError
+        for actions that the space does not have.
         """
+        taken = self.action[: self.filled]
+        if self._sizes is not None and taken.size and ((taken < 0) | (taken >= self._sizes)).any():
+            raise UsageError(f"actions lie in {taken.min()} to {taken.max()}: give those of act, counted from 0")
         named = [(f"observation {key!r}" if key else "observation", part) for key, part in _parts(self.obs)]
         fields = [(name, part[: self.filled + 1]) for name, part in named]
         found: list[tuple[int, int, str, float]] = []
-        for name, values in [*fields, ("reward", self.reward[: self.filled])]:
+        for name, values in [*fields, ("action", taken), ("reward", self.reward[: self.filled])]:
             if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
                 place = tuple(np.argwhere(~np.isfinite(values))[0])
                 found.append((int(place[0]), int(place[1]), name, values[place]))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from klrl.kl import closed_form
+from klrl.kl import closed_form, state
 from klrl.kl.state import NotSupportedError, copied, in_float64, map_state, same_state, tensors_of
 
 D = TypeVar("D", bound=td.Distribution)
@@ -234,7 +234,7 @@ def _map_parameters(dist: Any, function: Callable[[Tensor], Tensor]) -> Any:
         # The parameters of a transform are of no one state: an index leaves them, and only a copy takes them along.
         transforms = map_state(dist.transforms, copied) if function is copied else dist.transforms
         td.TransformedDistribution.__init__(rebuilt, base, transforms, validate_args=False)
-        return rebuilt
+        return state.remember(rebuilt) if function is copied else rebuilt
     raise NotSupportedError(
         f"{name_of(dist)} is not supported: give a Normal (also multivariate or squashed), Categorical, Bernoulli, "
         "Beta, a mixture of those, or a class with a method map_parameters(function)"
@@ -283,6 +283,8 @@ def _beta(old: td.Beta, new: td.Beta) -> Tensor:
 
 
 def _transformed(old: td.TransformedDistribution, new: td.TransformedDistribution) -> Tensor:
+    state.check_still(old, name_of(old))
+    state.check_still(new, name_of(new))
     # Compared by what they hold: most transforms' == does not look at it.
     pairs = list(itertools.zip_longest(old.transforms, new.transforms))
     if all(t.bijective for t in old.transforms) and all(same_state(*pair) for pair in pairs):

@@ -4,8 +4,6 @@ They stand beside an exact value or take its place where none exists; they never
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,19 +11,6 @@ from torch import Tensor
 from torch import distributions as td
 
 from klrl.kl.divergence import NoClosedFormError, name_of, raise_nan
-
-
-@contextmanager
-def own_noise(seed: int = 0, device: torch.device | None = None) -> Iterator[None]:
-    """What is sampled within, on the CPU and on ``device``, follows from ``seed`` alone; torch's generators are left as
-    they were."""
-    cuda = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(cuda):
-        torch.default_generator.manual_seed(seed)
-        for place in cuda:
-            with torch.cuda.device(place):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 class StateEstimates(NamedTuple):

@@ -10,7 +10,8 @@ from torch import distributions as td
 
 from klrl.kl.control import Bound
 from klrl.kl.divergence import NoClosedFormError, kl, parameters_of, reverse_kl
-from klrl.kl.estimators import Estimate, kl_estimate, mc_entropy, mc_kl, own_noise
+from klrl.kl.estimators import Estimate, kl_estimate, mc_entropy, mc_kl
+from klrl.kl.state import own_noise
 
 Direction = Literal["forward", "reverse"]
 

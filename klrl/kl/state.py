@@ -1,21 +1,46 @@
 """What a transform, a network or one of torch's distributions holds: copied, compared and recomputed by value."""
 
+import contextlib
 import copy
 import enum
+import inspect
 import numbers
 import types
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributions as td
+from torch.distributions.utils import lazy_property
 
+D = TypeVar("D", bound=td.TransformedDistribution)
 _INVERSE: Any = td.transforms._InverseTransform
 # What a transform remembers beside its state: its inverse, which it makes again, and the last value it was given.
 _MEMORY = {"_inv": None, "_cached_x_y": (None, None)}
 _PLAIN = numbers.Number | str | bytes | None | type | types.ModuleType | enum.Enum
-_LEAVES = _PLAIN | types.BuiltinFunctionType | torch.dtype | torch.device | torch.Size | td.constraints.Constraint
+_LEAVES = (
+    _PLAIN
+    | types.FunctionType
+    | types.BuiltinFunctionType
+    | torch.dtype
+    | torch.device
+    | torch.Size
+    | td.constraints.Constraint
+)
+
+
+@contextlib.contextmanager
+def own_noise(seed: int = 0, device: torch.device | None = None) -> Iterator[None]:
+    """What is sampled within, on the CPU and on ``device``, follows from ``seed`` alone; torch's generators are left as
+    they were."""
+    cuda = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        torch.default_generator.manual_seed(seed)
+        for place in cuda:
+            with torch.cuda.device(place):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 class NotSupportedError(ValueError):
@@ -40,10 +65,6 @@ def _twin(x: Any, function: Callable[[Any], Any], seen: dict[int, Any]) -> Any:
     if isinstance(x, Tensor):
         seen[id(x)] = function(x)
         return seen[id(x)]
-    if isinstance(x, types.FunctionType):
-        _refuse_hidden(x, x)
-        function(x)
-        return x
     function(type(x))
     if isinstance(x, set | frozenset):
         function(frozenset(x))
@@ -63,6 +84,8 @@ def _twin(x: Any, function: Callable[[Any], Any], seen: dict[int, Any]) -> Any:
         seen[id(x)] = twin = _bare(x)
         memory = _MEMORY if isinstance(x, td.Transform) and not isinstance(x, _INVERSE) else {}
         for key, value in vars(x).items():
+            if isinstance(inspect.getattr_static(type(x), key, None), lazy_property):
+                continue  # what it once computed of the rest, and will again
             if key in memory:
                 twin.__dict__[key] = memory[key]
             elif key == "_cache_size":
@@ -85,27 +108,10 @@ def _bare(x: Any) -> Any:
             for name, value in vars(base).items():
                 if isinstance(value, Tensor | nn.Module):
                     raise _unreadable(x, f"{name} belongs to its class")
-                if isinstance(value, types.FunctionType):
-                    _refuse_hidden(x, value)
     try:
         return object.__new__(cls)
     except TypeError:
         raise _unreadable(x, "its class is not written in Python") from None
-
-
-def _refuse_hidden(x: Any, function: types.FunctionType) -> None:
-    """Raise NotSupportedError where ``function`` reads tensors or what else may change from outside of itself."""
-    kept = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
-    kept += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    used = [function.__globals__.get(name) for name in function.__code__.co_names]
-    if not all(map(_is_constant, kept)) or any(isinstance(x, Tensor | nn.Module | td.Transform) for x in used):
-        raise _unreadable(x, f"{function.__qualname__} reads variables from outside of it")
-
-
-def _is_constant(x: Any) -> bool:
-    if isinstance(x, dict):
-        return all(map(_is_constant, x.values()))
-    return all(map(_is_constant, x)) if isinstance(x, list | tuple) else isinstance(x, _LEAVES | types.FunctionType)
 
 
 def _unreadable(x: object, why: str) -> NotSupportedError:
@@ -161,3 +167,29 @@ def in_float64(dist: Any) -> Any:
     for derived in [name for name in vars(twin) if name in ("probs", "logits")][1:]:  # what was given came first
         del twin.__dict__[derived]
     return twin
+
+
+def remember(frozen: D) -> D:
+    """Keep what the transforms make of a sample, by which ``check_still`` sees whether they read what has changed."""
+    with torch.no_grad(), own_noise(), contextlib.suppress(NotImplementedError):
+        x = frozen.base_dist.sample()
+        frozen.__dict__["_seen"] = x, _image(frozen.transforms, x)
+    return frozen
+
+
+def check_still(frozen: td.TransformedDistribution, name: str) -> None:
+    """Raise NotSupportedError where the transforms no longer make of that sample what they did."""
+    x, y = frozen.__dict__.get("_seen", (None, None))
+    with torch.no_grad():
+        if x is not None and not torch.equal(_image(frozen.transforms, x).nan_to_num(), y.nan_to_num()):
+            raise NotSupportedError(
+                f"{name}: a transform reads what lies outside of it and has changed since it was frozen: keep what it "
+                "computes with in attributes"
+            )
+
+
+def _image(transforms: Sequence[td.Transform], x: Tensor) -> Tensor:
+    x = x.clone()  # a new one, of which no transform remembers the value
+    for transform in transforms:
+        x = transform(x)
+    return x

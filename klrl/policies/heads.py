@@ -49,9 +49,8 @@ class CategoricalHead(nn.Module):
     def to_env(self, action: Array) -> Array:
         """Actions [N, k] as the environment counts and shapes them, [N, *space.shape]."""
         shaped = action.reshape(len(action), *(self.space.shape or ()))
-        if isinstance(self.space, spaces.MultiBinary):
-            return shaped.astype(self.space.dtype)
-        return shaped + self.space.start  # type: ignore[attr-defined]
+        counted = shaped + getattr(self.space, "start", 0)
+        return counted if counted.dtype == self.space.dtype else counted.astype(self.space.dtype)
 
     def metrics(self) -> dict[str, float]:
         return {}

@@ -136,11 +136,12 @@ def _converted(called: str, value: np.ndarray[Any, Any], part: spaces.Space[Any]
     if value.dtype.kind not in ("iub" if whole else "iubf"):
         expected = "whole numbers" if whole else "numbers"
         raise UsageError(f"{called} is of type {value.dtype}, expected {expected}, as its space's {part.dtype}")
-    if not in_bytes:
+    if not np.issubdtype(part.dtype, np.integer) or value.dtype.kind == "f":
         return value
-    if value.size and (value.min() < 0 or value.max() > 255):
-        raise UsageError(f"{called} lies in {value.min()} to {value.max()}, expected bytes: 0 to 255")
-    return value.astype(np.uint8)
+    bounds = np.iinfo(part.dtype)
+    if value.size and (value.min() < bounds.min or value.max() > bounds.max):
+        raise UsageError(f"{called} lies in {value.min()} to {value.max()}, expected {bounds.min} to {bounds.max}")
+    return value.astype(part.dtype)
 
 
 def _channels_first(space: spaces.Space[Any]) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from klrl.rundir.folder import in_use, open_file
 
 Column = npt.NDArray[np.float64]
 _WATCHING = ("eval_every", "eval_episodes", "save_every", "histogram_every", "quiet", "verbose")
-_NOT_A_SETTING = ("seed", "run_dir", "device", "threads", *_WATCHING)
+_NOT_A_SETTING = ("seed", "run_dir", "device", "threads", "final_episodes", *_WATCHING)
 # Beyond what any run writes, and little enough to be read: a folder may be anyone's.
 _MOST_CONFIG, _MOST_METRICS, _LONGEST_LINE = 1 << 18, 1 << 31, 1 << 20  # bytes
 _MOST_TAGS, _LONGEST_TAG, _MOST_STEPS = 300, 200, 1e15

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import socket
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import custom_scalars, histogram_raw
 
-from klrl.console import attempt, is_open, printable, say
+from klrl.console import attempt, is_terminal, printable, say
 from klrl.rundir.folder import replace_file
 from klrl.rundir.history import Column, read_rows
 
@@ -169,7 +168,7 @@ class Console:
         self._next_step, self._next_time = 0.0, 0.0
         self._pace = Pace()
         self._progress: Any = None
-        if not (quiet or verbose) and is_open("stdout") and sys.stdout.isatty():
+        if not (quiet or verbose) and is_terminal():
             from rich.progress import Progress, TextColumn
             from rich.table import Column
 

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from klrl.analysis import tables
 from klrl.analysis.report import ReportConfig, report
 from klrl.analysis.scores import score_of
 from klrl.config import Checked, Count, Range
-from klrl.console import attempt, is_open, printable, say, warn
+from klrl.console import attempt, is_terminal, printable, say, warn
 from klrl.envs.make import EnvConfig, Imports, check, import_module, import_packages, make_vector, module_of
 from klrl.errors import Interrupted, refusals
 from klrl.policies.networks import named_network
@@ -153,7 +152,7 @@ def _display(trials: list[Trial], quiet: bool) -> Iterator[Callable[[], None]]:
             attempt(lambda: live.update(table(trials, live.console.height - 4), refresh=True))
             due = time.monotonic() + max(_REDRAW, 20 * (time.monotonic() - start))  # reading takes time, too
 
-    if quiet or not is_open("stdout") or not sys.stdout.isatty():
+    if quiet or not is_terminal():
         yield (lambda: None) if quiet else print_changes
     else:
         with Live(console=Console(), auto_refresh=False) as live:

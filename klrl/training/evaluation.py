@@ -93,7 +93,7 @@ def run_episodes(
         watch(obs, running, total, 0, first)
         for step in range(1, 1 + (max_steps or _MOST_EVAL_STEPS)):
             obs, reward, terminated, truncated, _ = envs.step(agent.env_action(agent.act(obs, deterministic, rng)))
-            total += reward * running
+            total += np.where(running, reward, 0.0)  # what comes after an episode may be infinite
             lengths[here] += running[:rows]
             watch(obs, running, total, step, first)
             itself[here] |= (running & terminated)[:rows]

@@ -16,6 +16,7 @@ from klrl.agents.base import Agent, UpdateResult
 from klrl.config import MOST_ENVS, Checked, Count, EnvCount, Form, PositiveInt, Range, Reads, Seed, flatten
 from klrl.console import warn
 from klrl.envs.make import EnvConfig, EnvFactory, Imports, can_replay, make_vector
+from klrl.envs.wrappers import RESTARTED
 from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, SkippedUpdateError, UsageError
 from klrl.policies import spaces
 from klrl.rundir import checkpoint
@@ -218,7 +219,7 @@ class Loop:
                 raise
             self.buffer.add(self.obs, action, reward, terminated, truncated, next_obs)
             self.episodes.add(env_action, reward, terminated | truncated)
-            for reason in info["restarted"][info["_restarted"]] if "restarted" in info else ():
+            for reason in info[RESTARTED][info[f"_{RESTARTED}"]] if RESTARTED in info else ():
                 warn(f"{reason}; the episode counts as truncated")
                 self.episodes.restarted += 1
             self.obs = next_obs

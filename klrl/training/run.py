@@ -10,6 +10,7 @@ from inspect import isabstract
 from pathlib import Path
 from typing import Annotated, Any
 
+import gymnasium as gym
 import tomli_w
 import torch
 
@@ -204,7 +205,8 @@ def run_training(
             with checkpoint.refusing_misfits(saved[0]):
                 state = saved[1]["state"]["loop"]
                 shown = {key: part.numpy() for key, part in state["obs"].items()}
-                positions = episodes.load_state_dict(state["episodes"], shown.get("", shown))
+                keyed = isinstance(spaces.from_json(saved[1]["state"]["observation_space"]), gym.spaces.Dict)
+                positions = episodes.load_state_dict(state["episodes"], shown if keyed else shown[""])
         envs = stack.enter_context(contextlib.closing(make_vector(env, config.n_envs, config.env, positions)))
         stack.enter_context(_process_settings(config))
         spaces.check_observation_space(envs.single_observation_space)
