@@ -59,6 +59,8 @@ def numbers(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray[Any, A
 
 def flags(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     """``values`` as an array of truth values. Raises UsageError for what is neither these nor zeros and ones."""
+    if type(values) is np.ndarray and values.dtype == np.bool_ and values.shape == shape:
+        return values
     array = numbers(name, values, shape)
     if array.dtype.kind == "b":
         return array

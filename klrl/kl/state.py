@@ -84,7 +84,7 @@ def _twin(x: Any, function: Callable[[Any], Any], seen: dict[int, Any]) -> Any:
         seen[id(x)] = twin = _bare(x)
         memory = _MEMORY if isinstance(x, td.Transform) and not isinstance(x, _INVERSE) else {}
         for key, value in vars(x).items():
-            if isinstance(inspect.getattr_static(type(x), key, None), lazy_property):
+            if isinstance(x, td.Transform) and isinstance(inspect.getattr_static(type(x), key, None), lazy_property):
                 continue  # what it once computed of the rest, and will again
             if key in memory:
                 twin.__dict__[key] = memory[key]

@@ -27,6 +27,7 @@ class Layout:
         )
         self.images = {name: _channels_first(part) for name, part in self.parts.items() if is_image(part)}
         self._usual = [(name, part.shape or (), part.dtype) for name, part in self.parts.items()]
+        self._last: tuple[int, ...] | None = None  # the shape of the last batch without a key, and of most that follow
 
     def arrays(self, obs: Any) -> Observation:
         """Observations with any leading shape [..., *shape], one for all parts; lists and tensors become arrays.
@@ -44,7 +45,11 @@ class Layout:
 
     def batch(self, obs: Any, rows: int | None = None) -> Observation:
         """Observations [N, *shape] as ``arrays`` gives them. Raises UsageError unless there are ``rows``, if given."""
+        same = type(obs) is np.ndarray and obs.shape == self._last and obs.dtype == self._usual[0][2]
+        if same and rows in (None, len(obs)):
+            return obs
         if self._is_usual(obs, rows):
+            self._last = None if self.keyed else obs.shape
             return obs
         checked = self.arrays(obs)
         name, first = next(iter(checked.items())) if isinstance(checked, dict) else ("", checked)
