@@ -41,7 +41,7 @@ CASES = [
     ("RewardByBoth", "multibinary", "box", 60),
     ("RewardByBoth", "discrete", "dict", 40),
     ("RewardByBoth", "discrete", "discrete", 40),
-    ("RewardByBoth", "multibinary", "image", 20),
+    pytest.param("RewardByBoth", "multibinary", "image", 20, marks=pytest.mark.slow),
     ("Truncation", "box", "dict", 40),
 ]
 

@@ -99,6 +99,7 @@ def test_module_and_numbers_and_env_arguments() -> None:
     assert "total_timesteps = 300" in config.read_text()
 
 
+@pytest.mark.slow
 def test_import_registers_a_packages_environments() -> None:
     Path("myenvs.py").write_text(
         "import gymnasium as gym\n"

@@ -113,6 +113,7 @@ def klrl_command(*words: str) -> subprocess.CompletedProcess[str]:
 SHORT = ("CartPole-v1", "--total-timesteps", "512", "--n-envs", "4", "--n-steps", "64", "--eval-every", "0", "--quiet")
 
 
+@pytest.mark.slow
 def test_an_imported_package_brings_agents_and_networks_to_the_command() -> None:
     Path("my_package.py").write_text(PACKAGE)
     unknown = klrl_command("train", "mine", *SHORT)

@@ -255,6 +255,7 @@ def test_lines_that_are_no_rows_do_not_stop_a_resume_or_a_report() -> None:
     assert report([str(run.folder)], ReportConfig(format="md"))
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_is_one_to_the_trainer() -> None:
     options = {"seed": 1, "quiet": True, "eval_every": 0, **SIGNALLED["ppo"]}
     train = [sys.executable, "-m", "klrl", "train", "ppo", "CartPole-v1", *_words(options)]

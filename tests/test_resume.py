@@ -149,7 +149,7 @@ def test_the_global_generators_go_on() -> None:
 @pytest.mark.parametrize(
     ("agent", "env", "steps"),
     [
-        ("ppo", "HalfCheetah-v5", 600),
+        pytest.param("ppo", "HalfCheetah-v5", 600, marks=pytest.mark.slow),
         ("ppo", "LunarLander-v3", 1000),
         ("trpo", "Pendulum-v1", 800),  # where all episodes end, and the next rows only reset
         ("sac", "CartPole-v1", 450),
