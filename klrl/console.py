@@ -22,7 +22,9 @@ def say(line: str, to: Stream = "stdout") -> None:
     def show() -> None:
         stream = getattr(sys, to)
         encoding = getattr(stream, "encoding", None) or "utf-8"
-        print(printable(line).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+        text = printable(line).encode(encoding, "backslashreplace").decode(encoding)
+        stream.write(f"{text}\n")  # at once, as several processes may print
+        stream.flush()
 
     attempt(show, to)
 
