@@ -54,6 +54,11 @@ def each_line_once() -> Iterator[None]:
         yield
         return
     reading, writing = os.pipe()
+    with contextlib.suppress(ImportError, AttributeError, OSError):
+        import fcntl
+
+        # Room for what a library prints while it holds the interpreter, and the reader with it, still: more would hang.
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 1 << 20)
     os.dup2(writing, 2)
     os.close(writing)
     held: list[bytes] = []

@@ -104,3 +104,12 @@ def test_a_vector_environment_that_cannot_be_closed_is_evaluated_all_the_same(
     run = klrl.train("ppo", "Stuck-v0", total_timesteps=100, **SMALL)
     assert len(run.score.returns) == 20
     assert "env Stuck-v0 failed at close: RuntimeError: boom" in capsys.readouterr().err
+
+
+def test_a_library_may_print_much_while_it_holds_the_interpreter() -> None:
+    code = (
+        "import ctypes; from klrl.envs import guards\n"
+        "with guards.each_line_once(): ctypes.PyDLL(None).write(2, b'a remark\\n' * 50_000, 450_000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=20, check=True)
+    assert done.stderr == b"a remark\n"

@@ -256,7 +256,11 @@ def test_what_a_transform_reads_elsewhere_is_seen_to_change(how: str) -> None:
     with pytest.raises(ValueError, match="reads what lies outside of it and has changed"):  # noqa: SIM117
         with track(lambda: policy(transform)):
             OUTSIDE["scale"].fill_(2.0)
+    frozen, live = freeze(policy(transform)), policy(transform)
     OUTSIDE["scale"].fill_(1.0)
+    for pair in ((frozen, live), (live, frozen)):
+        with pytest.raises(ValueError, match="reads what lies outside of it and has changed"):
+            kl(*pair)
 
 
 def test_what_a_composition_remembers_is_no_part_of_it() -> None:
