@@ -14,6 +14,16 @@ FAILURES = (Exception, SystemExit)
 CLOSE_SECONDS = 5.0
 """How long an environment may take to close."""
 _said: set[bytes] = set()
+_lock = threading.Lock()  # stderr is one for all threads
+
+
+def _unlock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)
 
 
 @contextlib.contextmanager
@@ -44,8 +54,21 @@ def each_line_once() -> Iterator[None]:
 
     A simulator's warning would come once for every copy of an environment. Worker processes print nothing: one copy was
     made before them. Libraries in C print past ``sys.stderr``, so the file descriptor itself becomes a pipe; processes
-    that the block starts may keep that, and a thread goes on with what they print.
+    that the block starts may keep that, and a thread goes on with what they print. While one thread is in such a block,
+    those of others, and one within it, let everything through.
     """
+    if not (lock := _lock).acquire(blocking=False):
+        yield
+        return
+    try:
+        with _each_line_once():
+            yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _each_line_once() -> Iterator[None]:
     speaks = multiprocessing.parent_process() is None
     try:
         sys.stderr.flush()

@@ -248,7 +248,7 @@ class NamedFaults(VectorWrapper):
 
     def __init__(self, env: VectorEnv[Any, Any, Any], name: str) -> None:
         super().__init__(env)
-        self.name, self.steps = name, 0
+        self.name, self.steps, self.ended = name, 0, False
         self._layout = Layout(env.single_observation_space)
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
@@ -270,7 +270,9 @@ class NamedFaults(VectorWrapper):
         return self._named("step", checked)
 
     def close(self, **kwargs: Any) -> None:
-        close_or_warn(self.env, self.name)
+        if not self.ended:
+            self.ended = True
+            close_or_warn(self.env, self.name)
 
     def _named(self, what: str, call: Callable[[], T]) -> T:
         try:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -103,7 +104,8 @@ def test_a_vector_environment_that_cannot_be_closed_is_evaluated_all_the_same(
     gym.register("Stuck-v0", vector_entry_point=Stuck, kwargs={"max_episode_steps": 50})
     run = klrl.train("ppo", "Stuck-v0", total_timesteps=100, **SMALL)
     assert len(run.score.returns) == 20
-    assert "env Stuck-v0 failed at close: RuntimeError: boom" in capsys.readouterr().err
+    # Those of training, and those of the evaluation.
+    assert capsys.readouterr().err == 2 * "klrl: env Stuck-v0 failed at close: RuntimeError: boom\n"
 
 
 def test_a_library_may_print_much_while_it_holds_the_interpreter() -> None:
@@ -113,3 +115,22 @@ def test_a_library_may_print_much_while_it_holds_the_interpreter() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=20, check=True)
     assert done.stderr == b"a remark\n"
+
+
+def test_threads_that_make_environments_at_once_leave_stderr_as_it_was() -> None:
+    before, inside, done = os.fstat(2), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with guards.each_line_once():
+            inside.set()
+            done.wait(5)
+
+    thread = threading.Thread(target=other)
+    with guards.each_line_once(), guards.each_line_once():
+        thread.start()
+        inside.wait(5)
+    done.set()
+    thread.join()
+    assert os.path.samestat(os.fstat(2), before)
+    with guards.each_line_once():
+        assert not os.path.samestat(os.fstat(2), before), "and the next one guards again"

@@ -15,6 +15,7 @@ from klrl.buffers.rollout import RolloutBuffer
 from klrl.errors import UsageError
 from klrl.policies import spaces as klrl_spaces
 from klrl.policies.encoder import ObservationEncoder
+from klrl.policies.observations import Layout
 
 BOX, TWO = spaces.Box(-1, 1, (4,)), spaces.Discrete(2)
 HWC = spaces.Box(0, 255, (40, 50, 3), np.uint8)
@@ -255,3 +256,13 @@ def test_actions_that_a_space_does_not_have_are_refused(action: Any, said: str) 
 
     with pytest.raises(UsageError, match=said):
         learn()
+
+
+def test_a_batch_that_was_seen_before_is_still_counted() -> None:
+    layout, six = Layout(BOX), np.zeros((6, *BOX.shape), np.float32)
+    for _ in range(2):
+        assert layout.batch(six) is six
+        with pytest.raises(UsageError, match=r"observation has shape \(6, 4\), expected \(4, 4\)"):
+            layout.batch(six, 4)
+    with pytest.raises(UsageError, match=r"expected \(N, 4\)"):
+        layout.batch(six[0])
