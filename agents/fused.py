@@ -77,17 +77,14 @@ class FusedPolicy(FusedMLP):
         super().__init__(policy.network)  # type: ignore[arg-type]
         self.head: Any = policy.head
 
-    def gradient(self, batch: Batch, limit: KLLimit, clip_range: float, ent_coef: float) -> tuple[Tensor, list[Tensor]]:
+    def gradient(self, batch: Batch, limit: KLLimit, ent_coef: float) -> tuple[Tensor, list[Tensor]]:
         """-E[ratio A], and the gradient of the whole policy loss in each of the policy's parameters."""
         output = self.forward(batch.inputs["vector"])
         new = self.head(output)
         ratio = torch.exp(new.log_prob(batch.action) - batch.log_prob)
-        surrogate = slope = ratio * batch.advantage  # d ratio = ratio * d log pi
-        if clip_range > 0:
-            clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * batch.advantage
-            slope = surrogate * (surrogate <= clipped)
-            surrogate = torch.minimum(surrogate, clipped)
-        to_log_prob, to_kl = -batch.weight * slope, limit.beta * batch.weight if limit.penalises else None
+        surrogate = ratio * batch.advantage  # d ratio = ratio * d log pi
+        to_log_prob = -batch.weight * surrogate * limit.weight(ratio, batch.advantage, batch.old, new)
+        to_kl = batch.weight * limit.strength(batch.old, new) if limit.penalises else None
         to_entropy = -ent_coef * batch.weight if ent_coef > 0 else None
         slopes = _normal if isinstance(new, DiagonalNormal) else _categorical
         gradient = slopes(new, batch, to_log_prob, to_kl, to_entropy, limit.direction == "forward")

@@ -12,7 +12,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from klrl.agents.base import CHUNK, Agent, KLTarget, State, chunks
+from klrl.agents.base import Agent, KLTarget, State, chunks
 from klrl.buffers.returns import RewardScale, gae
 from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import Checked, Fraction, Range, Widths
@@ -84,10 +84,6 @@ class Batch:
         shuffled = self.take(torch.from_numpy(rng.permutation(rows)).to(self.weight.device), rows / size)
         starts = range(0, rows, size)
         return [shuffled.take(slice(i, i + size), 1.0 if i + size <= rows else size / (rows - i)) for i in starts]
-
-    def chunks(self) -> list["Batch"]:
-        """Consecutive pieces whose activations stay in cache."""
-        return [self.take(slice(i, i + CHUNK)) for i in range(0, len(self.weight), CHUNK)]
 
 
 def value_loss(value: Tensor, batch: Batch, clip_range_vf: float = 0.0) -> Tensor:
@@ -175,13 +171,15 @@ class OnPolicyAgent(Agent):
         """d loss / d weights of policy and critic, as one vector."""
         return gradients(loss, self.policy_params, self.critic_params)
 
-    def take_step(self, gradient: Tensor, learning_rate: Tensor, max_grad_norm: float) -> Tensor:
-        """Take one step of Adam with policy and critic, along ``gradient`` clipped to ``max_grad_norm``.
+    def take_step(self, gradient: Tensor, learning_rate: Tensor, max_grad_norm: float, apart: bool = False) -> Tensor:
+        """Take one step of Adam with policy and critic, along ``gradient`` clipped to ``max_grad_norm``, ``apart`` each
+        by itself.
 
         Returns the norm before, a scalar tensor. learning_rate: a scalar tensor on the agent's device.
         """
-        norm = clip_(gradient, max_grad_norm)
         end = self.policy_params.flat.numel()
+        parts = (gradient[:end], gradient[end:])
+        norm = torch.hypot(*(clip_(p, max_grad_norm) for p in parts)) if apart else clip_(gradient, max_grad_norm)
         self.policy_params.adam_step(gradient[:end], learning_rate)
         self.critic_params.adam_step(gradient[end:], learning_rate)
         return norm

@@ -1,4 +1,4 @@
-"""PPO with an exact KL penalty (Schulman et al. 2017, section 4), optionally clipped as well or instead."""
+"""PPO (Schulman et al. 2017), its policy's KL held on average, in every state, or by clipping the ratio."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,7 +13,8 @@ from klrl.agents.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_lo
 from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import NonNegative, Positive, PositiveInt
 from klrl.errors import NonFiniteError, SkippedUpdateError, UsageError
-from klrl.kl import Adaptive, KLLimit, Move, at_most
+from klrl.kl import RATIO_RULES, Adaptive, KLLimit, Move, at_most
+from klrl.kl.rules import RatioRuleName
 from klrl.policies.networks import OwnNetwork
 from klrl.policies.parameters import clip_, gradients
 
@@ -29,7 +30,9 @@ class PPOConfig(OnPolicyConfig):
     lr_schedule: Literal["constant", "linear", "kl"] = "constant"
     """Keep it, lower it linearly to 0 over the run, or move it by 1.5 when KL leaves target/2 to 2 * target."""
     clip_range: NonNegative = 0.0
-    """Clip the probability ratio to 1 +- this; 0 leaves it to the KL penalty."""
+    """How far the probability ratio may leave 1 before clip_rule acts; 0 leaves that to the KL's rules."""
+    clip_rule: RatioRuleName = "clip"
+    """Beyond clip_range: no gradient outward (clip), or a parabola that draws the ratio back (spo)."""
     clip_range_vf: NonNegative = 0.0
     """Clip a value's change within an update to +- this; 0 does not clip. Depends on the rewards' scale."""
     ent_coef: NonNegative = 0.0
@@ -38,22 +41,23 @@ class PPOConfig(OnPolicyConfig):
     """Weight of the value loss beside the policy's."""
     max_grad_norm: Positive = 0.5
     """Longest gradient, of policy and critic together; a longer one is scaled down."""
+    clip_grads_apart: bool = False
+    """Scale the gradients of policy and critic down each by itself."""
     kl: KLConfig = field(default_factory=KLConfig)
 
 
-def policy_loss(new: Any, batch: Batch, limit: KLLimit, config: PPOConfig) -> tuple[Tensor, Tensor]:
-    """-E[ratio A] + beta E[KL(old||new)] - c E[H], and its first term alone.
+def policy_loss(new: Any, batch: Batch, limit: KLLimit, ent_coef: float = 0.0) -> tuple[Tensor, Tensor]:
+    """-E[w ratio A] + E[beta KL(old||new)] - c E[H], and -E[ratio A].
 
-    Source: Schulman et al. (2017), equation 7 for the clipped surrogate, equation 8 for the penalty.
+    w, constant in the gradient, is what the rules leave of each state's surrogate: 0 where clipping drops it, for one.
+    Source: Schulman et al. (2017), equations 7 and 8.
     """
-    ratio = torch.exp(new.log_prob(batch.action) - batch.log_prob)  # 1 before an update's first step
+    within = limit.within(batch.old, new)
+    ratio = torch.exp(within.log_prob(batch.action) - batch.log_prob)  # 1 before an update's first step
     surrogate = ratio * batch.advantage
-    if config.clip_range > 0:
-        clipped = ratio.clamp(1 - config.clip_range, 1 + config.clip_range) * batch.advantage
-        surrogate = torch.minimum(surrogate, clipped)
-    loss = -surrogate + limit.term(batch.old, new)
-    if config.ent_coef > 0:
-        loss = loss - config.ent_coef * new.entropy()
+    loss = limit.term(batch.old, new, within) - limit.weight(ratio, batch.advantage, batch.old, new) * surrogate
+    if ent_coef > 0:
+        loss = loss - ent_coef * new.entropy()
     return batch.weight @ loss, -(batch.weight @ surrogate)
 
 
@@ -74,6 +78,8 @@ class PPO(OnPolicyAgent):
         super().setup(init, network)
         if self.config.lr_schedule == "kl" and self.config.kl.target == 0:
             raise UsageError("--lr-schedule kl needs a --kl.target above 0")
+        if self.config.clip_range > 0:
+            self.limit.rules.append(RATIO_RULES[self.config.clip_rule](self.config.clip_range))
         rate = self.config.learning_rate
         edges = {"low": 0.5, "high": 2.0, "minimum": min(rate, 1e-5), "maximum": max(rate, 1e-2)}
         self.learning_rate = Adaptive(rate, factor=1 / 1.5, **edges)
@@ -113,7 +119,7 @@ class PPO(OnPolicyAgent):
         config, trace, moves = self.config, [], True
         networks = (self.policy.network, self.critic.network)
         fused = suits(self.policy, self.policy_params) and applies(networks[1], self.critic_params)
-        self.fused = (FusedPolicy(self.policy), FusedCritic(self.critic)) if fused else None
+        self.fused = (FusedPolicy(self.policy), FusedCritic(self.critic)) if fused and not self.limit.replaces else None
         for epoch in range(1, config.n_epochs + 1):
             minibatches = batch.minibatches(config.batch_size, self.rng)
             for minibatch in minibatches:
@@ -141,18 +147,18 @@ class PPO(OnPolicyAgent):
     def _step(self, minibatch: Batch, learning_rate: Tensor) -> Tensor:
         """Take one step of Adam on a minibatch: -E[ratio A], E[(V - return)^2] and the gradient's norm, [3]."""
         loss_pi, loss_v, gradient = self._gradient(minibatch)
-        norm = self.take_step(gradient, learning_rate, self.config.max_grad_norm)
+        norm = self.take_step(gradient, learning_rate, self.config.max_grad_norm, self.config.clip_grads_apart)
         return torch.stack([loss_pi, loss_v, norm])
 
     def _gradient(self, minibatch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Both losses on a minibatch, and the gradient of policy loss + vf_coef * value loss in all weights."""
         config = self.config
         if self.fused is not None:
-            loss_pi, parts_pi = self.fused[0].gradient(minibatch, self.limit, config.clip_range, config.ent_coef)
+            loss_pi, parts_pi = self.fused[0].gradient(minibatch, self.limit, config.ent_coef)
             loss_v, parts_v = self.fused[1].gradient(minibatch, config.clip_range_vf, config.vf_coef)
             return loss_pi, loss_v, torch.cat([*parts_pi, *parts_v])
         with torch.enable_grad():
-            loss, surrogate = policy_loss(self.policy(minibatch.inputs), minibatch, self.limit, config)
+            loss, surrogate = policy_loss(self.policy(minibatch.inputs), minibatch, self.limit, config.ent_coef)
             loss_v = value_loss(self.critic(minibatch.inputs), minibatch, config.clip_range_vf)
             gradient = self.gradient_of(loss + config.vf_coef * loss_v)
         return surrogate.detach(), loss_v.detach(), gradient

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from klrl.agents.base import KLTarget, UpdateResult
+from klrl.agents.base import CHUNK, KLTarget, UpdateResult
 from klrl.agents.fused import FusedCritic, FusedPolicy, applies, suits
 from klrl.agents.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_loss
 from klrl.buffers.rollout import RolloutBuffer
@@ -92,14 +92,15 @@ class TRPO(OnPolicyAgent):
             self.undo(before)
             raise SkippedUpdateError(f"value_loss is {loss} in update {self.n_updates + 1}")
         self.end_update(rollout)
-        report = replace(move.report, attempted=searched.first_kl, rolled_back=float(searched.rejected != ""))
+        attempted = searched.first_kl * self.config.kl.target
+        report = replace(move.report, attempted=attempted, rolled_back=float(searched.rejected != ""))
         metrics = self._metrics(step, searched) | {"train/value_loss": loss}
         return UpdateResult(report, metrics | self.diagnostics(batch))
 
     def _linearize(self, batch: Batch) -> list[Piece]:
         """The policy at the batch's states, with its Jacobian in the weights, chunk by chunk."""
         params, pieces = self.policy_params, []
-        for part in batch.chunks():
+        for part in (batch.take(slice(i, i + CHUNK)) for i in range(0, len(batch.weight), CHUNK)):
             if suits(self.policy, params):
                 pieces.append((part, *FusedPolicy(self.policy).linearize(part.inputs, params)))
                 continue
@@ -143,14 +144,14 @@ class TRPO(OnPolicyAgent):
         return product
 
     def _search(self, batch: Batch, step: NaturalStep, move: Move) -> LineSearch:
-        """Backtrack along the step; improvement and KL are those of the whole batch."""
+        """Backtrack along the step; improvement and KL, a fraction of its limit, are those of the whole batch."""
 
         def measure() -> tuple[float, float]:
             new = self.policy_at(batch.inputs)
-            return float(improvement(new, batch)), move.kl(new)
+            return float(improvement(new, batch)), move.excess(new)
 
-        config, weights = self.config, self.policy_params.flat
-        return line_search(weights, step.step, measure, config.kl.target, config.line_search_max_iter)
+        weights = self.policy_params.flat
+        return line_search(weights, step.step, measure, 1.0, self.config.line_search_max_iter)
 
     def _fit_critic(self, batch: Batch) -> float:
         """Take passes of Adam on ``value_loss`` over minibatches; the mean of that loss."""

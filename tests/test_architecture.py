@@ -131,7 +131,7 @@ PATH = {
     "agents/on_policy.py": "Batch value_loss OnPolicyAgent.make_batch OnPolicyAgent.hold OnPolicyAgent.gradient_of "
     "OnPolicyAgent.take_step OnPolicyAgent.diagnostics OnPolicyAgent.end_update OnPolicyAgent._learned "
     "OnPolicyAgent.snapshot OnPolicyAgent.undo",
-    "klrl/kl/limit.py": "_adaptive KLLimit Move",
+    "klrl/kl/limit.py": "KLLimit Move",
     "klrl/policies/parameters.py": "FlatParameters gradients clip_",
     "klrl/buffers/returns.py": "gae RewardScale",
 }

@@ -1,5 +1,6 @@
 """The gradients written out in ``klrl.agents.fused`` are those that autograd has of the losses."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from klrl.agents.fused import FusedCritic, FusedPolicy, applies, suits
 from klrl.agents.on_policy import Batch, value_loss
 from klrl.agents.ppo import PPO, PPOConfig, policy_loss
 from klrl.agents.trpo import TRPO, TRPOConfig
-from klrl.kl import KLLimit, at_most, freeze
+from klrl.kl import SPO, Clip, Gate, KLLimit, Reverse, StateRule, at_most, freeze, kl
 from klrl.kl.divergence import parameters_of
 from klrl.policies.encoder import ObservationEncoder
 from klrl.policies.heads import make_head
@@ -67,20 +68,36 @@ def close(mine: list[Tensor], theirs: Tensor) -> bool:
     return torch.allclose(flat, theirs, rtol=1e-5, atol=1e-8) and float(theirs.abs().sum()) > 0
 
 
-@pytest.mark.parametrize("clip_range", [0.0, 0.2])
+RULES: dict[str, Callable[[float], list[StateRule]]] = {
+    "plain": lambda far: [],
+    "clip": lambda far: [Clip(0.2)],
+    "spo": lambda far: [SPO(0.2)],
+    "gate": lambda far: [Gate(far)],
+    "reverse": lambda far: [Reverse(far, 0.3)],
+    "both": lambda far: [Reverse(far), Clip(0.2)],
+}
+
+
+def middle(policy: Policy, batch: Batch) -> float:
+    """A KL between those of two states, which half of the states have moved by."""
+    with torch.no_grad():
+        return 1.0001 * float(kl(batch.old, policy(batch.inputs))[batch.mask].median())
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("ent_coef", [0.0, 0.5])
 @pytest.mark.parametrize(("penalty", "direction"), [("none", "forward"), ("fixed", "forward"), ("fixed", "reverse")])
 @pytest.mark.parametrize("space", SPACES)
 def test_the_policys_gradient_is_autograds(
-    space: str, penalty: Any, direction: Any, ent_coef: float, clip_range: float
+    space: str, penalty: Any, direction: Any, ent_coef: float, rule: str
 ) -> None:
     policy, critic = made(SPACES[space])
     batch, flat = batch_for(policy, critic), FlatParameters(policy, "policy")
-    limit = KLLimit(at_most(0.01), direction=direction, penalty=penalty, coef=0.7)
-    config = PPOConfig(clip_range=clip_range, ent_coef=ent_coef)
-    loss, surrogate = policy_loss(policy(batch.inputs), batch, limit, config)
+    limit = KLLimit(at_most(0.01), direction=direction, penalty=penalty, coef=0.7, influence=ent_coef)
+    limit.rules += RULES[rule](middle(policy, batch))
+    loss, surrogate = policy_loss(policy(batch.inputs), batch, limit, ent_coef)
     with torch.no_grad():
-        value, parts = FusedPolicy(policy).gradient(batch, limit, clip_range, ent_coef)
+        value, parts = FusedPolicy(policy).gradient(batch, limit, ent_coef)
     assert float(value) == pytest.approx(float(surrogate.detach()), rel=1e-9)
     assert close(parts, gradients(loss, flat))
     ratio = torch.exp(policy(batch.inputs).log_prob(batch.action) - batch.log_prob)
@@ -93,16 +110,18 @@ def test_each_part_of_the_loss_is_in_the_gradient() -> None:
     policy, critic = made(SPACES["padded"])
     batch = batch_for(policy, critic)
     found = []
-    for penalty, direction, ent_coef, clip_range in (
-        ("none", "forward", 0.0, 0.0),
-        ("fixed", "forward", 0.0, 0.0),
-        ("fixed", "reverse", 0.0, 0.0),
-        ("none", "forward", 0.5, 0.0),
-        ("none", "forward", 0.0, 0.2),
+    for penalty, direction, influence, ent_coef, rule in (
+        ("none", "forward", 0.0, 0.0, "plain"),
+        ("fixed", "forward", 0.0, 0.0, "plain"),
+        ("fixed", "forward", 0.5, 0.0, "plain"),
+        ("fixed", "reverse", 0.0, 0.0, "plain"),
+        ("none", "forward", 0.0, 0.5, "plain"),
+        *(("none", "forward", 0.0, 0.0, rule) for rule in RULES if rule != "plain"),
     ):
-        limit = KLLimit(at_most(0.01), direction=direction, penalty=penalty, coef=0.7)  # type: ignore[arg-type]
+        limit = KLLimit(at_most(0.01), direction=direction, penalty=penalty, coef=0.7, influence=influence)  # type: ignore[arg-type]
+        limit.rules += RULES[rule](middle(policy, batch))
         with torch.no_grad():
-            parts = FusedPolicy(policy).gradient(batch, limit, clip_range, ent_coef)[1]
+            parts = FusedPolicy(policy).gradient(batch, limit, ent_coef)[1]
         found.append(torch.cat([part.flatten() for part in parts]))
     for i, one in enumerate(found):
         assert not any(torch.allclose(one, other, rtol=1e-3) for other in found[:i])
@@ -113,11 +132,11 @@ def test_each_part_of_the_loss_is_in_the_gradient() -> None:
 @pytest.mark.parametrize("space", ["padded", "bounded"])
 def test_every_depth_and_activation_has_its_gradient(space: str, hidden: tuple[int, ...], activation: Any) -> None:
     policy, critic = made(SPACES[space], activation, hidden)
-    batch, limit, config = batch_for(policy, critic), KLLimit(at_most(0.01)), PPOConfig()
+    batch, limit = batch_for(policy, critic), KLLimit(at_most(0.01))
     with torch.no_grad():
-        _, parts = FusedPolicy(policy).gradient(batch, limit, 0.0, 0.0)
+        _, parts = FusedPolicy(policy).gradient(batch, limit, 0.0)
         _, value_parts = FusedCritic(critic).gradient(batch, 0.0, 1.0)
-    loss, _ = policy_loss(policy(batch.inputs), batch, limit, config)
+    loss, _ = policy_loss(policy(batch.inputs), batch, limit)
     assert close(parts, gradients(loss, FlatParameters(policy, "policy")))
     assert close(value_parts, gradients(value_loss(critic(batch.inputs), batch), FlatParameters(critic, "critic")))
 
@@ -161,12 +180,12 @@ def test_the_jacobian_is_autograds(space: str, activation: Any) -> None:
 def test_rows_that_do_not_count_have_no_part_in_it() -> None:
     for space in ("padded", "bounded"):
         policy, critic = made(SPACES[space])
-        batch, limit = batch_for(policy, critic), KLLimit(at_most(0.01))
+        batch, limit = batch_for(policy, critic), KLLimit(at_most(0.01), rules=[Clip(0.2)])
         kept = torch.nonzero(batch.mask).squeeze(-1)
         assert 0 < len(kept) < ROWS
         with torch.no_grad():
-            whole = FusedPolicy(policy).gradient(batch, limit, 0.2, 0.1)[1]
-            some = FusedPolicy(policy).gradient(batch.take(kept), limit, 0.2, 0.1)[1]
+            whole = FusedPolicy(policy).gradient(batch, limit, 0.1)[1]
+            some = FusedPolicy(policy).gradient(batch.take(kept), limit, 0.1)[1]
             whole += FusedCritic(critic).gradient(batch, 0.2, 1.0)[1]
             some += FusedCritic(critic).gradient(batch.take(kept), 0.2, 1.0)[1]
         assert all(torch.allclose(a, b) for a, b in zip(whole, some, strict=True))

@@ -266,7 +266,7 @@ def test_an_update_that_is_not_finite_is_undone_and_a_nan_reward_is_named(
 
 
 def test_it_has_no_option_that_its_line_search_leaves_no_room_for() -> None:
-    assert {field.name for field in fields(TRPOConfig().kl)} == {"target", "direction"}
+    assert {field.name for field in fields(TRPOConfig().kl)} == {"target", "of", "max_target", "direction"}
     with pytest.raises(UsageError, match=r"unknown option 'kl\.penalty'"):
         build(TRPOConfig, {"kl": {"penalty": "fixed"}})
 

@@ -6,27 +6,37 @@ from klrl.kl.control import Adaptive, Annealed, Bound, Coefficient, Dual, Fixed,
 from klrl.kl.divergence import NoClosedFormError, Product, concatenate, freeze, joint, kl, reverse_kl, select
 from klrl.kl.estimators import Estimate, StateEstimates, kl_estimate, mc_entropy, mc_kl
 from klrl.kl.fisher import fisher_vector_product
-from klrl.kl.limit import RULES, KLLimit, Move
+from klrl.kl.limit import KLLimit, Move
 from klrl.kl.measure import Direction, KLReport, measure, state_mean
+from klrl.kl.projection import geometric_mean, project_states
+from klrl.kl.rules import PENALTIES, RATIO_RULES, SPO, STATE_RULES, Clip, Gate, Project, Reverse, StateRule
 from klrl.kl.tracking import track
 
 __all__ = [
-    "RULES",
+    "PENALTIES",
+    "RATIO_RULES",
+    "SPO",
+    "STATE_RULES",
     "Adaptive",
     "Annealed",
     "Bound",
+    "Clip",
     "Coefficient",
     "Direction",
     "Dual",
     "Estimate",
     "Fixed",
+    "Gate",
     "KLLimit",
     "KLReport",
     "Move",
     "NoClosedFormError",
     "Penalty",
     "Product",
+    "Project",
+    "Reverse",
     "StateEstimates",
+    "StateRule",
     "at_least",
     "at_most",
     "categorical_kl",
@@ -35,6 +45,7 @@ __all__ = [
     "entropy",
     "fisher_vector_product",
     "freeze",
+    "geometric_mean",
     "jeffreys",
     "joint",
     "js",
@@ -45,6 +56,7 @@ __all__ = [
     "measure",
     "normal_kl",
     "pinsker_bound",
+    "project_states",
     "renyi",
     "reverse_kl",
     "select",

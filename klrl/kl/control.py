@@ -201,7 +201,9 @@ class Annealed:
     """A coefficient that follows a schedule over ``steps`` updates and answers nothing.
 
     ``shape``: "linear" or "cosine" from ``start`` to ``end``; "cyclical" repeats ``cycles`` ramps, each rising over its
-    first half and resting at ``end`` over its second (Fu et al. 2019). ``warmup`` updates at ``start`` come first.
+    first half and resting at ``end`` over its second (Fu et al. 2019); "reciprocal" moves 1 / value linearly, as mirror
+    descent's step that shrinks from 1 to 0 does (Tomar et al. 2022, section 5.1). ``warmup`` updates at ``start`` come
+    first.
     After the last step the value stays at ``end``; a schedule of one step is at ``end`` after its first update.
     """
 
@@ -211,15 +213,17 @@ class Annealed:
         end: float,
         steps: int,
         *,
-        shape: Literal["linear", "cosine", "cyclical"] = "linear",
+        shape: Literal["linear", "cosine", "cyclical", "reciprocal"] = "linear",
         cycles: int = 4,
         warmup: int = 0,
     ) -> None:
         self.start, self.end = (_positive(n, x, zero_allowed=True) for n, x in (("start", start), ("end", end)))
         if steps < 1 or cycles < 1 or warmup < 0:
             raise ValueError(f"steps and cycles must be at least 1 and warmup at least 0: {steps}, {cycles}, {warmup}")
-        if shape not in ("linear", "cosine", "cyclical"):
-            raise ValueError(f"shape must be 'linear', 'cosine' or 'cyclical', got {shape!r}")
+        if shape not in ("linear", "cosine", "cyclical", "reciprocal"):
+            raise ValueError(f"shape must be 'linear', 'cosine', 'cyclical' or 'reciprocal', got {shape!r}")
+        if shape == "reciprocal" and 0 in (start, end):
+            raise ValueError(f"a reciprocal schedule needs start and end above 0, got {start} and {end}")
         self.steps, self.shape, self.cycles, self.warmup = steps, shape, cycles, warmup
         self.count = 0
 
@@ -230,6 +234,8 @@ class Annealed:
             done = 0.5 - 0.5 * math.cos(math.pi * done)
         elif self.shape == "cyclical" and done < 1.0:
             done = min(2 * (done * self.cycles % 1.0), 1.0)
+        elif self.shape == "reciprocal":
+            return 1 / ((1 - done) / self.start + done / self.end)
         return self.start * (1 - done) + self.end * done
 
     def adapt(self, measured: float, bound: Bound) -> None:

@@ -152,7 +152,7 @@ class Product(td.Distribution):
         return torch.stack([part.sample(sample_shape) for part in self.parts], dim=-1)
 
     def map_parameters(self, function: Callable[[Tensor], Tensor]) -> "Product":
-        return Product([_map_parameters(part, function) for part in self.parts])
+        return Product([map_parameters(part, function) for part in self.parts])
 
 
 @td.register_kl(Product, Product)  # type: ignore[no-untyped-call, untyped-decorator]
@@ -168,7 +168,7 @@ def parameters_of(dist: td.Distribution) -> list[Tensor]:
         found.append(parameter)
         return parameter
 
-    _map_parameters(dist, collect)
+    map_parameters(dist, collect)
     return found
 
 
@@ -177,7 +177,7 @@ def freeze(dist: D) -> D:
 
     Raises ValueError for a family whose parameters are not known, and for a transform whose state cannot be read.
     """
-    return _map_parameters(dist, copied)
+    return map_parameters(dist, copied)
 
 
 def select(dist: D, index: Tensor | slice) -> D:
@@ -185,7 +185,7 @@ def select(dist: D, index: Tensor | slice) -> D:
 
     A transform's own parameters are taken to be of all states, and stay as they are.
     """
-    return _map_parameters(dist, lambda parameter: parameter[index])
+    return map_parameters(dist, lambda parameter: parameter[index])
 
 
 def concatenate(dists: list[D]) -> D:
@@ -194,7 +194,7 @@ def concatenate(dists: list[D]) -> D:
         return dists[0]
     columns = [parameters_of(dist) for dist in dists]
     whole = iter([torch.cat(column) for column in zip(*columns, strict=True)])
-    return _map_parameters(dists[0], lambda _: next(whole))
+    return map_parameters(dists[0], lambda _: next(whole))
 
 
 @cache
@@ -202,11 +202,12 @@ def _is_parametric(cls: Any) -> bool:  # which Python takes long to find out
     return issubclass(cls, Parametric)
 
 
-def _map_parameters(dist: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def map_parameters(dist: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """``dist`` with ``function`` applied to each of its parameters."""
     if _is_parametric(type(dist)):  # type: ignore[arg-type]
         return dist.map_parameters(function)
     if isinstance(dist, td.Independent):
-        return td.Independent(_map_parameters(dist.base_dist, function), dist.reinterpreted_batch_ndims)
+        return td.Independent(map_parameters(dist.base_dist, function), dist.reinterpreted_batch_ndims)
     if isinstance(dist, td.Normal):
         return td.Normal(function(dist.loc), function(dist.scale), validate_args=False)
     if isinstance(dist, td.Categorical | td.Bernoulli):
@@ -225,12 +226,10 @@ def _map_parameters(dist: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(dist, td.Beta):
         return td.Beta(function(dist.concentration1), function(dist.concentration0), validate_args=False)
     if isinstance(dist, td.MixtureSameFamily):
-        weights, parts = (
-            _map_parameters(d, function) for d in (dist.mixture_distribution, dist.component_distribution)
-        )
+        weights, parts = (map_parameters(d, function) for d in (dist.mixture_distribution, dist.component_distribution))
         return td.MixtureSameFamily(weights, parts, validate_args=False)
     if isinstance(dist, td.TransformedDistribution):
-        base, rebuilt = _map_parameters(dist.base_dist, function), object.__new__(type(dist))
+        base, rebuilt = map_parameters(dist.base_dist, function), object.__new__(type(dist))
         # The parameters of a transform are of no one state: an index leaves them, and only a copy takes them along.
         transforms = map_state(dist.transforms, copied) if function is copied else dist.transforms
         td.TransformedDistribution.__init__(rebuilt, base, transforms, validate_args=False)

@@ -2,52 +2,59 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from functools import reduce
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 from torch import distributions as td
 
-from klrl.kl.control import Adaptive, Bound, Coefficient, Fixed, Penalty, at_most
+from klrl.kl.control import Bound, Coefficient, Fixed, Penalty, at_most
 from klrl.kl.divergence import NoClosedFormError, freeze, kl, reverse_kl
-from klrl.kl.measure import Direction, KLReport, measure, state_mean
+from klrl.kl.measure import Direction, KLReport, Of, fraction, measure, states
+from klrl.kl.rules import PENALTIES, PenaltyRule, Start, StateRule
 from klrl.kl.trust_region import project
 
 Check = Literal["update", "epoch", "minibatch"]
 Overshoot = Literal["keep", "rollback", "project"]
-Rule = Literal["adaptive", "fixed", "none"]
+D = TypeVar("D", bound=td.Distribution)
+_WITHOUT = (
+    "an estimate has no gradient and is no measure of a single state: with penalty='none' and per_state='none', stop "
+    "and on_overshoot limit it"
+)
 
 
-def _adaptive(value: float, bound: Bound, high: float) -> Coefficient:
-    if math.isinf(bound.limit):  # no limit, nothing to answer
-        return Fixed(0.0)
-    return Adaptive(max(value, 1e-4), high=high, minimum=1e-4, maximum=max(value, 1e4))
+def _check_names(*given: tuple[Any, Any]) -> None:
+    for name, known in given:
+        if isinstance(name, str) and name not in get_args(known):
+            raise ValueError(f"{name!r} is none of {', '.join(get_args(known))}")
 
 
-# The coefficient of each rule, from its first value, the bound that it answers and the upper edge of its band.
-RULES: dict[str, Callable[[float, Bound, float], Coefficient]] = {
-    "adaptive": _adaptive,
-    "fixed": lambda value, bound, high: Fixed(value),
-    "none": lambda value, bound, high: Fixed(0.0),
-}
+def _check_numbers(**given: float) -> None:
+    for name, number in given.items():
+        if not number >= 0:
+            raise ValueError(f"{name} must be at least 0, got {number}")
 
 
 class KLLimit:
-    """A bound on the mean KL of an update, in nats, and everything that enforces it.
+    """A bound on the KL of an update, in nats, and everything that enforces it.
 
-    - during the update: ``term``, a penalty beside the loss, whose coefficient follows ``penalty``: a name in
-      ``RULES``, started at ``coef``, or a ``Coefficient`` of one's own; and ``Move.exceeded``, which says when to
-      stop: once the KL is above ``stop`` times the limit (0: never), measured where ``check`` says;
-    - after it: ``on_overshoot`` keeps an update that ends above the limit, takes it back ("rollback"), or moves it back
+    ``bound`` is about the mean over states, or what ``of`` names; ``max_limit`` about each state. ``direction``:
+    forward bounds KL(old || new), reverse KL(new || old). They are held by rules, in three places:
+
+    - on the mean, during the update: ``term``, a penalty beside the loss, whose coefficient follows ``penalty``: a name
+      in ``PENALTIES``, started at ``coef``, or a ``Coefficient`` of one's own; and ``Move.exceeded``, which says when
+      to stop: once the KL is above ``stop`` times a limit (0: never), measured where ``check`` says;
+    - in each state, during the update: ``weight`` and ``within``, by the ``StateRule``s in ``rules``;
+    - after it: ``on_overshoot`` keeps an update that ends above a limit, takes it back ("rollback"), or moves it back
       along its own line to the boundary ("project"); then the coefficient adapts to what the update had reached: the
       "adaptive" one doubles above 1.5 limits, or above 1 where overshoots are taken back, and halves below 1/1.5.
 
-    A rollback that no penalty answers may be followed by the same update, which is taken back, too, and so on.
-
-    ``direction``: forward bounds KL(old || new), reverse KL(new || old). ``device``: where ``beta`` lies.
+    A rollback that no rule answers may be followed by the same update, which is taken back, too, and so on. Beyond
+    ``influence`` limits a state's KL pulls no harder (Huber 1964); 0 sets no bound. ``device``: where ``beta`` lies.
 
         with limit.update(lambda: policy(obs), weights=list(policy.parameters())) as move:
             for epoch in range(10):
@@ -56,7 +63,7 @@ class KLLimit:
                     break
         print(move.report.mean)
 
-    Raises ValueError for a rule that is not known, and for a ``coef`` or ``stop`` below 0.
+    Raises ValueError for a rule that is not known, and for a number below 0.
     """
 
     def __init__(
@@ -64,8 +71,12 @@ class KLLimit:
         bound: Bound | None = None,
         *,
         direction: Direction = "forward",
-        penalty: Rule | Coefficient = "adaptive",
+        of: Of = "mean",
+        max_limit: float = math.inf,
+        penalty: PenaltyRule | Coefficient = "adaptive",
         coef: float = 1.0,
+        influence: float = 0.0,
+        rules: Iterable[StateRule] = (),
         stop: float = 1.5,
         check: Check = "epoch",
         on_overshoot: Overshoot = "keep",
@@ -76,41 +87,62 @@ class KLLimit:
             raise ValueError(f"bound must be a Bound, such as at_most({bound!r}), got {bound!r}")
         if self.bound.sign < 0 or self.bound.limit < 0:
             raise ValueError(f"a KL is limited from above, at 0 or more: at_most(0.02), not {self.bound}")
-        for given, known in ((direction, Direction), (check, Check), (on_overshoot, Overshoot)):
-            if given not in get_args(known):
-                raise ValueError(f"{given!r} is none of {', '.join(get_args(known))}")
-        for name, number in (("coef", coef), ("stop", stop)):
-            if not number >= 0:
-                raise ValueError(f"{name} must be at least 0, got {number}")
-        self.direction, self.stop, self.check, self.on_overshoot = direction, stop, check, on_overshoot
+        names = ((direction, Direction), (of, Of), (check, Check), (on_overshoot, Overshoot))
+        _check_names(*names, (penalty, PenaltyRule))
+        _check_numbers(coef=coef, stop=stop, max_limit=max_limit, influence=influence)
+        self.direction, self.of, self.max_limit, self.influence = direction, of, max_limit, influence
+        self.stop, self.check, self.on_overshoot, self.rules = stop, check, on_overshoot, list(rules)
         if isinstance(penalty, str):
-            if penalty not in RULES:
-                raise ValueError(f"penalty must be one of {', '.join(RULES)}, got {penalty!r}")
-            # Where an overshoot is taken back, no update ends above the limit: the limit itself is the upper edge.
-            penalty = RULES[penalty](coef, self.bound, 1.5 if on_overshoot == "keep" else 1.0)
+            penalty = PENALTIES[penalty](Start(coef, self.bound, on_overshoot == "keep"))
         self.penalty = Penalty(self.bound, penalty)
         self.penalises = not (isinstance(penalty, Fixed) and penalty.value == 0)
         self.beta = torch.tensor(penalty.value, device=device)
         """The coefficient as a float32 scalar: a tensor, so that a compiled step reads what it now is."""
 
-    def term(self, old: td.Distribution, new: td.Distribution) -> Tensor | float:
+    def term(self, old: td.Distribution, new: td.Distribution, within: td.Distribution | None = None) -> Tensor | float:
         """beta * KL of each state, [B], to be added to a loss; 0 where nothing penalises.
 
-        Raises NoClosedFormError for a pair whose KL can only be estimated, which has no gradient.
+        ``within``: what ``self.within`` made of ``new``, which is then drawn to it.
         """
-        if not self.penalises:
-            return 0.0
-        try:
-            return self.beta * self.kl(old, new)
-        except NoClosedFormError as problem:
-            raise NoClosedFormError(
-                f"{problem}; an estimate has no gradient to penalise by: with penalty='none', stop and on_overshoot "
-                "limit it"
-            ) from None
+        pull = 0.0 if within is None else sum(rule.pull(within, new) for rule in self.rules)
+        return self.strength(old, new) * self.kl(old, new) + pull if self.penalises else pull
+
+    def strength(self, old: td.Distribution, new: td.Distribution) -> Tensor:
+        """What multiplies each state's KL in ``term``: beta, or [B] where a state's influence is bounded."""
+        if self.influence == 0 or math.isinf(self.bound.limit):
+            return self.beta
+        # A KL's gradient grows as its root: this keeps it as long as it is at the edge.
+        edge = max(self.influence * self.bound.limit, 1e-30)
+        return self.beta * (edge / self.kl(old, new).detach().clamp_min(edge)).sqrt()
+
+    def weight(self, ratio: Tensor, advantage: Tensor, old: td.Distribution, new: td.Distribution) -> Tensor | float:
+        """By what to multiply the gradient of each state's surrogate ratio * advantage, [B]: the least that a rule
+        says, 1 without one.
+
+        ratio: new(a|s) / old(a|s). The surrogate's part of a loss is then -limit.weight(...) * ratio * advantage.
+        """
+        if not self.rules:
+            return 1.0
+        with torch.no_grad():
+            divergence = self.kl(old, new) if any(rule.reads_kl for rule in self.rules) else None
+            weights = [rule.weight(ratio.detach(), advantage, divergence) for rule in self.rules]
+            return reduce(torch.minimum, weights)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether a rule learns by another policy than the new one."""
+        return any(type(rule).within is not StateRule.within for rule in self.rules)
+
+    def within(self, old: td.Distribution, new: D) -> D:
+        """The policy that a loss is of: ``new``, or what a rule makes of it in states that moved too far."""
+        return reduce(lambda policy, rule: rule.within(old, policy, self.direction), self.rules, new)
 
     def kl(self, old: td.Distribution, new: td.Distribution) -> Tensor:
         """The KL that the limit is about, [B]. Raises ValueError as ``klrl.kl.kl`` does."""
-        return kl(old, new) if self.direction == "forward" else reverse_kl(old, new)
+        try:
+            return kl(old, new) if self.direction == "forward" else reverse_kl(old, new)
+        except NoClosedFormError as problem:
+            raise NoClosedFormError(f"{problem}; {_WITHOUT}") from None
 
     def begin(self, *args: Any, **more: Any) -> "Move":
         """Begin an update, which ``Move.end`` ends. Takes what ``Move`` takes after the limit."""
@@ -182,15 +214,21 @@ class Move:
         self._report: KLReport | None = None
 
     @torch.no_grad()
-    def kl(self, new: td.Distribution | None = None) -> float:
-        """The mean of the limited KL so far, of ``new`` where it is given; infinite where the policy is not finite."""
+    def excess(self, new: td.Distribution | None = None) -> float:
+        """The KL so far as a fraction of its limit, of ``new`` where it is given: at most 1 where both limits hold.
+
+        Infinite where the policy is not finite.
+        """
+        limit = self.limit
         try:
             new = self.policy() if new is None else new
-            return float(state_mean(self.limit.kl(self.old, new), self.mask))
+            divergence = limit.kl(self.old, new)
         except NoClosedFormError:
-            return self.check().limited
+            return self.check().excess
         except ValueError:
             return math.inf
+        limits = [(of, x) for of, x in ((limit.of, limit.bound.limit), ("max", limit.max_limit)) if x < math.inf]
+        return max((fraction(states(divergence, of, self.mask), most) for of, most in limits), default=0.0)
 
     def exceeded(self, when: Check | None = None, at: int = 1) -> bool:
         """Whether the update is to stop, as its KL is above ``stop`` times the limit.
@@ -199,9 +237,9 @@ class Move:
         ``at``: the epoch or step, for the report.
         """
         limit = self.limit
-        if when not in (None, limit.check) or limit.stop == 0 or math.isinf(limit.bound.limit):
+        if when not in (None, limit.check) or limit.stop == 0 or math.isinf(min(limit.bound.limit, limit.max_limit)):
             return False
-        over = not limit.bound.scaled(limit.stop).holds(self.kl())
+        over = not self.excess() <= limit.stop
         self.stopped_at = at if over else self.stopped_at
         return over
 
@@ -211,8 +249,8 @@ class Move:
         new, limit = self.policy(), self.limit
         if self.actions is not None and self.old_log_prob is not None:
             self.log_ratio = new.log_prob(self.actions) - self.old_log_prob
-        more = {"log_ratio": self.log_ratio, "mask": self.mask, "direction": limit.direction}
-        return measure(self.old, new, limit.bound, **more)  # type: ignore[arg-type]
+        more: Any = {"direction": limit.direction, "of": limit.of, "max_limit": limit.max_limit}
+        return measure(self.old, new, limit.bound, log_ratio=self.log_ratio, mask=self.mask, **more)
 
     @torch.no_grad()
     def end(self) -> KLReport:
@@ -227,15 +265,15 @@ class Move:
         except ValueError:
             self._restore()
             raise
-        reached, beta = report.limited, limit.penalty.coefficient.value
-        if limit.on_overshoot != "keep" and not limit.bound.holds(reached):
-            kept = self._take_back(reached)
+        first, beta = report, limit.penalty.coefficient.value
+        if limit.on_overshoot != "keep" and not first.excess <= 1:
+            kept = self._take_back(first.excess)
             report = self.check()
-            if not limit.bound.holds(report.limited):
+            if not report.excess <= 1:
                 raise ValueError("the policy depends on more than the weights that were given to be taken back")
-        limit.adapt(reached)
-        settled = replace(report, attempted=reached, rolled_back=1 - kept, coefficient=beta)
-        self._report = replace(settled, stopped_at=self.stopped_at)
+        limit.adapt(first.limited if first.max_of_limit <= first.of_limit else first.max_of_limit * limit.bound.limit)
+        own: Any = {"coefficient": beta, "rolled_back": 1 - kept, "stopped_at": self.stopped_at}
+        self._report = replace(report, attempted=first.limited, **own)
         return self._report
 
     def _restore(self) -> None:
@@ -255,7 +293,7 @@ class Move:
             for weight, old, new in zip(self.weights, self.before, ends, strict=False):
                 weight.copy_(torch.lerp(old, new, fraction) if fraction > 0 else old)
 
-        return project(place, self.kl, self.limit.bound.limit, reached)
+        return project(place, self.excess, 1.0, reached)
 
     @property
     def report(self) -> KLReport:

@@ -1,5 +1,6 @@
 """How far an update moved the policy: measured exactly, on the whole batch, after the last step."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,6 +15,7 @@ from klrl.kl.estimators import Estimate, kl_estimate, mc_entropy, mc_kl
 from klrl.kl.state import own_noise
 
 Direction = Literal["forward", "reverse"]
+Of = Literal["mean", "p95", "max"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,15 @@ class KLReport:
     limit: float
     """What the limited direction may be at most; inf where nothing limits it."""
     direction: Direction = "forward"
-    """Which of the two KLs the limit is about."""
+    """Which of the two KLs the limits are about."""
+    of: Of = "mean"
+    """What of the states' KLs ``limit`` is about."""
+    limited: float = 0.0
+    """That, as the policy now stands."""
+    furthest: float = 0.0
+    """The largest KL of a state, in the limited direction."""
+    max_limit: float = math.inf
+    """What ``furthest`` may be at most; inf where nothing limits it."""
     k1: Estimate | None = None
     """The sampled estimates that other packages log, beside the exact value; None where no actions were given."""
     k3: Estimate | None = None
@@ -51,18 +61,19 @@ class KLReport:
     """KL(old || new) of each state, [B], in ascending order: what the mean and the quantiles are of."""
 
     @property
-    def limited(self) -> float:
-        """The KL that the limit is about, as the policy now stands."""
-        return self.mean if self.direction == "forward" else self.reverse
-
-    @property
     def of_limit(self) -> float:
         """The limited KL as a fraction of its limit: above 1 the policy moved further than it should."""
-        if self.limit == float("inf"):
-            return 0.0
-        if self.limit == 0.0:
-            return float("inf") if self.limited > 0.0 else 0.0
-        return self.limited / self.limit
+        return fraction(self.limited, self.limit)
+
+    @property
+    def max_of_limit(self) -> float:
+        """The largest KL of a state as a fraction of its limit: above 1 a state moved further than any should."""
+        return fraction(self.furthest, self.max_limit)
+
+    @property
+    def excess(self) -> float:
+        """The larger of the two fractions: at most 1 where both limits hold."""
+        return max(self.of_limit, self.max_of_limit)
 
     def write(self, record: Callable[[str, float], object]) -> None:
         """Call ``record(tag, value)`` for every figure: a logger's ``record``, a dict's ``__setitem__``."""
@@ -71,15 +82,25 @@ class KLReport:
         record("kl/coef", self.coefficient)
         if self.estimated:
             record("kl/estimated", 1.0)
-        if self.limit != float("inf"):
+        if self.limit != math.inf:
             record("kl/limit", self.limit)
             record("kl/of_limit", self.of_limit)
             record("kl/attempted", self.attempted)
+        if self.max_limit != math.inf:
+            record("kl/max_limit", self.max_limit)
+            record("kl/max_of_limit", self.max_of_limit)
         for name, estimate in (("k1", self.k1), ("k3", self.k3)):
             if estimate is not None:
                 record(f"kl/{name}", estimate.value)
         record("entropy/mean", self.entropy)
         record("entropy/change", self.entropy - self.entropy_before)
+
+
+def fraction(reached: float, limit: float) -> float:
+    """``reached`` as a fraction of ``limit``: 0 of an infinite one, infinite of 0 where it was left."""
+    if limit == 0.0:
+        return math.inf if reached > 0.0 else 0.0
+    return reached / limit  # 0 where the limit is infinite
 
 
 def state_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -92,6 +113,18 @@ def state_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.where(mask, values, 0.0).sum(dtype=torch.float64) / mask.sum()
 
 
+def states(values: Tensor, of: Of, mask: Tensor | None = None) -> float:
+    """The mean, the 95th percentile (nearest rank) or the largest of ``values`` [B], where ``mask`` is True."""
+    if of == "mean":
+        return float(state_mean(values, mask))
+    values = values if mask is None else values[mask]
+    return float(values.max() if of == "max" else values.kthvalue(1 + _rank(0.95, values.numel())).values)
+
+
+def _rank(share: float, count: int) -> int:
+    return round(share * (count - 1))
+
+
 def measure(
     old: td.Distribution,
     new: td.Distribution,
@@ -100,6 +133,8 @@ def measure(
     log_ratio: Tensor | None = None,
     mask: Tensor | None = None,
     direction: Direction = "forward",
+    of: Of = "mean",
+    max_limit: float = math.inf,
     samples: int = 256,
 ) -> KLReport:
     """Compare two policies on the same B states and return the report of the move from ``old`` to ``new``.
@@ -107,6 +142,7 @@ def measure(
     ``log_ratio``: log new(a) - log old(a), [B], of actions drawn from ``old``, for the estimates k1 and k3.
     ``samples``: how many per state where there is no closed form (mixtures); the report is then ``estimated``.
     ``mask``: bool [B], the states that count (False on rows that only reset an environment); all by default.
+    ``bound`` is about the states' mean KL, or what ``of`` says, and ``max_limit`` about each state's.
 
     Raises ValueError where the result is not one value per state (use ``joint``) or no state counts.
     """
@@ -126,18 +162,22 @@ def measure(
         before, after = (_entropy(dist, samples) for dist in (old, new))
         means = torch.stack([state_mean(x, mask) for x in (forward, backward, before, after)])
         if mask is not None:
-            forward, log_ratio = forward[mask], None if log_ratio is None else log_ratio[mask]
+            forward, backward = forward[mask], backward[mask]
+            log_ratio = None if log_ratio is None else log_ratio[mask]
         if forward.numel() == 0:
             raise ValueError("no valid state to measure the KL on")
         ordered = forward.sort().values
-        last = ordered.numel() - 1
-        ranks = torch.tensor([round(share * last) for share in (0.5, 0.95, 0.99, 1.0)], device=ordered.device)
-        p50, p95, p99, largest = ordered[ranks].tolist()
+        ranks = [_rank(share, ordered.numel()) for share in (0.5, 0.95, 0.99, 1.0)]
+        p50, p95, p99, largest = ordered[torch.tensor(ranks, device=ordered.device)].tolist()
         mean, reverse, entropy_before, entropy = means.tolist()
+        if direction == "forward":
+            limited, furthest = {"mean": mean, "p95": p95, "max": largest}[of], largest
+        else:
+            limited, furthest = reverse if of == "mean" else states(backward, of), states(backward, "max")
     return KLReport(
         estimated=estimated,
         per_state=ordered,
-        attempted=mean if direction == "forward" else reverse,
+        attempted=limited,
         mean=mean,
         max=largest,
         p50=p50,
@@ -146,8 +186,12 @@ def measure(
         reverse=reverse,
         entropy_before=entropy_before,
         entropy=entropy,
-        limit=float("inf") if bound is None else bound.limit,
+        limit=math.inf if bound is None else bound.limit,
         direction=direction,
+        of=of,
+        limited=limited,
+        furthest=furthest,
+        max_limit=max_limit,
         k1=None if log_ratio is None else kl_estimate(log_ratio, "k1"),
         k3=None if log_ratio is None else kl_estimate(log_ratio, "k3"),
     )

@@ -17,6 +17,7 @@ from torch import distributions as td
 from klrl.kl import categorical_kl, normal_kl
 from klrl.kl.closed_form import categorical_kl_of, log_probs_64
 from klrl.kl.fisher import softmax_fisher
+from klrl.kl.projection import mix_logits, mix_normals
 
 LOG_SQRT_TWO_PI = 0.5 * math.log(2 * math.pi)
 
@@ -56,6 +57,10 @@ class MultiCategorical(td.Distribution):
         """F v for a direction [B, k, n] in the logits."""
         return (softmax_fisher(self.log_probs.exp(), vector),)
 
+    def between(self, old: "MultiCategorical", weight: Tensor) -> "MultiCategorical":
+        """The geometric mean with ``old``; weight: [B], this policy's part."""
+        return MultiCategorical(mix_logits(old.logits, self.logits, weight[..., None, None]))
+
     def log_prob(self, value: Tensor) -> Tensor:
         """log pi(a|s), shape [B]."""
         return self.log_probs.gather(-1, value.unsqueeze(-1)).sum((-2, -1))
@@ -92,6 +97,10 @@ class DiagonalNormal(td.Distribution):
     def fisher_vector_product(self, to_mean: Tensor, to_log_std: Tensor) -> tuple[Tensor, Tensor]:
         """F v for a direction in mean and log_std, each [B, d]."""
         return to_mean * torch.exp(-2 * self.log_std), 2 * to_log_std
+
+    def between(self, old: "DiagonalNormal", weight: Tensor) -> "DiagonalNormal":
+        """The geometric mean with ``old``; weight: [B], this policy's part."""
+        return type(self)(*mix_normals(old.loc, old.log_std, self.loc, self.log_std, weight.unsqueeze(-1)))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log pi(a|s), shape [B]."""

@@ -39,6 +39,11 @@ class SquashedNormal(td.Distribution):
         """F v for a direction in the normals' mean and log_std, each [B, d]."""
         return self.base.fisher_vector_product(to_mean, to_log_std)
 
+    def between(self, old: "SquashedNormal", weight: Tensor) -> "SquashedNormal":
+        """The geometric mean with ``old``; weight: [B], this policy's part."""
+        base = self.base.between(old.base, weight)
+        return SquashedNormal(base.loc, base.log_std)
+
     def squash(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The action tanh(mean + std * noise) and its log-density, [B, d] and [B], with gradients in the parameters.
 

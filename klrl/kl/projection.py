@@ -1,0 +1,118 @@
+"""Each state's policy moved back towards the old one until its own KL is within a limit, differentiably."""
+
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch import distributions as td
+
+from klrl.kl.divergence import NoClosedFormError, Product, kl, logits_of, map_parameters, name_of, reverse_kl
+from klrl.kl.measure import Direction
+
+D = TypeVar("D", bound=td.Distribution)
+_ROUNDS = 8
+
+
+@runtime_checkable
+class Interpolated(Protocol):
+    """A distribution of one's own whose geometric means with others of its kind are of that kind."""
+
+    def between(self, old: Self, weight: Tensor) -> Self: ...
+
+
+def project_states(old: td.Distribution, new: D, limit: float, direction: Direction = "forward") -> D:
+    """``new`` where a state's KL from ``old`` is at most ``limit``; elsewhere their geometric mean whose KL is that.
+
+    Differentiable in ``new``, the weight of the mean included. In the reverse direction it is, of all policies within
+    the limit, the nearest to ``new`` by KL(policy || new), and (1 - weight) / weight is the constraint's multiplier; in
+    the forward direction it is the same mean, up to another limit. Source: Otto et al. (2021), "Differentiable trust
+    region layers for deep reinforcement learning", section 4, here with one limit on mean and covariance together;
+    TROLL (arXiv 2510.03817) for categoricals.
+
+    Raises NoClosedFormError for families that ``geometric_mean`` does not know, ValueError for a limit of 0 or less.
+    """
+    if not limit > 0:
+        raise ValueError(f"limit must be above 0, got {limit}")
+    measure = kl if direction == "forward" else reverse_kl
+    with torch.no_grad():
+        reached = measure(old, new)
+        if not bool((reached > limit).any()):
+            return new
+        weight = torch.where(reached > limit, _weight(old, new, limit, measure, reached), 1.0)
+    with torch.enable_grad():  # d KL / d weight
+        leaf = weight.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(measure(old, geometric_mean(old, _detached(new), leaf)).sum(), leaf)
+    # One Newton step from where it already is within: its gradient is that of the weight that the limit implies.
+    off = measure(old, geometric_mean(old, new, weight)) - limit
+    follows = weight - torch.where(reached > limit, off / slope.clamp_min(1e-30), 0.0)
+    exact = weight + (follows - follows.detach())
+    return geometric_mean(old, new, torch.where(reached > limit, exact, 1.0))
+
+
+def _weight(old: td.Distribution, new: td.Distribution, limit: float, measure: Any, reached: Tensor) -> Tensor:
+    """The largest weight found whose KL is within the limit, [B], where that of ``new`` is not.
+
+    The root of the KL is nearly linear in the weight: false position on it, with the Illinois rule.
+    """
+    low, high = torch.zeros_like(reached), torch.ones_like(reached)
+    at_low, at_high = -torch.ones_like(reached), ((reached / limit).sqrt() - 1).clamp(max=1e3)
+    for _ in range(_ROUNDS):
+        middle = low + (high - low) * at_low / (at_low - at_high)
+        value = (measure(old, geometric_mean(old, new, middle)) / limit).sqrt().clamp(max=1e3) - 1
+        inside = value <= 0
+        at_high = torch.where(inside, 0.5 * at_high, value)
+        at_low = torch.where(inside, value, 0.5 * at_low)
+        low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+    return low
+
+
+def _detached(dist: D) -> D:
+    return map_parameters(dist, Tensor.detach)
+
+
+def geometric_mean(old: td.Distribution, new: D, weight: Tensor) -> D:
+    """old^(1 - weight) new^weight, normalised, for each state. weight: [B], between 0 and 1.
+
+    Raises NoClosedFormError where the two are not categoricals, Bernoullis or normals of one kind, products of these,
+    or of a class with a method ``between``.
+    """
+    result: Any
+    if type(old) is not type(new):
+        raise NoClosedFormError(f"no geometric mean of {name_of(old)} and {name_of(new)} is known")
+    if isinstance(new, Interpolated):
+        result = new.between(old, weight)
+    elif isinstance(new, Product):
+        result = Product([geometric_mean(a, b, weight) for a, b in zip(old.parts, new.parts, strict=True)])  # type: ignore[attr-defined]
+    elif isinstance(new, td.Independent):
+        wide = weight.view(*weight.shape, *[1] * new.reinterpreted_batch_ndims)
+        result = td.Independent(geometric_mean(old.base_dist, new.base_dist, wide), new.reinterpreted_batch_ndims)  # type: ignore[attr-defined]
+    elif isinstance(new, td.Normal):
+        mean, log_std = mix_normals(old.loc, old.scale.log(), new.loc, new.scale.log(), weight)  # type: ignore[attr-defined]
+        result = td.Normal(mean, log_std.exp(), validate_args=False)
+    elif isinstance(new, td.Categorical):
+        logits = mix_logits(logits_of(old), logits_of(new), weight.unsqueeze(-1))  # type: ignore[arg-type]
+        result = td.Categorical(logits=logits.to(new._param.dtype), validate_args=False)
+    elif isinstance(new, td.Bernoulli):
+        logits = mix_logits(logits_of(old), logits_of(new), weight.unsqueeze(-1))  # type: ignore[arg-type]
+        result = td.Bernoulli(logits=(logits[..., 1] - logits[..., 0]).to(new._param.dtype), validate_args=False)
+    else:
+        raise NoClosedFormError(f"no geometric mean of {name_of(new)} is known")
+    return result
+
+
+def mix_logits(old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
+    """Log-probabilities of the geometric mean of categoricals [..., n]; what either forbids stays forbidden."""
+    lowest = -1e30  # finite, so that a weight of 0 makes no nan of it
+    logs = [torch.log_softmax(logits, -1) for logits in (old, new)]
+    forbidden = (logs[0] == -torch.inf) | (logs[1] == -torch.inf)
+    mixed = torch.lerp(logs[0].clamp_min(lowest), logs[1].clamp_min(lowest), weight)
+    return torch.log_softmax(torch.where(forbidden, -torch.inf, mixed), -1)
+
+
+def mix_normals(
+    mean_old: Tensor, log_std_old: Tensor, mean: Tensor, log_std: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and log_std of the geometric mean of normals: precisions, and means times precisions, are averaged."""
+    share = torch.sigmoid(2 * (log_std_old - log_std) + torch.logit(weight))  # of the precision, the new one's
+    log_precision = torch.logaddexp(torch.log1p(-weight) - 2 * log_std_old, weight.log() - 2 * log_std)
+    return torch.lerp(mean_old, mean, share), -0.5 * log_precision

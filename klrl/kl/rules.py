@@ -1,0 +1,179 @@
+"""The rules by name: coefficients that answer a measured KL, and weights that answer each state's own.
+
+A row in ``PENALTIES``, ``STATE_RULES`` or ``RATIO_RULES`` is all that a rule needs besides its class.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributions as td
+
+from klrl.kl.control import Adaptive, Annealed, Bound, Coefficient, Dual, Fixed
+from klrl.kl.divergence import freeze, kl
+from klrl.kl.measure import Direction
+from klrl.kl.projection import project_states
+
+PenaltyRule = Literal["adaptive", "lagrange", "fixed", "annealed", "cyclical", "reciprocal", "none"]
+StateRuleName = Literal["none", "gate", "reverse", "project"]
+RatioRuleName = Literal["clip", "spo"]
+D = TypeVar("D", bound=td.Distribution)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a penalty's coefficient is made from."""
+
+    value: float
+    """At the first update."""
+    bound: Bound
+    """What it answers."""
+    kept: bool = True
+    """Whether overshoots are kept. Where they are taken back, no update ends above the limit."""
+    end: float = 0.0
+    """An annealed one's value after ``updates`` updates."""
+    updates: int = 1000
+
+
+def _adaptive(start: Start) -> Coefficient:
+    if math.isinf(start.bound.limit):  # no limit, nothing to answer
+        return Fixed(0.0)
+    value = max(start.value, 1e-4)
+    return Adaptive(value, high=1.5 if start.kept else 1.0, minimum=1e-4, maximum=max(value, 1e4))
+
+
+def _lagrange(start: Start) -> Coefficient:
+    if math.isinf(start.bound.limit):
+        return Fixed(0.0)
+    value = max(start.value, 1e-4)
+    return Dual(value, rate=0.5 / max(start.bound.limit, 1e-6), minimum=1e-4, maximum=max(value, 1e4))
+
+
+# The coefficient of each penalty.
+PENALTIES: dict[PenaltyRule, Callable[[Start], Coefficient]] = {
+    "adaptive": _adaptive,
+    "lagrange": _lagrange,
+    "fixed": lambda start: Fixed(start.value),
+    "annealed": lambda start: Annealed(start.value, start.end, start.updates),
+    "cyclical": lambda start: Annealed(start.value, start.end, start.updates, shape="cyclical"),
+    "reciprocal": lambda start: Annealed(start.value, start.end, start.updates, shape="reciprocal"),
+    "none": lambda start: Fixed(0.0),
+}
+
+
+class StateRule:
+    """What each state's own move does to its part of a policy's loss. A rule overrides ``weight`` or ``within``."""
+
+    reads_kl = True
+    """Whether ``weight`` is given each state's KL."""
+
+    def weight(self, ratio: Tensor, advantage: Tensor, kl: Tensor | None) -> Tensor:
+        """By what to multiply the gradient of each state's surrogate ratio * advantage, [B]; 1 leaves it.
+
+        ratio: new(a|s) / old(a|s); kl: of each state, in the limited direction; all [B], without gradients.
+        """
+        return torch.ones_like(ratio)
+
+    def within(self, old: td.Distribution, new: D, direction: Direction) -> D:
+        """The policy that the loss is of, in place of ``new``: differentiable in ``new``."""
+        return new
+
+    def pull(self, within: td.Distribution, new: td.Distribution) -> Tensor | float:
+        """What to add to each state's loss, [B], so that ``new`` follows ``within``."""
+        return 0.0
+
+
+def _further(ratio: Tensor, advantage: Tensor) -> Tensor:
+    """Where a step up the surrogate moves a state further the way its ratio has already moved, bool [B]."""
+    return ratio * advantage > advantage
+
+
+@dataclass(frozen=True)
+class Clip(StateRule):
+    """PPO's clipping: no gradient where the ratio is beyond 1 -+ ``range`` and would go further.
+
+    Source: Schulman et al. (2017), "Proximal policy optimization algorithms", equation 7.
+    """
+
+    range: float = 0.2
+    reads_kl = False
+
+    def weight(self, ratio: Tensor, advantage: Tensor, kl: Tensor | None) -> Tensor:
+        clipped = ratio.clamp(1 - self.range, 1 + self.range) * advantage
+        return (ratio * advantage <= clipped).to(ratio.dtype)
+
+
+@dataclass(frozen=True)
+class SPO(StateRule):
+    """A parabola in the ratio, at its highest where the ratio is ``range`` from 1, that draws a ratio beyond back.
+
+    The gradient of ratio * A - |A| (ratio - 1)^2 / (2 range), as a multiple of that of ratio * A.
+    Source: Xie et al. (2025), "Simple policy optimization", equation 12.
+    """
+
+    range: float = 0.2
+    reads_kl = False
+
+    def weight(self, ratio: Tensor, advantage: Tensor, kl: Tensor | None) -> Tensor:
+        return 1 - advantage.sign() * (ratio - 1) / self.range
+
+
+@dataclass(frozen=True)
+class Gate(StateRule):
+    """TR-PPO: no gradient where a state's KL is above ``limit``, in nats, and the state would move further.
+
+    Source: Wang et al. (2019), "Truly proximal policy optimization", equation 11.
+    """
+
+    limit: float = 0.05
+
+    def weight(self, ratio: Tensor, advantage: Tensor, kl: Tensor | None) -> Tensor:
+        assert kl is not None
+        return 1 - ((kl > self.limit) & _further(ratio, advantage)).to(ratio.dtype)
+
+
+@dataclass(frozen=True)
+class Reverse(StateRule):
+    """TR-PPO-RB: the gradient turned round and times ``turn`` where ``Gate`` drops it, so that the state comes back.
+
+    Source: Wang et al. (2019), "Truly proximal policy optimization", section 4.3.
+    """
+
+    limit: float = 0.05
+    turn: float = 1.0
+
+    def weight(self, ratio: Tensor, advantage: Tensor, kl: Tensor | None) -> Tensor:
+        assert kl is not None
+        return 1 - (1 + self.turn) * ((kl > self.limit) & _further(ratio, advantage)).to(ratio.dtype)
+
+
+@dataclass(frozen=True)
+class Project(StateRule):
+    """A trust region layer: the loss is of the nearest policy whose KL is at most ``limit`` in every state.
+
+    ``strength`` weighs the KL from there to the network's own policy, which so follows. Source: Otto et al. (2021),
+    "Differentiable trust region layers for deep reinforcement learning", equations 4 and 6; see ``project_states``.
+    """
+
+    limit: float = 0.05
+    strength: float = 1.0
+
+    def within(self, old: td.Distribution, new: D, direction: Direction) -> D:
+        return project_states(old, new, self.limit, direction)
+
+    def pull(self, within: td.Distribution, new: td.Distribution) -> Tensor | float:
+        return self.strength * kl(freeze(within), new)
+
+
+# The rule of each name, from the KL that a state may have and from the rule's strength.
+STATE_RULES: dict[StateRuleName, Callable[[float, float], StateRule | None]] = {
+    "none": lambda limit, turn: None,
+    "gate": lambda limit, turn: Gate(limit),
+    "reverse": Reverse,
+    "project": Project,
+}
+# The rule of each name, from the range that a ratio may leave 1 by.
+RATIO_RULES: dict[RatioRuleName, Callable[[float], StateRule]] = {"clip": Clip, "spo": SPO}
