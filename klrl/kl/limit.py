@@ -22,7 +22,7 @@ Check = Literal["update", "epoch", "minibatch"]
 Overshoot = Literal["keep", "rollback", "project"]
 D = TypeVar("D", bound=td.Distribution)
 _WITHOUT = (
-    "an estimate has no gradient and is no measure of a single state: with penalty='none' and per_state='none', stop "
+    "an estimate has no gradient and is no measure of a single state: with penalty='none' and no rule of states, stop "
     "and on_overshoot limit it"
 )
 

@@ -10,7 +10,7 @@ from klrl.kl.divergence import NoClosedFormError, Product, kl, logits_of, map_pa
 from klrl.kl.measure import Direction
 
 D = TypeVar("D", bound=td.Distribution)
-_ROUNDS = 8
+_ROUNDS = 10
 
 
 @runtime_checkable
@@ -36,17 +36,18 @@ def project_states(old: td.Distribution, new: D, limit: float, direction: Direct
     measure = kl if direction == "forward" else reverse_kl
     with torch.no_grad():
         reached = measure(old, new)
-        if not bool((reached > limit).any()):
+        moved = reached > limit
+        if not bool(moved.any()):
             return new
-        weight = torch.where(reached > limit, _weight(old, new, limit, measure, reached), 1.0)
+        weight = torch.where(moved, _weight(old, new, limit, measure, reached), 1.0)
     with torch.enable_grad():  # d KL / d weight
         leaf = weight.clone().requires_grad_()
         (slope,) = torch.autograd.grad(measure(old, geometric_mean(old, _detached(new), leaf)).sum(), leaf)
+    slope = torch.where(moved & (slope > 0), slope, torch.inf)  # weights of 0 and 1 stay
     # One Newton step from where it already is within: its gradient is that of the weight that the limit implies.
-    off = measure(old, geometric_mean(old, new, weight)) - limit
-    follows = weight - torch.where(reached > limit, off / slope.clamp_min(1e-30), 0.0)
-    exact = weight + (follows - follows.detach())
-    return geometric_mean(old, new, torch.where(reached > limit, exact, 1.0))
+    newton = weight - (measure(old, geometric_mean(old, new, weight)) - limit) / slope
+    exact = weight + (newton - newton.detach())
+    return geometric_mean(old, new, torch.where(moved, exact, 1.0))
 
 
 def _weight(old: td.Distribution, new: td.Distribution, limit: float, measure: Any, reached: Tensor) -> Tensor:
@@ -55,14 +56,17 @@ def _weight(old: td.Distribution, new: td.Distribution, limit: float, measure: A
     The root of the KL is nearly linear in the weight: false position on it, with the Illinois rule.
     """
     low, high = torch.zeros_like(reached), torch.ones_like(reached)
-    at_low, at_high = -torch.ones_like(reached), ((reached / limit).sqrt() - 1).clamp(max=1e3)
+    at_low, at_high = -torch.ones_like(reached), ((reached / limit).sqrt() - 1).clamp(1e-6, 1e3)
+    was_inside = torch.full_like(reached, torch.nan)
     for _ in range(_ROUNDS):
         middle = low + (high - low) * at_low / (at_low - at_high)
         value = (measure(old, geometric_mean(old, new, middle)) / limit).sqrt().clamp(max=1e3) - 1
         inside = value <= 0
-        at_high = torch.where(inside, 0.5 * at_high, value)
-        at_low = torch.where(inside, value, 0.5 * at_low)
+        # An end that stays for a second time counts half, so that the next guess moves away from the other.
+        at_high = torch.where(inside, torch.where(was_inside == 1, 0.5, 1.0) * at_high, value)
+        at_low = torch.where(inside, value, torch.where(was_inside == 0, 0.5, 1.0) * at_low)
         low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+        was_inside = inside.to(reached.dtype)
     return low
 
 
@@ -101,10 +105,10 @@ def geometric_mean(old: td.Distribution, new: D, weight: Tensor) -> D:
 
 
 def mix_logits(old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
-    """Log-probabilities of the geometric mean of categoricals [..., n]; what either forbids stays forbidden."""
+    """Log-probabilities of the geometric mean of categoricals [..., n]; what one with a part in it forbids has none."""
     lowest = -1e30  # finite, so that a weight of 0 makes no nan of it
     logs = [torch.log_softmax(logits, -1) for logits in (old, new)]
-    forbidden = (logs[0] == -torch.inf) | (logs[1] == -torch.inf)
+    forbidden = ((logs[0] == -torch.inf) & (weight < 1)) | ((logs[1] == -torch.inf) & (weight > 0))
     mixed = torch.lerp(logs[0].clamp_min(lowest), logs[1].clamp_min(lowest), weight)
     return torch.log_softmax(torch.where(forbidden, -torch.inf, mixed), -1)
 

@@ -111,7 +111,7 @@ class SPO(StateRule):
     """A parabola in the ratio, at its highest where the ratio is ``range`` from 1, that draws a ratio beyond back.
 
     The gradient of ratio * A - |A| (ratio - 1)^2 / (2 range), as a multiple of that of ratio * A.
-    Source: Xie et al. (2025), "Simple policy optimization", equation 12.
+    Source: Xie et al. (2025), "Simple policy optimization", section 4.
     """
 
     range: float = 0.2
@@ -125,7 +125,7 @@ class SPO(StateRule):
 class Gate(StateRule):
     """TR-PPO: no gradient where a state's KL is above ``limit``, in nats, and the state would move further.
 
-    Source: Wang et al. (2019), "Truly proximal policy optimization", equation 11.
+    Source: Wang et al. (2019), "Truly proximal policy optimization", section 4.2.
     """
 
     limit: float = 0.05
@@ -155,7 +155,7 @@ class Project(StateRule):
     """A trust region layer: the loss is of the nearest policy whose KL is at most ``limit`` in every state.
 
     ``strength`` weighs the KL from there to the network's own policy, which so follows. Source: Otto et al. (2021),
-    "Differentiable trust region layers for deep reinforcement learning", equations 4 and 6; see ``project_states``.
+    "Differentiable trust region layers for deep reinforcement learning", section 4; see ``project_states``.
     """
 
     limit: float = 0.05

@@ -86,14 +86,14 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
     with Signals() as signals:
         try:
             with _display(trials, config.quiet) as show:
-                _run_trials(trials, config.jobs or cores(), signals, show)
+                run_trials(trials, config.jobs or cores(), signals, show)
         except BaseException as problem:
             _stop(trials, problem.signum if isinstance(problem, Interrupted) else signal.SIGTERM)
             raise
     _finish(trials, folder)
 
 
-def _run_trials(trials: list[Trial], jobs: int, signals: Signals, show: Callable[[], None]) -> None:
+def run_trials(trials: list[Trial], jobs: int, signals: Signals, show: Callable[[], None]) -> None:
     """Let at most ``jobs`` processes work until every trial is finished or failed."""
     while True:
         for trial in trials:
