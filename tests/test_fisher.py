@@ -7,7 +7,7 @@ import torch
 from torch import distributions as td
 
 from klrl.kl import fisher_vector_product, joint, kl
-from klrl.kl.divergence import _map_parameters, parameters_of
+from klrl.kl.divergence import map_parameters, parameters_of
 from klrl.policies.distributions import DiagonalNormal, MultiCategorical
 
 
@@ -49,7 +49,7 @@ def test_kl_of_a_small_step_is_half_the_fisher_form(family: str) -> None:
     errors = []
     for step in (1e-3, 1e-4):
         moved = iter([p + step * v for p, v in zip(parameters, vectors, strict=True)])
-        ratio = kl(dist, _map_parameters(dist, lambda _, moved=moved: next(moved))) / (0.5 * step**2 * form)
+        ratio = kl(dist, map_parameters(dist, lambda _, moved=moved: next(moved))) / (0.5 * step**2 * form)
         errors.append(float((ratio - 1).abs().max()))
     assert errors[1] < 2e-3
     assert errors[1] < 0.2 * errors[0] + 1e-6, "and the rest is of third order"

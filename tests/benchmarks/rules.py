@@ -27,8 +27,8 @@ from klrl.training.signals import Signals
 RESULTS = Path(__file__).parent / "rules.jsonl"
 ENVS = ("Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Humanoid-v5", "Swimmer-v5", "Walker2d-v5")
 STAGES = {"screen": (300_000, 2), "final": (1_000_000, 5)}  # steps and seeds
-# The first standard deviation is 0.5 (Andrychowicz et al. 2021, "What matters in on-policy reinforcement learning"): from
-# 1, Ant's first 300,000 steps go into less noise, and a rule's score is how fast it lets the noise fall.
+# The first standard deviation is 0.5, as "What matters in on-policy reinforcement learning" (Andrychowicz et al. 2021)
+# advises: from 1, Ant's first 300,000 steps go into less noise, and a rule scores by how fast it lets the noise fall.
 COMMON: dict[str, Any] = {
     "n_envs": 4,
     "n_steps": 512,
