@@ -1,7 +1,7 @@
 """Which rule on the KL learns best: every rule on six MuJoCo tasks, rerun and gone on with by one command.
 
     python tests/benchmarks/rules.py [--stage screen | final] [--envs Ant-v5 ...] [--rules reverse ...] [--jobs 2]
-    python tests/benchmarks/rules.py --table
+    python tests/benchmarks/rules.py --table [--figure FILE]
 
 Finished runs become lines of rules.jsonl beside this file, which are not run again; stopped ones go on from their last
 checkpoint in ``--run-dir``. A run takes 2 to 6 minutes of one core for each 300,000 steps.
@@ -9,15 +9,18 @@ checkpoint in ``--run-dir``. A run takes 2 to 6 minutes of one core for each 300
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
+from klrl.analysis.figures import tidy
+from klrl.analysis.scores import iqm
 from klrl.rundir.history import History
 from klrl.sweep.grid import expand
 from klrl.sweep.sweep import row, run_trials
@@ -135,17 +138,64 @@ def result(run: History, stage: str, env: str, rule: str, seed: int) -> dict[str
     }
 
 
+def returns(lines: list[dict[str, Any]], rule: str, env: str) -> np.ndarray:
+    """The final returns of a rule on a task, one per seed."""
+    return np.array([line["return"] for line in lines if (line["rule"], line["env"]) == (rule, env)])
+
+
+def beside_clipping(lines: list[dict[str, Any]], rule: str) -> tuple[float, float, float] | None:
+    """The IQM of the returns over that of clipping's, the mean over tasks, and its bootstrapped middle 95 %.
+
+    Of the tasks on which both have runs: the seeds of each are drawn anew (Agarwal et al. 2021). None where none has.
+    """
+    pairs = [(returns(lines, rule, env), returns(lines, "clip", env)) for env in ENVS]
+    pairs = [(mine, theirs) for mine, theirs in pairs if len(mine) and len(theirs)]
+    if not pairs:
+        return None
+    rng = np.random.default_rng(0)
+    drawn = [[iqm(x[rng.integers(len(x), size=(2000, len(x)))]) for x in pair] for pair in pairs]
+    low, high = np.quantile(np.mean([mine / theirs for mine, theirs in drawn], axis=0), (0.025, 0.975))
+    return float(np.mean([iqm(mine) / iqm(theirs) for mine, theirs in pairs])), float(low), float(high)
+
+
 def table(lines: list[dict[str, Any]], stage: str) -> str:
-    """The mean return of each rule on each task, and how many seeds it is of."""
+    """A row for each rule: the IQM of its returns on each task (seeds), beside clipping, and what KL it reached."""
     here = [line for line in lines if line["stage"] == stage]
-    rows = ["| rule | " + " | ".join(ENVS) + " |", "|---" * (len(ENVS) + 1) + "|"]
+    columns = ["rule", *ENVS, "of clipping", "KL: mean", "p95", "max", "largest ever", "within target"]
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for rule in RULES:
-        cells = []
-        for env in ENVS:
-            returns = [line["return"] for line in here if (line["env"], line["rule"]) == (env, rule)]
-            cells.append(f"{statistics.fmean(returns):.0f} ({len(returns)})" if returns else "")
+        own = [line for line in here if line["rule"] == rule]
+        if not own:
+            continue
+        found = [returns(here, rule, env) for env in ENVS]
+        cells = [f"{iqm(one):.0f} ({len(one)})" if len(one) else "" for one in found]
+        compared = beside_clipping(here, rule)
+        cells.append(f"{compared[0]:.2f} ({compared[1]:.2f} to {compared[2]:.2f})" if compared else "")
+        cells += [f"{np.mean([line[f'kl_{name}'] for line in own]):.3f}" for name in ("mean", "p95", "max")]
+        cells += [f"{max(line['kl_largest'] for line in own):.2f}", f"{np.mean([x['within'] for x in own]):.0%}"]
         rows.append(f"| {rule} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def figure(lines: list[dict[str, Any]], stage: str) -> Figure:
+    """Returns beside clipping's and the largest KL of a state, of each rule that ran on every task."""
+    here = [line for line in lines if line["stage"] == stage]
+    whole = [rule for rule in RULES if all(len(returns(here, rule, env)) for env in ENVS)]
+    places = np.arange(len(whole))[::-1]
+    drawn, (left, right) = plt.subplots(1, 2, figsize=(7.4, 0.9 + 0.32 * len(whole)), sharey=True, layout="constrained")
+    for place, rule in zip(places, whole, strict=True):
+        value, low, high = beside_clipping(here, rule) or (1.0, 1.0, 1.0)
+        color = "C1" if rule == "clip" else "C0"
+        left.plot([low, high], [place, place], color=color, lw=2)
+        left.plot(value, place, "o", color=color)
+        reached = [line["kl_largest"] for line in here if line["rule"] == rule]
+        right.plot(reached, np.full(len(reached), place), "|", color=color)
+    left.axvline(1.0, color="0.7", lw=1, zorder=0)
+    left.set(yticks=places, yticklabels=whole, xlabel="return / that of clipping, mean of six tasks")
+    right.set(xscale="log", xlabel="largest KL of a state in a run, nats")
+    tidy(left, "x")
+    tidy(right, "x")
+    return drawn
 
 
 def main() -> None:
@@ -156,7 +206,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/rules"))
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--table", action="store_true", help="print the table of the results so far")
+    parser.add_argument("--figure", type=Path, help="and draw them into a file")
     given = parser.parse_args()
     steps, count = STAGES[given.stage]
     known = {(line["stage"], line["env"], line["rule"], line["seed"]) for line in finished()}
@@ -167,7 +218,9 @@ def main() -> None:
         for env in given.envs
         if (given.stage, env, rule, seed) not in known
     ]
-    if given.table or not wanted:
+    if given.figure is not None:
+        figure(finished(), given.stage).savefig(given.figure)
+    if given.table or given.figure is not None or not wanted:
         print(table(finished(), given.stage))
         return
     trials = {}
