@@ -106,7 +106,7 @@ class OffPolicyKLConfig(KLConfig):
     """How far the policy may move within a window of gradient steps, and what answers an excess."""
 
     target: NonNegative = 0.0
-    """Limit on the mean KL(old||new) of a window, in nats, action dimensions summed; 0 sets none."""
+    """Limit on the KL(old||new) of a window, in nats, action dimensions summed; 0 sets none."""
     every: PositiveInt = 1000
     """How many gradient steps make the window whose KL is measured and limited; kl.check's epoch is a tenth of it."""
 
