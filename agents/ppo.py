@@ -70,8 +70,8 @@ def reach(batch: Batch, move: Move, clip_range: float = 0.0) -> dict[str, float]
     if any(type(rule).weight is not StateRule.weight for rule in move.limit.rules):
         within = move.limit.within(batch.old, move.new)  # as in policy_loss
         ratio = torch.exp(within.log_prob(batch.action) - batch.log_prob)
-        held = move.limit.weight(ratio, batch.advantage, batch.old, move.new) <= 0
-        shares["kl/held_states"] = float(state_mean(held, batch.mask))
+        weight = torch.as_tensor(move.limit.weight(ratio, batch.advantage, batch.old, move.new))
+        shares["kl/held_states"] = float(state_mean(weight <= 0, batch.mask))
     return shares
 
 
