@@ -13,7 +13,7 @@ from klrl.agents.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_lo
 from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import NonNegative, Positive, PositiveInt
 from klrl.errors import NonFiniteError, SkippedUpdateError, UsageError
-from klrl.kl import RATIO_RULES, Adaptive, KLLimit, Move, at_most
+from klrl.kl import RATIO_RULES, Adaptive, KLLimit, Move, StateRule, at_most, state_mean
 from klrl.kl.rules import RatioRuleName
 from klrl.policies.networks import OwnNetwork
 from klrl.policies.parameters import clip_, gradients
@@ -59,6 +59,20 @@ def policy_loss(new: Any, batch: Batch, limit: KLLimit, ent_coef: float = 0.0) -
     if ent_coef > 0:
         loss = loss - ent_coef * new.entropy()
     return batch.weight @ loss, -(batch.weight @ surrogate)
+
+
+def reach(batch: Batch, move: Move, clip_range: float = 0.0) -> dict[str, float]:
+    """Measure how many states an ended update took to where its rules act: the share whose ratio left 1 +- clip_range,
+    and, where a rule weighs surrogates, the share whose own it drops or turns round (by a weight of 0 or less)."""
+    assert move.log_ratio is not None
+    outside = (torch.exp(move.log_ratio) - 1).abs() > clip_range
+    shares = {"train/clip_fraction": float(state_mean(outside, batch.mask)) if clip_range > 0 else 0.0}
+    if any(type(rule).weight is not StateRule.weight for rule in move.limit.rules):
+        within = move.limit.within(batch.old, move.new)  # as in policy_loss
+        ratio = torch.exp(within.log_prob(batch.action) - batch.log_prob)
+        weight = torch.as_tensor(move.limit.weight(ratio, batch.advantage, batch.old, move.new))
+        shares["kl/held_states"] = float(state_mean(weight <= 0, batch.mask))
+    return shares
 
 
 _TRACED = ("train/policy_gradient_loss", "train/value_loss", "health/grad_norm")
@@ -109,10 +123,8 @@ class PPO(OnPolicyAgent):
         if config.lr_schedule == "kl":
             self.learning_rate.adapt(move.report.attempted, at_most(config.kl.target))
         self.end_update(rollout)
-        outside = (torch.exp(move.log_ratio[batch.mask]) - 1).abs() > config.clip_range
-        metrics["train/clip_fraction"] = float(outside.float().mean()) if config.clip_range > 0 else 0.0
         metrics |= {"train/learning_rate": rate, "train/ent_coef": config.ent_coef}
-        return UpdateResult(move.report, metrics | self.diagnostics(batch))
+        return UpdateResult(move.report, metrics | reach(batch, move, config.clip_range) | self.diagnostics(batch))
 
     def _learn(self, batch: Batch, learning_rate: Tensor, move: Move) -> list[Tensor]:
         """Take epochs of minibatch steps, the critic's alone once the policy moved too far; the joint ones' metrics."""

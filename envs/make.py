@@ -173,7 +173,10 @@ def _guard(env_id: str, kwargs: dict[str, Any], make: Callable[[], Any]) -> Any:
 
 @cache
 def presets() -> dict[str, dict[str, Any]]:
-    """Every preset by env id: a table per agent with "config", "source" and what was "measured"."""
+    """Every preset by env id: a table per agent with "config", "source" and what was "measured".
+
+    There may be "scores", too: what was measured with other rules, by what these are to be called.
+    """
     folder = resources.files(klrl.envs) / "presets"
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
     return {f.name.removesuffix(".toml"): tomllib.loads(f.read_text()) for f in files}

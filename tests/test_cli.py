@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import tomllib
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from klrl.agents import registry
 from klrl.agents.trpo import TRPOConfig
 from klrl.cli.main import main
+from klrl.envs.make import presets
 from klrl.training.run import resolve
 
 QUICK = [
@@ -86,6 +89,65 @@ def test_train_eval_list_end_to_end(agent: str) -> None:
     listed = klrl("list").stdout
     assert "CartPole-v1" in listed
     assert "HalfCheetah-v5" in listed
+
+
+PRESET = """[ppo]
+source = "tuned here, from the hyperparameters of rl-baselines3-zoo"
+[ppo.config]
+n_envs = 8
+[ppo.measured]
+mean = 12.3
+std = 4.5
+seeds = [0, 1, 2]
+steps = 10000
+[ppo.scores.clip]
+mean = 6.7
+std = 0.8
+seeds = [0, 1]
+steps = 20000
+[ppo.scores."reverse 0.05"]
+mean = -9
+std = 1
+seeds = [3]
+steps = 30000
+[trpo]
+source = "tuned here"
+[trpo.measured]
+mean = 1.0
+std = 0.0
+seeds = [0]
+steps = 10
+"""
+
+
+def test_the_list_shows_a_presets_scores_with_other_rules_beneath_it_in_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tomllib.loads(PRESET)
+    monkeypatch.setattr("klrl.envs.make.presets", lambda: {"MountainCarContinuous-v0": temporary})
+    main(["list"])
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [re.split(r"\s{2,}", line.strip()) for line in lines] == [
+        ["ppo", "MountainCarContinuous-v0", "10,000", "12.3 +- 4.5", "0 1 2", temporary["ppo"]["source"]],
+        ["with clip", "20,000", "6.7 +- 0.8", "0 1"],
+        ["with reverse 0.05", "30,000", "-9.0 +- 1.0", "3"],
+        ["trpo", "MountainCarContinuous-v0", "10", "1.0 +- 0.0", "0", "tuned here"],
+    ]
+    monkeypatch.setattr("klrl.analysis.tables.is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["list"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text, "a name is folded, not cut"
+    assert all(word in text for word in ("with clip", "6.7 +- 0.8", "-9.0 +- 1.0", "rl-baselines3-"))
+
+
+def test_every_preset_says_what_was_measured_how_and_when() -> None:
+    for env_id, entries in presets().items():
+        for agent, entry in entries.items():
+            for score in (entry["measured"], *entry.get("scores", {}).values()):
+                assert score.keys() == {"mean", "std", "seeds", "steps", "command", "date"}
+                assert score["command"].startswith(f"klrl train {agent} {env_id} ")
 
 
 def test_module_and_numbers_and_env_arguments() -> None:

@@ -12,11 +12,11 @@ from helpers import collect, train
 
 from klrl.agents.base import KLConfig
 from klrl.agents.on_policy import Batch, value_loss
-from klrl.agents.ppo import PPO, PPOConfig, policy_loss
+from klrl.agents.ppo import PPO, PPOConfig, policy_loss, reach
 from klrl.buffers.rollout import RolloutBuffer
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.errors import NonFiniteError
-from klrl.kl import Clip, KLLimit, at_most, kl
+from klrl.kl import SPO, Clip, Gate, KLLimit, Project, Reverse, at_most, kl
 from klrl.policies.distributions import MultiCategorical
 
 PROBE = PPOConfig(
@@ -123,6 +123,32 @@ def test_rows_that_only_reset_have_no_gradient() -> None:
     assert float(to_logits[1].abs().sum()) == 0.0
     value = (2 * one).requires_grad_()
     assert torch.autograd.grad(value_loss(value, batch), value)[0].tolist() == [2.0, 0.0]
+
+
+HELD = [([Gate(0.05)], 1 / 3), ([Reverse(0.05)], 1 / 3), ([Gate(0.2)], 0.0), ([Clip(0.2)], 1 / 3), ([SPO(0.2)], 1 / 3),
+        ([SPO(1.0)], 0.0), ([Gate(0.2), Clip(0.2)], 1 / 3), ([Project(0.05)], None), ([], None)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rules", "share"), HELD)
+def test_held_are_the_states_whose_surrogate_a_rule_drops_or_turns_at_the_end(rules: Any, share: float | None) -> None:
+    logits, action = torch.zeros(4, 1, 2), torch.zeros(4, 1, dtype=torch.int64)
+    old, one = MultiCategorical(logits.clone()), torch.ones(4)
+    mask, advantage = torch.tensor([True, True, True, False]), torch.tensor([1.0, -1.0, 1.0, 1.0])
+    batch = Batch({}, old, action, old.log_prob(action), one, advantage, one, mask / 3)
+    move = KLLimit(at_most(0.02), rules=rules).begin(lambda: MultiCategorical(logits), logits, mask, actions=action)
+    logits[[0, 1, 3], 0, 0] = math.log(3)  # a ratio of 1.5 and a KL of 0.14; the third state stays
+    move.end()
+    assert reach(batch, move, 0.2)["train/clip_fraction"] == pytest.approx(2 / 3)
+    assert reach(batch, move).get("kl/held_states") == (None if share is None else pytest.approx(share))
+
+
+def test_held_states_are_logged_where_rules_weigh_and_none_is_held_once_an_update_is_undone() -> None:
+    far = KLConfig(target=0.0, penalty="none", per_state="gate", state_limit=1e-5, stop=0.0)
+    _, reports = train(replace(PROBE, kl=far), "CartPole-v1", 3)
+    assert all(0.0 < report.metrics["kl/held_states"] < 1.0 for report in reports)
+    undone = replace(far, target=1e-9, on_overshoot="rollback")
+    assert [r.metrics["kl/held_states"] for r in train(replace(PROBE, kl=undone), "CartPole-v1", 2)[1]] == [0.0, 0.0]
+    assert "kl/held_states" not in train(PROBE, "CartPole-v1", 1)[1][0].metrics
 
 
 def test_beta_changes_the_gradient() -> None:

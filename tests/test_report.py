@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 import klrl
 from klrl.analysis.anomalies import find_anomalies
+from klrl.analysis.figures import kl_over_states
 from klrl.analysis.report import ReportConfig, report
 from klrl.analysis.scores import group_runs, iqm, score_of
 from klrl.cli.main import main
@@ -112,6 +114,9 @@ def test_a_curve_is_the_mean_over_runs_while_more_than_half_go_on() -> None:
 STEADY = {"kl/of_limit": 0.8, "train/explained_variance": 0.5, "kl/coef": 1.0}
 ANOMALIES = {
     "KL was over its limit after 2 of 40 updates .5%., at most 3 times it": {"kl/of_limit": {3: 3.0, 9: 1.5}},
+    "a single state's KL was over its limit after 1 of 2 updates .50%., at most 1.5 times it": {
+        "kl/max_of_limit": {3: 1.5, 9: 0.9}
+    },
     "half of the updates reach under 0.1 of it": {"kl/of_limit": dict.fromkeys(range(40), 0.1)},
     "the temperature was at its bound after 4 of 40 updates": {"train/ent_coef": dict.fromkeys(range(4), 1e-6)},
     "coefficient is at its upper bound in 50% of the later": {"kl/coef": dict.fromkeys(range(30, 40), 1e4)},
@@ -165,8 +170,9 @@ def test_the_page_needs_nothing_else_and_holds_every_figure() -> None:
     page = Path(path).read_text()
     assert not re.search(r"(?:src|href)=\"(?!data:)|url\(|@import|<script", page)
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
-    wanted = ["Return", "KL of each update", "KL as a share of its limit", "Coefficient of the KL penalty", "Entropy"]
-    assert captions == [*wanted, "Explained variance", "Where time went"]
+    wanted = ["Return", "KL of each update", "KL over the states of each update", "KL as a share of its limit"]
+    assert captions == [*wanted, "Coefficient of the KL penalty", "Entropy", "Explained variance", "Where time went"]
+    assert page.count("<p>The largest KL of a state was ") == 1
     assert "kl.target" in page
     assert f"{run.score.mean:.1f}" in page
 
@@ -188,6 +194,65 @@ def test_several_runs_of_three_agents_and_a_broken_name() -> None:
     assert len(re.findall(r"^\| (?:ppo|trpo|sac)-", text, re.MULTILINE)) == 4
     data = json.loads(report(["runs"], ReportConfig(format="json")))
     assert sorted(len(group["runs"]) for group in data["groups"]) == [1, 1, 1, 2]
+
+
+SPREAD = {"kl/mean": 0.02, "kl/p50": 0.01, "kl/p95": 0.05, "kl/p99": 0.1, "kl/max": 0.2, "kl/limit": 0.03}
+HELD = SPREAD | {"kl/max_limit": 0.1, "kl/max_of_limit": 2.0, "kl/held_states": 0.125}
+SAID = {
+    "The largest KL of a state was 0.34 nats, 17 times its update's mean.": [SPREAD, SPREAD | {"kl/max": 0.34}, SPREAD],
+    "The largest KL of a state was 0.2 nats, 10 times its update's mean; the KL of single states reached at most 2 "
+    "times its limit of 0.1; the rules held back 12.5% of the states in the last update.": [HELD],
+    "The largest KL of a state was 0.2 nats; the rules held back 0% of the states in the last update.": [
+        {"kl/max": 0.2, "kl/held_states": 0.5},
+        {"kl/held_states": 0.0},
+    ],
+    "The largest KL of a state was infinite.": [SPREAD, SPREAD | {"kl/max": "inf"}],
+    "The largest KL of a state was 0 nats.": [dict.fromkeys(SPREAD, 0.0)],
+    "": [{"kl/mean": 0.02}],  # an old run
+}
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_what_kl_did_in_single_states_is_said_in_words_and_drawn_from_whatever_was_logged(said: str) -> None:
+    folder = written("a", [{"step": 100 * (i + 1), **row} for i, row in enumerate(SAID[said])])
+    run = read_history(folder)
+    text = report([str(folder)], ReportConfig(format="md"))
+    assert ("# KL over states" in text) == bool(said)
+    assert (f"\n- a: {said}\n" in text) == bool(said)
+    states = json.loads(report([str(folder)], ReportConfig(format="json")))["groups"][0]["runs"][0]["kl"]["states"]
+    assert (states or {}).get("in_words", "") == said
+    page = Path(report([str(folder)], ReportConfig("a.html"))).read_text()
+    assert (f"<p>{escape(said)}</p></figure>" in page) == bool(said)
+    figure = kl_over_states(run)
+    assert (figure is not None) == bool(said)
+    if figure is not None:
+        assert len(figure.axes) == 1 + run.has("kl/held_states")
+        for line in (line for axes in figure.axes for line in axes.lines):
+            assert line.get_marker() == "o" or np.isfinite(line.get_ydata()).sum() > 1, "one point alone shows nothing"
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_the_spread_is_drawn_against_each_limit_and_says_what_that_is_of(direction: str) -> None:
+    folder = written("a", [{"step": i, **HELD} for i in (100, 200)])
+    options = (folder / "config.toml").read_text().replace("forward", direction)
+    (folder / "config.toml").write_text(options + 'of = "p95"\n')
+    figure = kl_over_states(read_history(folder))
+    assert figure is not None
+    upper, lower = figure.axes
+    of = ", of KL(new || old)" if direction == "reverse" else ""
+    heights = {line.get_label(): line.get_ydata()[0] for line in upper.lines}
+    limits = {f"limit of the 95th percentile{of}": 0.03, f"limit of every state{of}": 0.1}
+    spread = {"largest": 0.2, "99th percentile": 0.1, "95th percentile": 0.05, "median": 0.01, "mean": 0.02}
+    assert heights == spread | limits
+    bottom, top = upper.get_ylim()
+    assert upper.get_yscale() == "log"
+    assert bottom < 0.01 < 0.2 < top
+    assert lower.lines[0].get_ydata().tolist() == [0.125, 0.125]
+    ((words,),) = [
+        [run["kl"]["states"]["in_words"] for run in group["runs"]]
+        for group in json.loads(report([str(folder)], ReportConfig(format="json")))["groups"]
+    ]
+    assert ("the reverse KL of single states" in words) == (direction == "reverse")
 
 
 def test_figures_are_the_same_bytes_each_time() -> None:

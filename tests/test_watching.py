@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 
 import pytest
 from helpers import QUICK
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 import klrl
 from klrl.rundir.logger import Pace
@@ -22,6 +24,18 @@ def test_every_few_updates_a_histogram_shows_how_kl_is_spread_over_states() -> N
         assert sum(shown.bucket) == shown.num > 0
         assert 10**shown.max == pytest.approx(line["kl/max"], rel=1e-6)
         assert shown.sum / shown.num <= math.log10(line["kl/mean"]), "the mean of logarithms is below that of the mean"
+
+
+def test_tensorboards_charts_show_both_kls_against_their_limits() -> None:
+    run = klrl.train("ppo", "CartPole-v1", **QUICK, kl={"max_target": 1.0})
+    events = EventAccumulator(str(run.folder), size_guidance={"tensors": 0}).Reload()
+    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for part in layout.category for chart in part.chart}
+    assert charts["share of the limit"] == ["^kl/of_limit$", "^kl/max_of_limit$"]
+    assert charts["largest KL of a state"] == ["^kl/max$", "^kl/max_limit$"]
+    logged = events.Tags()["scalars"]
+    always = [tags for title, tags in charts.items() if title not in ("predicted and measured", "entropy")]
+    assert all(any(re.match(tag, name) for name in logged) for tags in always for tag in tags)
 
 
 def test_the_time_to_go_is_that_of_the_last_minute_and_knows_nothing_of_before_the_first_update() -> None:

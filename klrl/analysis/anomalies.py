@@ -40,6 +40,18 @@ def _over_limit(run: History) -> Iterator[Anomaly]:
         )
 
 
+def _states_over_limit(run: History) -> Iterator[Anomaly]:
+    of_limit = run["kl/max_of_limit"]
+    over, updates = int((of_limit > 1).sum()), int((~np.isnan(of_limit)).sum())
+    if over:
+        yield Anomaly(
+            f"a single state's KL was over its limit after {over} of {updates} updates ({over / updates:.0%}), "
+            f"at most {np.nanmax(of_limit):.3g} times it",
+            "--kl.on-overshoot project holds the limit after every update; --kl.per-state reverse turns such states "
+            "back while the update lasts",
+        )
+
+
 def _standstill(run: History) -> Iterator[Anomaly]:
     row = run["health/undone_in_a_row"]
     rejected = any("/rejected_" in tag for tag in run.columns)  # TRPO's, which say more themselves
@@ -135,6 +147,7 @@ _CHECKS: tuple[Callable[[History], Iterator[Anomaly]], ...] = (
     _standstill,
     _collapse,
     _over_limit,
+    _states_over_limit,
     _rejected,
     _temperature,
     _coefficient,

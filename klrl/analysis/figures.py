@@ -12,7 +12,7 @@ import numpy.typing as npt
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from klrl.analysis.scores import Group
 from klrl.rundir.history import Column, History
@@ -27,17 +27,14 @@ def kl_trajectory(run: History) -> Figure | None:
     if not run.has("kl/mean"):
         return None
     figure, axes = _panel()
-    step, direction = run["step"], run.options["kl"]["direction"]
+    direction = run.options["kl"]["direction"]
     shown = "kl/reverse" if direction == "reverse" else "kl/mean"
-    for tag, colour, width, label in (
-        ("kl/p95", COLOURS[5], 0.7, "95th percentile of states"),
-        (shown, COLOURS[0], 1.2, f"mean KL, {direction}"),
-    ):
-        kept = thinned(run[tag])
-        axes.plot(step[kept], run[tag][kept], color=colour, linewidth=width, label=label)
+    _line(axes, run, "kl/p95", COLOURS[5], 0.7, "95th percentile of states")
+    _line(axes, run, shown, COLOURS[0], 1.2, f"mean KL, {direction}")
     _marks(axes, run, run[shown])
     if run.has("kl/limit"):
-        axes.axhline(run.last("kl/limit"), color=_RED, linestyle="--", linewidth=1.2, label="limit")
+        label = "limit" if _limited(run) == "the mean" else f"limit of {_limited(run)}"
+        axes.axhline(run.last("kl/limit"), color=_RED, linestyle="--", linewidth=1.2, label=label)
     positive = run[shown][(run[shown] > 0) & np.isfinite(run[shown])]
     if len(positive):
         heights = np.concatenate([positive, run["kl/p95"], run["kl/limit"]])
@@ -45,6 +42,60 @@ def kl_trajectory(run: History) -> Figure | None:
         axes.set(yscale="log", ylim=(min(np.quantile(positive, 0.02), top / 2) / 2, top))
     axes.set(ylabel="nats")
     return _finish(figure, axes)
+
+
+def _line(axes: Axes, run: History, tag: str, colour: str, width: float, label: str) -> None:
+    """Draw a column over the steps; a single number as a dot, for a line of one point shows nothing."""
+    kept, marker = thinned(run[tag]), "o" if np.isfinite(run[tag]).sum() == 1 else ""
+    style: dict[str, Any] = {"color": colour, "linewidth": width, "marker": marker, "markersize": 3.5}
+    axes.plot(run["step"][kept], run[tag][kept], label=label, **style)
+
+
+# How KL is spread over states: what was logged, its colour and width, and what it is called.
+_SPREAD = (
+    ("kl/max", COLOURS[6], 0.9, "largest"),
+    ("kl/p99", COLOURS[3], 0.8, "99th percentile"),
+    ("kl/p95", COLOURS[5], 0.8, "95th percentile"),
+    ("kl/p50", COLOURS[2], 0.8, "median"),
+    ("kl/mean", COLOURS[0], 1.4, "mean"),
+)
+
+
+def kl_over_states(run: History) -> Figure | None:
+    """How each update's KL is spread over states, against its limits; beneath it the share of states held back."""
+    if not run.has("kl/max"):
+        return None
+    held = run.has("kl/held_states")
+    figure = Figure(figsize=(10.5, 4.2 if held else 3.4), layout="constrained")
+    axes, *below = figure.subplots(1 + held, sharex=True, squeeze=False, height_ratios=(3, 1)[: 1 + held])[:, 0]
+    for tag, colour, width, label in _SPREAD:
+        if run.has(tag):
+            _line(axes, run, tag, colour, width, label)
+    other = ", of KL(new || old)" if run.options["kl"]["direction"] == "reverse" else ""
+    for tag, style, of in (("kl/limit", "--", _limited(run)), ("kl/max_limit", ":", "every state")):
+        if run.has(tag):
+            axes.axhline(run.last(tag), color=_RED, linestyle=style, linewidth=1.2, label=f"limit of {of}{other}")
+    drawn = np.concatenate([run[tag] for tag in ("kl/limit", "kl/max_limit", *(tag for tag, *_ in _SPREAD))])
+    drawn, typical = (x[(x > 0) & np.isfinite(x)] for x in (drawn, run["kl/p50" if run.has("kl/p50") else "kl/mean"]))
+    if len(drawn):
+        bottom = np.quantile(typical if len(typical) else drawn, 0.02) / 2
+        axes.set(yscale="log", ylim=(max(bottom, 1e-6 * drawn.max()), 2 * drawn.max()))
+    axes.set(ylabel="nats, KL(old || new)")
+    for lower in below:
+        _line(lower, run, "kl/held_states", COLOURS[1], 1.0, "states held back")
+        lower.set(ylabel="share", ylim=(0, None))
+        lower.yaxis.set_major_formatter(PercentFormatter(1))
+    for one in (axes, *below):
+        _tidy_steps(one)
+        one.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), handlelength=1.6)
+    figure.axes[-1].set_xlabel("environment steps")
+    return figure
+
+
+def _limited(run: History) -> str:
+    """What of the states' KLs the limit is about, in words."""
+    names = {"p95": "the 95th percentile", "max": "the largest"}
+    return names.get(str(run.options["kl"].get("of")), "the mean")
 
 
 def _marks(axes: Axes, run: History, height: Any) -> None:
@@ -153,10 +204,10 @@ PANELS: dict[str, Callable[[list[Group]], Figure | None]] = {
     "Explained variance": lambda groups: curves(groups, {"train/explained_variance": "critic"}, "share"),
     "Critic": lambda groups: curves(groups, {"train/q_mean": "mean Q"}, "mean Q"),
 }
-RUN_FIGURES: dict[str, Callable[[History], Figure | None]] = {
-    "KL of each update": kl_trajectory,
-    "Where time went": time_spent,
-}
+# Of each run: its KL, how that is spread over states, and its time.
+KL_FIGURES: dict[str, Callable[[History], Figure | None]] = {"KL of each update": kl_trajectory}
+STATE_FIGURES: dict[str, Callable[[History], Figure | None]] = {"KL over the states of each update": kl_over_states}
+TIME_FIGURES: dict[str, Callable[[History], Figure | None]] = {"Where time went": time_spent}
 
 
 def _panel(height: float = 2.9) -> tuple[Figure, Axes]:
@@ -165,12 +216,17 @@ def _panel(height: float = 2.9) -> tuple[Figure, Axes]:
 
 
 def _finish(figure: Figure, axes: Axes) -> Figure:
-    tidy(axes, grid="y")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _tidy_steps(axes)
     axes.set_xlabel("environment steps")
     if len(axes.get_legend_handles_labels()[0]) > 1:
         _legend(axes)
     return figure
+
+
+def _tidy_steps(axes: Axes) -> None:
+    """Tidy axes whose x is a count of steps."""
+    tidy(axes, grid="y")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def tidy(axes: Axes, grid: Literal["both", "x", "y"] = "both") -> None:

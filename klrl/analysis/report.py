@@ -118,10 +118,45 @@ def _run_summary(run: History) -> dict[str, Any]:
             "median_of_limit": _number(float(np.median(of_limit))) if len(of_limit) else None,
             "updates_over_limit": int((of_limit > 1).sum()),
             "updates": len(run["step"]),
+            "states": states_summary(run),
         },
         "anomalies": [found._asdict() for found in find_anomalies(run)],
         "config": {key: _plain(value) for key, value in flatten(run.options).items()},
     }
+
+
+def states_summary(run: History) -> dict[str, Any] | None:
+    """What KL did in single states, as numbers and in a sentence; None where the run logged nothing of it."""
+    largest, kl = run["kl/max"], run.options["kl"]
+    if np.isnan(largest).all():
+        return None
+    at = int(np.nanargmax(largest))
+    times = largest[at] / run["kl/mean"][at]
+    over, held = run["kl/max_of_limit"], run.last("kl/held_states")
+    reached = float(np.nanmax(over, initial=-math.inf))
+    limit = run.last("kl/max_limit")
+    words = f"The largest KL of a state was {f'{largest[at]:.3g} nats' if largest[at] < math.inf else 'infinite'}"
+    if math.isfinite(times):
+        words += f", {_times(times)} its update's mean"
+    if reached >= 0:
+        name = "reverse KL" if kl["direction"] == "reverse" else "KL"
+        words += f"; the {name} of single states reached at most {_times(reached)} its limit of {limit:.3g}"
+    if math.isfinite(held):
+        words += f"; the rules held back {100 * held:.3g}% of the states in the last update"
+    return {
+        "largest": _number(float(largest[at])),
+        "largest_at_step": int(run["step"][at]),
+        "largest_of_mean": _number(float(times)),
+        "limit": _number(limit),
+        "largest_of_limit": _number(reached),
+        "updates_over_limit": int((over > 1).sum()),
+        "held": _number(held),
+        "in_words": f"{words}.",
+    }
+
+
+def _times(factor: float) -> str:
+    return f"{factor:,.0f} times" if factor >= 10 else f"{factor:.2g} times"
 
 
 def _plain(value: Any) -> Any:
@@ -166,21 +201,27 @@ def _run_rows(data: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 def as_markdown(data: dict[str, Any]) -> str:
     """The ``summary`` as tables in Markdown."""
     lines = ["# Final scores", "", *tables.as_markdown(_SCORE_COLUMNS, _score_rows(data))]
-    lines += ["", "# Runs", "", *tables.as_markdown(_RUN_COLUMNS, _run_rows(data)), "", "# Anomalies", ""]
+    lines += ["", "# Runs", "", *tables.as_markdown(_RUN_COLUMNS, _run_rows(data))]
+    runs = [(tables.markdown(Path(run["folder"]).name), run) for group in data["groups"] for run in group["runs"]]
+    states = [f"- {name}: {run['kl']['states']['in_words']}" for name, run in runs if run["kl"]["states"]]
+    if states:
+        lines += ["", "# KL over states", "", *states]
     found = [
-        f"- {tables.markdown(Path(run['folder']).name)}: {tables.markdown(anomaly['what'])}. Try: {anomaly['advice']}."
-        for group in data["groups"]
-        for run in group["runs"]
+        f"- {name}: {tables.markdown(anomaly['what'])}. Try: {anomaly['advice']}."
+        for name, run in runs
         for anomaly in run["anomalies"]
     ]
-    return "\n".join([*lines, *(found or ["None found."])])
+    return "\n".join([*lines, "", "# Anomalies", "", *(found or ["None found."])])
 
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 1240px; margin: 2rem auto;
   padding: 0 1rem }
 h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem } h3 { font-size: .95rem }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(380px, 1fr)); gap: 0 1.5rem }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(380px, 1fr)); gap: 0 1.5rem;
+  grid-auto-flow: dense } .wide { grid-column: 1 / -1 } .wide p { max-width: 30rem }
+@media (min-width: 860px) { .wide { display: grid; grid-template-columns: 3fr 1fr; gap: 0 1.5rem }
+  .wide figcaption { grid-column: 1 / -1 } }
 figure { margin: .5rem 0 } figcaption { font-weight: 600; font-size: .9rem } img { width: 100% }
 table { border-collapse: collapse; font-size: .9rem } td, th { padding: .2rem .8rem .2rem 0; text-align: left;
   border-bottom: 1px solid #e4e4e4; font-variant-numeric: tabular-nums }
@@ -192,12 +233,14 @@ table { border-collapse: collapse; font-size: .9rem } td, th { padding: .2rem .8
 def as_html(groups: Sequence[Group]) -> str:
     """One self-contained page: tables, anomalies, figures, configs. Raises UsageError without matplotlib."""
     with needs("plot", "matplotlib"):
-        from klrl.analysis.figures import PANELS, RUN_FIGURES, as_data
+        from klrl.analysis.figures import KL_FIGURES, PANELS, STATE_FIGURES, TIME_FIGURES, as_data
 
-    def draw(figures: Mapping[str, Callable[[Any], Any]], subject: Any) -> list[str]:
+    def draw(figures: Mapping[str, Callable[[Any], Any]], subject: Any, words: str = "") -> list[str]:
+        """Draw the ``figures`` of ``subject``; where there are ``words``, across the page with these beside them."""
         drawn = [(escape(name), figure) for name, draw in figures.items() if (figure := draw(subject)) is not None]
-        image = '<figure><figcaption>{0}</figcaption><img alt="{0}" src="{1}"></figure>'
-        return [image.format(name, as_data(figure)) for name, figure in drawn]
+        kind, said = (' class="wide"', f"<p>{escape(words)}</p>") if words else ("", "")
+        image = '<figure{2}><figcaption>{0}</figcaption><img alt="{0}" src="{1}">{3}</figure>'
+        return [image.format(name, as_data(figure), kind, said) for name, figure in drawn]
 
     def panels(cells: list[str]) -> str:
         return f'<div class="panels">{"".join(cells)}</div>'
@@ -215,8 +258,9 @@ def as_html(groups: Sequence[Group]) -> str:
             body += [f"<h2>{escape(printable(env))}</h2>", panels(draw(PANELS, there))]
         body.append("<h2>Run by run</h2>")
     for run in runs:
-        shared, own = [] if several else draw(PANELS, groups), draw(RUN_FIGURES, run)
-        figures = panels(shared[:1] + own[:1] + shared[1:] + own[1:])  # return and KL first, time last
+        shared, states = [] if several else draw(PANELS, groups), states_summary(run)
+        own = draw(KL_FIGURES, run) + draw(STATE_FIGURES, run, states["in_words"] if states else "")
+        figures = panels(shared[:1] + own + shared[1:] + draw(TIME_FIGURES, run))
         body.append(f"<details {'' if several else 'open'}>{_html_of_run(run, figures)}</details>")
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'

@@ -41,7 +41,7 @@ def show(columns: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> N
     """Print the table, as wide as the terminal or 140 columns. ``align`` as in ``as_text``."""
     table = Table(box=None, pad_edge=False)
     for name, side in zip(columns, align, strict=True):
-        table.add_column(name, justify="right" if side == ">" else "left")
+        table.add_column(name, justify="right" if side == ">" else "left", overflow="fold")
     for row in rows:
         table.add_row(*(markup.escape(printable(cell)) for cell in row))
     console = Console(width=None if is_terminal() else 140)

@@ -200,7 +200,9 @@ def _eval(arguments: list[str]) -> None:
 
 def _list(arguments: list[str]) -> None:
     if wants_help(arguments[:1]):
-        print("usage: klrl list\n\nAgents, presets and their measured scores.")
+        print(
+            "usage: klrl list\n\nAgents, presets and their measured scores; beneath a preset, those with other rules."
+        )
         return
     if arguments:
         raise UsageError(f"list takes no arguments, got {arguments[0]!r}")
@@ -210,11 +212,15 @@ def _list(arguments: list[str]) -> None:
     rows = []
     for env_id, entries in presets().items():
         for agent, entry in entries.items():
-            measured = entry["measured"]
-            score = f"{measured['mean']:.1f} +- {measured['std']:.1f}"
-            seeds = " ".join(map(str, measured["seeds"]))
-            rows.append((agent, env_id, f"{measured['steps']:,}", score, seeds, entry["source"]))
+            rows.append((agent, env_id, *_measured(entry["measured"]), entry["source"]))
+            rows += [("", f"with {rule}", *_measured(of), "") for rule, of in entry.get("scores", {}).items()]
     tables.show(("agent", "env", "steps", "mean return", "seeds", "preset from"), rows, "<<>><<")
+
+
+def _measured(score: dict[str, Any]) -> tuple[str, str, str]:
+    """Steps, mean return and seeds of a preset's score, as cells."""
+    seeds = " ".join(map(str, score["seeds"]))
+    return f"{score['steps']:,}", f"{score['mean']:.1f} +- {score['std']:.1f}", seeds
 
 
 def _plot(arguments: list[str]) -> None:

@@ -196,7 +196,7 @@ class Move:
         if limit.on_overshoot != "keep" and not self.weights:
             raise ValueError(f"on_overshoot {limit.on_overshoot!r} takes weights back: give them")
         with torch.no_grad():
-            self.old = freeze(policy()) if old is None else old
+            self.old = self.new = freeze(policy()) if old is None else old
             self.old_log_prob = None if actions is None else self.old.log_prob(actions)
         if len(self.old.batch_shape) != 1:
             raise ValueError(
@@ -209,7 +209,7 @@ class Move:
         self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
         self.optimizer_before = copy.deepcopy(self.optimizer.state_dict()) if self.optimizer and self.before else {}
         self.log_ratio: Tensor | None = None
-        """log new(a) - log old(a) of ``actions``, [B], at the last measurement."""
+        """log new(a) - log old(a) of ``actions``, [B], of ``new``: the policy at the last measurement."""
         self.stopped_at = 0
         self._report: KLReport | None = None
 
@@ -246,11 +246,11 @@ class Move:
     @torch.no_grad()
     def check(self) -> KLReport:
         """Measure the move so far, as if the update ended here."""
-        new, limit = self.policy(), self.limit
+        self.new, limit = self.policy(), self.limit
         if self.actions is not None and self.old_log_prob is not None:
-            self.log_ratio = new.log_prob(self.actions) - self.old_log_prob
+            self.log_ratio = self.new.log_prob(self.actions) - self.old_log_prob
         more: Any = {"direction": limit.direction, "of": limit.of, "max_limit": limit.max_limit}
-        return measure(self.old, new, limit.bound, log_ratio=self.log_ratio, mask=self.mask, **more)
+        return measure(self.old, self.new, limit.bound, log_ratio=self.log_ratio, mask=self.mask, **more)
 
     @torch.no_grad()
     def end(self) -> KLReport:

@@ -28,8 +28,8 @@ _EVENT_FILE = re.compile(r"events\.out\.tfevents\.([0-9]{10})\.")
 _LAYOUT = {
     "KL": {
         "KL and its limit": ["^kl/mean$", "^kl/p95$", "^kl/limit$"],
-        "largest KL of a state": ["^kl/max$"],
-        "share of the limit": ["^kl/of_limit$"],
+        "largest KL of a state": ["^kl/max$", "^kl/max_limit$"],
+        "share of the limit": ["^kl/of_limit$", "^kl/max_of_limit$"],
         "coefficients: KL penalty, temperature": ["^kl/coef$", "^train/ent_coef$"],
         "predicted and measured": ["^kl/predicted$", "^kl/mean$"],
         "forward and reverse": ["^kl/mean$", "^kl/reverse$"],
