@@ -25,16 +25,22 @@ _GAUSS_LEGENDRE = (
 
 def phi(x: Tensor) -> Tensor:
     """e^x - 1 - x, elementwise and in ``x``'s dtype, >= 0: the excess of e^x over its tangent at 0."""
+    if not torch.is_grad_enabled():
+        return _phi(x)
     result: Tensor = _Phi.apply(x)  # type: ignore[no-untyped-call]
     return result
+
+
+def _phi(x: Tensor) -> Tensor:
+    wide = x.double()
+    return torch.expm1(wide).sub_(wide).clamp_min_(0.0).to(x.dtype)
 
 
 class _Phi(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        wide = x.double()
-        return torch.expm1(wide).sub_(wide).clamp_min_(0.0).to(x.dtype)
+        return _phi(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -133,8 +139,16 @@ def normal_kl(mean_old: Tensor, log_std_old: Tensor, mean_new: Tensor, log_std_n
     The four tensors have one shape, and so has the result.
     Source: the standard form log(s_new/s_old) + (s_old^2 + d^2)/(2 s_new^2) - 1/2, regrouped so that it cannot cancel.
     """
-    result: Tensor = _NormalKL.apply(mean_old, log_std_old, mean_new, log_std_new)  # type: ignore[no-untyped-call]
+    parameters = (mean_old, log_std_old, mean_new, log_std_new)
+    if not torch.is_grad_enabled():
+        return _normal_kl(*parameters)
+    result: Tensor = _NormalKL.apply(*parameters)  # type: ignore[no-untyped-call]
     return result
+
+
+def _normal_kl(mean_old: Tensor, log_std_old: Tensor, mean_new: Tensor, log_std_new: Tensor) -> Tensor:
+    z = (mean_new - mean_old) * torch.exp(-log_std_new)
+    return torch.addcmul(_phi(2 * (log_std_old - log_std_new)), z, z).mul_(0.5)
 
 
 def normal_kl_gradient(
@@ -151,8 +165,7 @@ class _NormalKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mean_old: Tensor, log_std_old: Tensor, mean_new: Tensor, log_std_new: Tensor) -> Tensor:
         ctx.save_for_backward(mean_old, log_std_old, mean_new, log_std_new)
-        z = (mean_new - mean_old) * torch.exp(-log_std_new)
-        return torch.addcmul(phi(2 * (log_std_old - log_std_new)), z, z).mul_(0.5)
+        return _normal_kl(mean_old, log_std_old, mean_new, log_std_new)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

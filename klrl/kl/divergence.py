@@ -333,13 +333,22 @@ def same_shape(old: td.Distribution, new: td.Distribution) -> None:
             f"old and new must have one shape: {name_of(old)} has batch {tuple(old.batch_shape)} and event "
             f"{tuple(old.event_shape)}, {name_of(new)} has {tuple(new.batch_shape)} and {tuple(new.event_shape)}"
         )
-    choices = [tuple(d.logits.shape) if isinstance(d, Tabular) else _choices(d) for d in (old, new)]
-    if type(old) is type(new) and choices[0] != choices[1]:
-        raise ValueError(f"old and new must have one shape: their parameters have {choices[0]} and {choices[1]}")
+    if type(old) is type(new):
+        a, b = _choices(old), _choices(new)
+        if a != b:
+            raise ValueError(f"old and new must have one shape: their parameters have {a} and {b}")
 
 
 def _choices(dist: td.Distribution) -> tuple[int, ...]:
-    return tuple(dist.param_shape) if isinstance(dist, td.Categorical) else ()
+    if isinstance(dist, td.Categorical):
+        return tuple(dist.param_shape)
+    kind = type(dist)
+    if kind not in _TABULAR:  # which Python takes long to find out
+        _TABULAR[kind] = isinstance(dist, Tabular)
+    return tuple(dist.logits.shape) if _TABULAR[kind] else ()  # type: ignore[attr-defined]
+
+
+_TABULAR: dict[type, bool] = {}
 
 
 def name_of(dist: object) -> str:
