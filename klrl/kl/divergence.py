@@ -198,13 +198,13 @@ def concatenate(dists: list[D]) -> D:
 
 
 @cache
-def _is_parametric(cls: Any) -> bool:  # which Python takes long to find out
-    return issubclass(cls, Parametric)
+def _has(cls: Any, name: str) -> bool:  # asked for every KL: of a protocol, it takes as long as the KL
+    return getattr(cls, name, None) is not None
 
 
 def map_parameters(dist: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """``dist`` with ``function`` applied to each of its parameters."""
-    if _is_parametric(type(dist)):  # type: ignore[arg-type]
+    if _has(type(dist), "map_parameters"):  # type: ignore[arg-type]
         return dist.map_parameters(function)
     if isinstance(dist, td.Independent):
         return td.Independent(map_parameters(dist.base_dist, function), dist.reinterpreted_batch_ndims)
@@ -333,22 +333,14 @@ def same_shape(old: td.Distribution, new: td.Distribution) -> None:
             f"old and new must have one shape: {name_of(old)} has batch {tuple(old.batch_shape)} and event "
             f"{tuple(old.event_shape)}, {name_of(new)} has {tuple(new.batch_shape)} and {tuple(new.event_shape)}"
         )
-    if type(old) is type(new):
-        a, b = _choices(old), _choices(new)
-        if a != b:
-            raise ValueError(f"old and new must have one shape: their parameters have {a} and {b}")
+    if type(old) is type(new) and _choices(old) != _choices(new):
+        raise ValueError(f"old and new must have one shape: parameters of {_choices(old)} and {_choices(new)}")
 
 
-def _choices(dist: td.Distribution) -> tuple[int, ...]:
+def _choices(dist: Any) -> tuple[int, ...]:
     if isinstance(dist, td.Categorical):
         return tuple(dist.param_shape)
-    kind = type(dist)
-    if kind not in _TABULAR:  # which Python takes long to find out
-        _TABULAR[kind] = isinstance(dist, Tabular)
-    return tuple(dist.logits.shape) if _TABULAR[kind] else ()  # type: ignore[attr-defined]
-
-
-_TABULAR: dict[type, bool] = {}
+    return tuple(dist.logits.shape) if _has(type(dist), "log_probs_64") else ()  # type: ignore[arg-type]
 
 
 def name_of(dist: object) -> str:
