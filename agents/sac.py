@@ -21,7 +21,7 @@ from klrl.agents.sac_discrete import EnumeratedActions
 from klrl.buffers.replay import ReplayBuffer, Transitions
 from klrl.config import Checked, Fraction, Positive, PositiveInt, Range, Widths
 from klrl.errors import SkippedUpdateError, UsageError
-from klrl.kl import Dual, Move, Penalty, at_least
+from klrl.kl import Dual, Move, Penalty, at_least, hold_states
 from klrl.policies.encoder import Inputs, ObservationEncoder
 from klrl.policies.networks import Activation, OwnNetwork, TwinCritic, make_network
 from klrl.policies.observations import Observation
@@ -196,13 +196,13 @@ class SAC(Agent):
         noise = self.actions.draw_noise(self.rng, len(batch.reward)).to(self.device)
         alpha = torch.tensor(self.alpha.value, device=self.device)
         window.trace.append(self._step(batch, noise, alpha, moves=window.move.stopped_at == 0))
-        *metrics, entropy, weights = window.trace[-1].tolist()
+        *metrics, entropy, room, weights = window.trace[-1].tolist()
         if not math.isfinite(sum(metrics) + entropy + weights):
             self._load_weights(window.before)
             self._window = None
             found = dict(zip(_TRACED, [*metrics, entropy], strict=True))
             raise SkippedUpdateError(f"a loss or weight is not finite after {self.n_updates} gradient steps: {found}")
-        self._adapt_temperature(entropy, window.move)
+        self._adapt_temperature(entropy, window.move, room)
         self.n_updates += 1
         window.steps += 1
         if window.move.stopped_at == 0 and window.steps < self.config.kl.every:
@@ -210,23 +210,26 @@ class SAC(Agent):
             if not window.move.exceeded("minibatch", at=window.steps) and window.steps % tenth == 0:
                 window.move.exceeded("epoch", at=window.steps)
 
-    def _adapt_temperature(self, entropy: float, move: Move) -> None:
+    def _adapt_temperature(self, entropy: float, move: Move, room: float = 1.0) -> None:
         """Let alpha answer the entropy in so far as the policy can answer alpha, so that it does not wind up.
 
         A stopped policy answers nothing. Under a penalty beta * KL(old || policy) the best policy answers a change of
         log alpha by alpha / (alpha + beta) of what it does without: the curvatures of both terms in a normal's log
-        scale, or in logits. Half of beta counts, as the penalty begins to pull only once the policy has moved.
+        scale, or in logits. Half of beta counts, as the penalty begins to pull only once the policy has moved. States
+        with a limit of their own answer only within the ``room`` that they have left.
         """
         alpha, beta = self.alpha.value, self.limit.penalty.coefficient.value
-        share = 0.0 if move.stopped_at else alpha / (alpha + 0.5 * beta)
+        share = 0.0 if move.stopped_at else room * alpha / (alpha + 0.5 * beta)
         target = self.temperature.bound.limit
         self.temperature.adapt(target + share * (entropy - target))
 
     def _step(self, batch: Transitions, noise: Tensor, alpha: Tensor, moves: bool) -> Tensor:
-        """Adam on both losses and the targets' step: critic loss, mean target, policy loss, entropy, sum of weights.
+        """Take Adam's steps and the targets': critic loss, mean target, policy loss, entropy, room, sum of weights.
 
-        ``moves``: whether the policy is to move; the critics learn in any case.
+        ``moves``: whether the policy is to move; the critics learn in any case. The room that the states have to move
+        is the mean of 1 - KL / kl.state_limit, at least 0; 1 where nothing limits a single state.
         """
+        room = torch.ones((), device=self.device)
         following, _ = self.actions.soft_value(
             self.policy(batch.next_inputs), self.target_critic, batch.next_inputs, alpha, noise[0]
         )
@@ -236,18 +239,23 @@ class SAC(Agent):
             gradient = gradients(loss_q, self.critic_params)
         self.critic_params.adam_step(gradient, self.learning_rate)
         with torch.enable_grad():
-            policy = self.policy(batch.inputs)
-            value, entropy = self.actions.soft_value(policy, self.critic, batch.inputs, alpha, noise[1])
+            policy = within = self.policy(batch.inputs)
+            held = moves and (self.limit.penalises or len(self.limit.rules) > 0)
+            if held:
+                with torch.no_grad():  # the policy as it was when the window began
+                    old = self.old_policy(batch.inputs)
+                    if self.limit.rules:
+                        room = (1 - self.limit.kl(old, policy) / self.config.kl.state_limit).clamp_min(0).mean()
+                within = self.limit.within(old, hold_states(old, policy, self.limit.rules, self.limit.direction))
+            value, entropy = self.actions.soft_value(within, self.critic, batch.inputs, alpha, noise[1])
             loss_pi = -value.mean()
             if moves:
-                held = loss_pi
-                if self.limit.penalises:  # beta * E[KL(old || policy)], old as it was when the window began
-                    with torch.no_grad():
-                        old = self.old_policy(batch.inputs)
-                    held = held + self.limit.term(old, policy).mean()
-                self.policy_params.adam_step(gradients(held, self.policy_params), self.learning_rate)
+                loss = loss_pi
+                if held:  # beta * E[KL(old || policy)], and what draws the policy to a projected one
+                    loss = loss + torch.as_tensor(self.limit.term(old, policy, within)).mean()
+                self.policy_params.adam_step(gradients(loss, self.policy_params), self.learning_rate)
         self.target_params.flat.lerp_(self.critic_params.flat, self.config.tau)
-        metrics = (loss_q, target.mean(), loss_pi, entropy.mean(), self.policy_params.flat.sum())
+        metrics = (loss_q, target.mean(), loss_pi, entropy.mean(), room, self.policy_params.flat.sum())
         return torch.stack([metric.detach() for metric in metrics])
 
     def _begin_window(self, buffer: ReplayBuffer) -> Window:

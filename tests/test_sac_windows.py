@@ -94,8 +94,10 @@ def test_the_temperature_answers_as_far_as_the_policy_can(rules: Any, stopped_at
     buffer.add(shown, np.zeros((1, 3), np.float32), np.ones(1), np.zeros(1, bool), np.zeros(1, bool), shown)
     move = agent._begin_window(buffer).move
     move.stopped_at = stopped_at
-    agent._adapt_temperature(agent.temperature.bound.limit + 0.5, move)
-    assert math.log(agent.alpha.value) == pytest.approx(-0.5 * share * SMALL_SAC.ent_coef_lr / 3)
+    for room in (1.0, 0.25):
+        agent.alpha.load_state_dict({"log_value": 0.0})
+        agent._adapt_temperature(agent.temperature.bound.limit + 0.5, move, room)
+        assert math.log(agent.alpha.value) == pytest.approx(-0.5 * room * share * SMALL_SAC.ent_coef_lr / 3)
 
 
 def test_the_temperature_goes_back_with_the_policy_that_it_answered() -> None:
@@ -134,12 +136,13 @@ class LQR(gym.Env[Any, Any]):
 def test_a_limit_does_not_wind_the_temperature_up() -> None:
     def alpha(**rules: Any) -> float:
         config = SACConfig(hidden_sizes=(32, 32), batch_size=64, kl=OffPolicyKLConfig(every=500, **rules))
-        _, reports = train_sac(config, LQR, 6000)
+        _, reports = train_sac(config, LQR, 1600)
         return reports[9].metrics["train/ent_coef"]
 
     free = alpha()
-    for rules in ({}, {"stop": 0.0}, {"penalty": "none"}):
-        assert free / 3 <= alpha(target=0.02, **rules) <= 3 * free, rules
+    of_states = ({"penalty": "none", "per_state": rule} for rule in ("gate", "reverse", "project"))
+    for rules in ({"target": 0.02}, {"target": 0.02, "stop": 0.0}, {"target": 0.02, "penalty": "none"}, *of_states):
+        assert free / 3 <= alpha(**rules) <= 3 * free, rules
 
 
 def test_weights_that_overflow_never_reach_a_report() -> None:

@@ -6,6 +6,7 @@ from klrl.kl.control import Adaptive, Annealed, Bound, Coefficient, Dual, Fixed,
 from klrl.kl.divergence import NoClosedFormError, Product, concatenate, freeze, joint, kl, reverse_kl, select
 from klrl.kl.estimators import Estimate, StateEstimates, kl_estimate, mc_entropy, mc_kl
 from klrl.kl.fisher import fisher_vector_product
+from klrl.kl.hold import hold_states
 from klrl.kl.limit import KLLimit, Move
 from klrl.kl.measure import Direction, KLReport, measure, state_mean
 from klrl.kl.projection import geometric_mean, project_states
@@ -46,6 +47,7 @@ __all__ = [
     "fisher_vector_product",
     "freeze",
     "geometric_mean",
+    "hold_states",
     "jeffreys",
     "joint",
     "js",

@@ -65,17 +65,29 @@ PENALTIES: dict[PenaltyRule, Callable[[Start], Coefficient]] = {
 
 
 class StateRule:
-    """What each state's own move does to its part of a policy's loss. A rule overrides ``weight`` or ``within``."""
+    """What each state's own move does to its part of a policy's loss.
+
+    A rule overrides ``factor``, which serves any loss, or ``within``; one that is about a ratio, ``weight``.
+    """
 
     reads_kl = True
-    """Whether ``weight`` is given each state's KL."""
+    """Whether the rule is about each state's KL."""
+
+    def factor(self, kl: Tensor, further: Tensor) -> Tensor:
+        """By what to multiply the gradient of each state's loss, [B]; 1 leaves it.
+
+        kl: of each state, in the limited direction; further: bool, where a step down the loss raises it; both [B].
+        """
+        return torch.ones_like(kl)
 
     def weight(self, ratio: Tensor, advantage: Tensor, kl: Tensor | None) -> Tensor:
         """By what to multiply the gradient of each state's surrogate ratio * advantage, [B]; 1 leaves it.
 
-        ratio: new(a|s) / old(a|s); kl: of each state, in the limited direction; all [B], without gradients.
+        ratio: new(a|s) / old(a|s); kl: of each state, in the limited direction; all [B], without gradients. By itself
+        ``factor``, where a step that takes the ratio further from 1 is one that takes the state further.
         """
-        return torch.ones_like(ratio)
+        assert kl is not None
+        return self.factor(kl, ratio * advantage > advantage)
 
     def within(self, old: td.Distribution, new: D, direction: Direction) -> D:
         """The policy that the loss is of, in place of ``new``: differentiable in ``new``."""
@@ -84,11 +96,6 @@ class StateRule:
     def pull(self, within: td.Distribution, new: td.Distribution) -> Tensor | float:
         """What to add to each state's loss, [B], so that ``new`` follows ``within``."""
         return 0.0
-
-
-def _further(ratio: Tensor, advantage: Tensor) -> Tensor:
-    """Where a step up the surrogate moves a state further the way its ratio has already moved, bool [B]."""
-    return ratio * advantage > advantage
 
 
 @dataclass(frozen=True)
@@ -130,9 +137,8 @@ class Gate(StateRule):
 
     limit: float = 0.05
 
-    def weight(self, ratio: Tensor, advantage: Tensor, kl: Tensor | None) -> Tensor:
-        assert kl is not None
-        return 1 - ((kl > self.limit) & _further(ratio, advantage)).to(ratio.dtype)
+    def factor(self, kl: Tensor, further: Tensor) -> Tensor:
+        return 1 - ((kl > self.limit) & further).to(kl.dtype)
 
 
 @dataclass(frozen=True)
@@ -145,9 +151,8 @@ class Reverse(StateRule):
     limit: float = 0.05
     turn: float = 1.0
 
-    def weight(self, ratio: Tensor, advantage: Tensor, kl: Tensor | None) -> Tensor:
-        assert kl is not None
-        return 1 - (1 + self.turn) * ((kl > self.limit) & _further(ratio, advantage)).to(ratio.dtype)
+    def factor(self, kl: Tensor, further: Tensor) -> Tensor:
+        return 1 - (1 + self.turn) * ((kl > self.limit) & further).to(kl.dtype)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,68 @@
+"""Rules of single states for a loss of any form: a policy whose gradient is weighed in each state on the way back."""
+
+from collections.abc import Callable, Iterable
+from functools import reduce
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributions as td
+from torch.autograd.function import once_differentiable
+
+from klrl.kl.divergence import kl, map_parameters, parameters_of, reverse_kl
+from klrl.kl.measure import Direction
+from klrl.kl.rules import StateRule
+
+D = TypeVar("D", bound=td.Distribution)
+
+
+def hold_states(old: td.Distribution, new: D, rules: Iterable[StateRule], direction: Direction = "forward") -> D:
+    """``new`` as it is, but for its gradient: in each state, what a loss of it sends back is multiplied by the rules.
+
+        new = hold_states(old, policy(obs), [Gate(0.05)])
+        loss(new).backward()
+
+    With g the gradient of the loss in the parameters of a state's distribution, and k that of the state's KL in the
+    limited direction, a step down the loss takes the state further where <g, k> < 0. The least ``factor`` of the rules
+    counts, and 1 of a rule that has none, such as ``Project``. A loss may weigh its states as it likes.
+
+    Raises ValueError for a rule about a ratio, which has a meaning for a surrogate alone, where ``old`` and ``new`` do
+    not have batch shape [B], and as ``klrl.kl.kl`` does.
+    """
+    rules = list(rules)
+    for rule in rules:
+        if not rule.reads_kl:
+            raise ValueError(f"{type(rule).__name__} is about a surrogate's ratio: KLLimit.weight takes it")
+    rules = [rule for rule in rules if type(rule).factor is not StateRule.factor]
+    if not rules:
+        return new
+    if len(new.batch_shape) != 1:
+        raise ValueError(f"the policy has batch shape {tuple(new.batch_shape)}, not [B]: wrap it in joint(...)")
+    with torch.enable_grad():
+        leaf = map_parameters(new, lambda parameter: parameter.detach().requires_grad_())
+        divergence = (kl if direction == "forward" else reverse_kl)(old, leaf)
+        outward = torch.autograd.grad(divergence.sum(), parameters_of(leaf), allow_unused=True, materialize_grads=True)
+    reached = divergence.detach()
+
+    def factors(gradient: Iterable[Tensor]) -> Tensor:
+        parts = [(g * k).reshape(len(g), -1).sum(1) for g, k in zip(gradient, outward, strict=True)]
+        along = torch.stack(parts).sum(0)
+        return reduce(torch.minimum, [rule.factor(reached, along < 0) for rule in rules])
+
+    held = iter(_Weighed.apply(factors, *parameters_of(new)))  # type: ignore[no-untyped-call]
+    return map_parameters(new, lambda _: next(held))
+
+
+class _Weighed(torch.autograd.Function):
+    """Parameters as they are; each state's gradient in all of them times what ``factors`` says of that gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, factors: Callable[[Iterable[Tensor]], Tensor], *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.factors = factors
+        return tuple(parameter.view_as(parameter) for parameter in parameters)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
+        factors = ctx.factors(gradient)
+        return None, *(factors.view(-1, *[1] * (g.dim() - 1)).to(g.dtype) * g for g in gradient)
