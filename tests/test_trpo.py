@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from klrl.agents import trpo
+from klrl.agents.base import KLTarget
 from klrl.agents.on_policy import Batch
 from klrl.agents.trpo import TRPO, TRPOConfig
 from klrl.config import build
@@ -118,6 +119,37 @@ def test_kl_is_within_the_limit_after_every_update_and_as_predicted(env_id: str,
         )
         assert 0 < report.metrics["train/cg_iterations"] <= 10
         assert 0.0 <= report.metrics["train/cg_residual"] < 1.0
+
+
+LIMITS: list[dict[str, Any]] = [
+    {"max_target": 0.05},
+    {"max_target": 0.02, "direction": "reverse"},
+    {"of": "p95"},
+    {"of": "max"},
+    {"of": "p95", "max_target": 0.012},
+]
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
+def test_a_quantile_and_the_largest_kl_of_a_state_are_within_their_limits_after_every_update(
+    env_id: str, limits: dict[str, Any]
+) -> None:
+    wide = replace(SMALL, hidden_sizes=(32, 32), log_std_init=-1.0)
+    config = KLTarget(target=0.01, **limits)
+    free, held = (train(replace(wide, kl=kl), env_id, 12)[1] for kl in (KLTarget(target=0.01), config))
+    assert max(result.kl.max for result in free) > 0.1, "by the mean alone, some states go far"
+    for report in (result.kl for result in held):
+        assert report.per_state is not None
+        moved = report.per_state.double()
+        figures = {"mean": moved.mean(), "p95": moved.quantile(0.95, interpolation="nearest"), "max": moved.max()}
+        if config.direction == "forward":
+            assert report.limited == pytest.approx(float(figures[config.of]), rel=1e-6)
+            assert report.furthest == pytest.approx(float(figures["max"]), rel=1e-6)
+        assert report.limited <= 0.01
+        assert report.furthest <= (config.max_target or math.inf)
+        assert report.excess > 0.8, "and no further inside than needed"
+    assert all(result.metrics["train/accepted"] for result in held)
 
 
 def test_the_reported_kl_is_that_of_the_policy_afterwards() -> None:
