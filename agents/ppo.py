@@ -13,7 +13,7 @@ from klrl.agents.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_lo
 from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import NonNegative, Positive, PositiveInt
 from klrl.errors import NonFiniteError, SkippedUpdateError, UsageError
-from klrl.kl import RATIO_RULES, Adaptive, KLLimit, Move, StateRule, at_most, state_mean
+from klrl.kl import RATIO_RULES, Adaptive, KLLimit, Move, at_most, state_mean
 from klrl.kl.rules import RatioRuleName
 from klrl.policies.networks import OwnNetwork
 from klrl.policies.parameters import clip_, gradients
@@ -67,7 +67,7 @@ def reach(batch: Batch, move: Move, clip_range: float = 0.0) -> dict[str, float]
     assert move.log_ratio is not None
     outside = (torch.exp(move.log_ratio) - 1).abs() > clip_range
     shares = {"train/clip_fraction": float(state_mean(outside, batch.mask)) if clip_range > 0 else 0.0}
-    if any(type(rule).weight is not StateRule.weight for rule in move.limit.rules):
+    if any(rule.weighs for rule in move.limit.rules):
         within = move.limit.within(batch.old, move.new)  # as in policy_loss
         ratio = torch.exp(within.log_prob(batch.action) - batch.log_prob)
         weight = torch.as_tensor(move.limit.weight(ratio, batch.advantage, batch.old, move.new))

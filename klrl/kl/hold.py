@@ -29,11 +29,10 @@ def hold_states(old: td.Distribution, new: D, rules: Iterable[StateRule], direct
     Raises ValueError for a rule about a ratio, which has a meaning for a surrogate alone, where ``old`` and ``new`` do
     not have batch shape [B], and as ``klrl.kl.kl`` does.
     """
-    rules = list(rules)
+    rules = [rule for rule in rules if rule.weighs]
     for rule in rules:
-        if not rule.reads_kl:
+        if type(rule).factor is StateRule.factor:
             raise ValueError(f"{type(rule).__name__} is about a surrogate's ratio: KLLimit.weight takes it")
-    rules = [rule for rule in rules if type(rule).factor is not StateRule.factor]
     if not rules:
         return new
     if len(new.batch_shape) != 1:

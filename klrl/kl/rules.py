@@ -89,6 +89,11 @@ class StateRule:
         assert kl is not None
         return self.factor(kl, ratio * advantage > advantage)
 
+    @property
+    def weighs(self) -> bool:
+        """Whether it multiplies gradients: whether it has a ``factor`` or a ``weight`` of its own."""
+        return type(self).factor is not StateRule.factor or type(self).weight is not StateRule.weight
+
     def within(self, old: td.Distribution, new: D, direction: Direction) -> D:
         """The policy that the loss is of, in place of ``new``: differentiable in ``new``."""
         return new
