@@ -83,11 +83,13 @@ class FusedPolicy(FusedMLP):
         new = self.head(output)
         ratio = torch.exp(new.log_prob(batch.action) - batch.log_prob)
         surrogate = ratio * batch.advantage  # d ratio = ratio * d log pi
-        to_log_prob = -batch.weight * surrogate * limit.weight(ratio, batch.advantage, batch.old, new)
+        forward, reads_kl = limit.direction == "forward", any(rule.reads_kl and rule.weighs for rule in limit.rules)
+        near = _kl(batch.old, new, forward) if reads_kl else None
+        to_log_prob = -batch.weight * surrogate * limit.weight(ratio, batch.advantage, batch.old, new, near)
         to_kl = batch.weight * limit.strength(batch.old, new) if limit.penalises else None
         to_entropy = -ent_coef * batch.weight if ent_coef > 0 else None
         slopes = _normal if isinstance(new, DiagonalNormal) else _categorical
-        gradient = slopes(new, batch, to_log_prob, to_kl, to_entropy, limit.direction == "forward")
+        gradient = slopes(new, batch, to_log_prob, to_kl, to_entropy, forward)
         return -(batch.weight @ surrogate), self._to_parameters(output, gradient)
 
     def _to_parameters(self, output: Tensor, gradient: Sequence[Tensor]) -> list[Tensor]:
@@ -137,6 +139,17 @@ class FusedCritic(FusedMLP):
 def suits(policy: Policy, *groups: FlatParameters) -> bool:
     """Whether ``FusedPolicy`` serves ``policy``."""
     return type(policy.head) in (NormalHead, CategoricalHead) and applies(policy.network, *groups)
+
+
+def _kl(old: Any, new: Any, forward: bool) -> Tensor:
+    """The KL of each state, [B], for a rule to compare: in float32, by formulas that cancel where it is below 1e-6."""
+    if not forward:
+        old, new = new, old
+    if isinstance(new, DiagonalNormal):
+        twice, z = 2 * (old.log_std - new.log_std), (old.loc - new.loc) * torch.exp(-new.log_std)
+        return torch.addcmul(torch.exp(twice) - twice - 1, z, z).sum(-1).mul_(0.5)
+    # Where both forbid a choice the product is nan and counts as nothing.
+    return (old.log_probs.exp() * (old.log_probs - new.log_probs)).nan_to_num_(0.0).sum((-2, -1))
 
 
 def _categorical(

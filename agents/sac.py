@@ -195,13 +195,15 @@ class SAC(Agent):
         """Take one step of critics, policy, targets and temperature, and see whether the policy is to stop."""
         noise = self.actions.draw_noise(self.rng, len(batch.reward)).to(self.device)
         alpha = torch.tensor(self.alpha.value, device=self.device)
-        window.trace.append(self._step(batch, noise, alpha, moves=window.move.stopped_at == 0))
+        try:
+            window.trace.append(self._step(batch, noise, alpha, moves=window.move.stopped_at == 0))
+        except ValueError as problem:  # the policy has no KL, as its outputs overflow
+            raise self._given_up(window, str(problem)) from None
         *metrics, entropy, room, weights = window.trace[-1].tolist()
         if not math.isfinite(sum(metrics) + entropy + weights):
-            self._load_weights(window.before)
-            self._window = None
             found = dict(zip(_TRACED, [*metrics, entropy], strict=True))
-            raise SkippedUpdateError(f"a loss or weight is not finite after {self.n_updates} gradient steps: {found}")
+            why = f"a loss or weight is not finite after {self.n_updates} gradient steps: {found}"
+            raise self._given_up(window, why)
         self._adapt_temperature(entropy, window.move, room)
         self.n_updates += 1
         window.steps += 1
@@ -268,13 +270,17 @@ class SAC(Agent):
         self._window = Window(inputs, self._weights(), move)
         return self._window
 
+    def _given_up(self, window: Window, why: str) -> SkippedUpdateError:
+        """Put back what was learned when the window began, and make the error that says why."""
+        self._load_weights(window.before)
+        self._window = None
+        return SkippedUpdateError(why)
+
     def _end_window(self, window: Window) -> UpdateResult:
         try:
             report = window.move.end()
-        except ValueError as problem:  # the policy has no KL, as its outputs overflow
-            self._load_weights(window.before)
-            self._window = None
-            raise SkippedUpdateError(str(problem)) from None
+        except ValueError as problem:
+            raise self._given_up(window, str(problem)) from None
         if report.rolled_back:  # alpha goes back with the policy that it answered
             self.alpha.retrace(window.before["alpha"], 1 - report.rolled_back)
         self._window = None

@@ -115,18 +115,20 @@ class KLLimit:
         edge = max(self.influence * self.bound.limit, 1e-30)
         return self.beta * (edge / self.kl(old, new).detach().clamp_min(edge)).sqrt()
 
-    def weight(self, ratio: Tensor, advantage: Tensor, old: td.Distribution, new: td.Distribution) -> Tensor | float:
+    def weight(
+        self, ratio: Tensor, advantage: Tensor, old: td.Distribution, new: td.Distribution, kl: Tensor | None = None
+    ) -> Tensor | float:
         """By what to multiply the gradient of each state's surrogate ratio * advantage, [B]: the least that a rule
         says, 1 without one.
 
-        ratio: new(a|s) / old(a|s). The surrogate's part of a loss is then -limit.weight(...) * ratio * advantage.
+        ratio: new(a|s) / old(a|s). kl: of each state, where it is known. The loss is -weight * ratio * advantage.
         """
-        if not self.rules:
+        rules = [rule for rule in self.rules if rule.weighs]
+        if not rules:
             return 1.0
         with torch.no_grad():
-            divergence = self.kl(old, new) if any(rule.reads_kl for rule in self.rules) else None
-            weights = [rule.weight(ratio.detach(), advantage, divergence) for rule in self.rules]
-            return reduce(torch.minimum, weights)
+            kl = self.kl(old, new) if kl is None and any(rule.reads_kl for rule in rules) else kl
+            return reduce(torch.minimum, [rule.weight(ratio.detach(), advantage, kl) for rule in rules])
 
     @property
     def replaces(self) -> bool:

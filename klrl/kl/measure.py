@@ -114,7 +114,7 @@ def state_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def states(values: Tensor, of: Of, mask: Tensor | None = None) -> float:
-    """The mean, the 95th percentile (nearest rank) or the largest of ``values`` [B], where ``mask`` is True."""
+    """The mean, the 95th percentile (a state's, not interpolated) or the largest of ``values`` [B] in ``mask``."""
     if of == "mean":
         return float(state_mean(values, mask))
     values = values if mask is None else values[mask]

@@ -143,7 +143,7 @@ class Gate(StateRule):
     limit: float = 0.05
 
     def factor(self, kl: Tensor, further: Tensor) -> Tensor:
-        return 1 - ((kl > self.limit) & further).to(kl.dtype)
+        return torch.where((kl > self.limit) & further, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Reverse(StateRule):
     turn: float = 1.0
 
     def factor(self, kl: Tensor, further: Tensor) -> Tensor:
-        return 1 - (1 + self.turn) * ((kl > self.limit) & further).to(kl.dtype)
+        return torch.where((kl > self.limit) & further, -self.turn, 1.0)
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ RULES: dict[str, dict[str, Any]] = {
     "trpo 0.02": {"agent": "trpo"},
     "trpo 0.01 a dimension": {"agent": "trpo", "kl.target": 0.01},  # times the number of action dimensions
     "reverse 0.05 + mean": at_state("reverse", 0.05) | MEAN,
+    "held": at_state("reverse", 0.05) | MEAN | PROJECT | {"kl.max_target": 0.2},
     "reverse 0.05 + clip": at_state("reverse", 0.05) | CLIP,
     "spo + project": SPO | PROJECT,
     "reverse 0.1": at_state("reverse", 0.1),
