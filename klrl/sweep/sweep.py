@@ -88,7 +88,7 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
             with _display(trials, config.quiet) as show:
                 run_trials(trials, config.jobs or cores(), signals, show)
         except BaseException as problem:
-            _stop(trials, problem.signum if isinstance(problem, Interrupted) else signal.SIGTERM)
+            stop_trials(trials, problem.signum if isinstance(problem, Interrupted) else signal.SIGTERM)
             raise
     _finish(trials, folder)
 
@@ -111,7 +111,7 @@ def run_trials(trials: list[Trial], jobs: int, signals: Signals, show: Callable[
         time.sleep(_POLL)
 
 
-def _stop(trials: list[Trial], signum: int) -> None:
+def stop_trials(trials: list[Trial], signum: int) -> None:
     """Send the signal to every process and wait until it has saved; a second signal meanwhile kills them."""
     processes = [trial.process for trial in trials if trial.process is not None]
     try:

@@ -23,9 +23,9 @@ from klrl.analysis.figures import tidy
 from klrl.analysis.scores import iqm
 from klrl.rundir.history import History
 from klrl.sweep.grid import expand
-from klrl.sweep.sweep import row, run_trials
+from klrl.sweep.sweep import row, run_trials, stop_trials
 from klrl.sweep.trial import Trial
-from klrl.training.signals import Signals
+from klrl.training.signals import Interrupted, Signals
 
 RESULTS = Path(__file__).parent / "rules.jsonl"
 ENVS = ("Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Humanoid-v5", "Swimmer-v5", "Walker2d-v5")
@@ -241,7 +241,11 @@ def main() -> None:
                 print(time.strftime("%H:%M"), env, rule, *row(trial)[1:], flush=True)
 
     with Signals() as signals:
-        run_trials(list(trials), given.jobs, signals, report)
+        try:
+            run_trials(list(trials), given.jobs, signals, report)
+        except Interrupted as stop:  # the runs under way save, and go on with the next call
+            stop_trials(list(trials), stop.signum)
+            sys.exit(128 + stop.signum)
     failed = [f"{env} {rule} {seed}: {t.problem}" for t, (env, rule, seed) in trials.items() if t.status == "failed"]
     sys.exit("\n".join(failed) or None)
 
