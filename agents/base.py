@@ -47,7 +47,7 @@ class KLTarget(Checked):
     of: Of = "mean"
     """What of the states' KLs the target is about: their mean, their 95th percentile or the largest."""
     max_target: NonNegative = 0.0
-    """Limit on the largest KL of a single state, beside the target; 0 sets none."""
+    """Limit on the largest KL of a single state, held as the target is; 0 sets none."""
     direction: Direction = "forward"
     """Which KL is limited: forward KL(old||new) or reverse KL(new||old). Both are always logged."""
 
@@ -72,17 +72,17 @@ class KLConfig(KLTarget):
     coef: NonNegative = 1.0
     """The penalty's coefficient at the start; an adaptive or lagrange one stays within 1e-4 to 1e4."""
     anneal_to: NonNegative = 0.0
-    """The coefficient of an annealed, cyclical or reciprocal penalty at its schedule's end."""
+    """The coefficient of an annealed, cyclical or reciprocal penalty at its schedule's end; above 0 for the last."""
     anneal_over: PositiveInt = 1000
     """How many updates that schedule takes."""
     influence: NonNegative = 0.0
-    """Beyond this many targets, a state's KL pulls no harder in the penalty; 0 sets no bound."""
+    """Beyond this many targets, a state's KL pulls no harder in the penalty; 0, or no target, sets no bound."""
     per_state: StateRuleName = "none"
-    """Where a state's own KL is above kl.state_limit, drop what would move it further (gate), turn that back (reverse),
-    or learn by the nearest policy that is within it (project)."""
+    """Where a state's own KL is above kl.state_limit, drop what of the surrogate would move it further (gate), turn
+    it back (reverse), or learn by the nearest policy that is within it, and draw the network to that (project)."""
     state_limit: Positive = 0.05
     """The KL of a single state, in nats, from which on kl.per_state acts."""
-    turn: NonNegative = 1.0
+    turn: Positive = 1.0
     """How strongly kl.per_state reverse turns back, and project draws the network to the projected policy."""
     stop: NonNegative = 1.5
     """Stop an update once its KL, measured as kl.check says, exceeds this many times the target; 0 never stops."""
@@ -95,10 +95,15 @@ class KLConfig(KLTarget):
 
     def options(self) -> dict[str, Any]:
         options = super().options()
-        start = Start(self.coef, options["bound"], self.on_overshoot == "keep", self.anneal_to, self.anneal_over)
+        answered = options["bound"] if self.target else at_most(options["max_limit"])
+        start = Start(self.coef, answered, self.on_overshoot == "keep", self.anneal_to, self.anneal_over)
+        try:
+            penalty = PENALTIES[self.penalty](start)
+        except ValueError as problem:
+            raise UsageError(f"--kl.penalty {self.penalty}, with --kl.coef and --kl.anneal-to: {problem}") from None
         rule = STATE_RULES[self.per_state](self.state_limit, self.turn)
         own = {name: getattr(self, name) for name in ("influence", "stop", "check", "on_overshoot")}
-        return {**options, **own, "penalty": PENALTIES[self.penalty](start), "rules": [] if rule is None else [rule]}
+        return {**options, **own, "penalty": penalty, "rules": [] if rule is None else [rule]}
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ class PPOConfig(OnPolicyConfig):
     lr_schedule: Literal["constant", "linear", "kl"] = "constant"
     """Keep it, lower it linearly to 0 over the run, or move it by 1.5 when KL leaves target/2 to 2 * target."""
     clip_range: NonNegative = 0.0
-    """How far the probability ratio may leave 1 before clip_rule acts; 0 leaves that to the KL's rules."""
+    """How far the probability ratio may leave 1, by clip_rule; 0 leaves that to the KL's rules."""
     clip_rule: RatioRuleName = "clip"
-    """Beyond clip_range: no gradient outward (clip), or a parabola that draws the ratio back (spo)."""
+    """No gradient further out beyond clip_range (clip), or a parabola in the ratio with its top there (spo)."""
     clip_range_vf: NonNegative = 0.0
     """Clip a value's change within an update to +- this; 0 does not clip. Depends on the rewards' scale."""
     ent_coef: NonNegative = 0.0
@@ -92,6 +92,8 @@ class PPO(OnPolicyAgent):
         super().setup(init, network)
         if self.config.lr_schedule == "kl" and self.config.kl.target == 0:
             raise UsageError("--lr-schedule kl needs a --kl.target above 0")
+        if self.config.clip_range == 0 and self.config.clip_rule != "clip":
+            raise UsageError(f"--clip-rule {self.config.clip_rule} needs a --clip-range above 0, such as 0.2")
         if self.config.clip_range > 0:
             self.limit.rules.append(RATIO_RULES[self.config.clip_rule](self.config.clip_range))
         rate = self.config.learning_rate

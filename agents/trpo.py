@@ -83,16 +83,17 @@ class TRPO(OnPolicyAgent):
             if not bool(gradient.isfinite().all()):
                 self.undo(before)
                 raise SkippedUpdateError(f"the policy's gradient is not finite in update {self.n_updates + 1}")
-            step, searched = None, LineSearch(0.0, 0.0, 0.0, 0.0, "no_improvement")
+            step, searched, attempted = None, LineSearch(0.0, 0.0, 0.0, 0.0, "no_improvement"), 0.0
             if bool(gradient.any()):
                 step = self._natural_step(batch, pieces, gradient)
-                searched = searched._replace(rejected="curvature") if step is None else self._search(batch, step, move)
+                searched = searched._replace(rejected="curvature")
+                if step is not None:
+                    searched, attempted = self._search(batch, step, move)
         loss = self._fit_critic(batch)
         if not (math.isfinite(loss) and bool(self.critic_params.flat.isfinite().all())):
             self.undo(before)
             raise SkippedUpdateError(f"value_loss is {loss} in update {self.n_updates + 1}")
         self.end_update(rollout)
-        attempted = searched.first_kl * self.config.kl.target
         report = replace(move.report, attempted=attempted, rolled_back=float(searched.rejected != ""))
         metrics = self._metrics(step, searched) | {"train/value_loss": loss}
         return UpdateResult(report, metrics | self.diagnostics(batch))
@@ -143,15 +144,21 @@ class TRPO(OnPolicyAgent):
 
         return product
 
-    def _search(self, batch: Batch, step: NaturalStep, move: Move) -> LineSearch:
-        """Backtrack along the step; improvement and KL, a fraction of its limit, are those of the whole batch."""
+    def _search(self, batch: Batch, step: NaturalStep, move: Move) -> tuple[LineSearch, float]:
+        """Backtrack along the step, by improvement and by the KL as a fraction of its limit, both of the whole batch.
+
+        Returns the KL of the whole step beside it, in nats.
+        """
+        reached = []
 
         def measure() -> tuple[float, float]:
             new = self.policy_at(batch.inputs)
-            return float(improvement(new, batch)), move.excess(new)
+            excess = move.excess(new)
+            reached.append(move.reached)
+            return float(improvement(new, batch)), excess
 
-        weights = self.policy_params.flat
-        return line_search(weights, step.step, measure, 1.0, self.config.line_search_max_iter)
+        found = line_search(self.policy_params.flat, step.step, measure, 1.0, self.config.line_search_max_iter)
+        return found, reached[0]
 
     def _fit_critic(self, batch: Batch) -> float:
         """Take passes of Adam on ``value_loss`` over minibatches; the mean of that loss."""

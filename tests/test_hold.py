@@ -17,7 +17,7 @@ from torch import distributions as td
 from klrl.agents.base import OffPolicyKLConfig
 from klrl.agents.sac import SAC
 from klrl.buffers.replay import Transitions
-from klrl.kl import Clip, Gate, Project, Reverse, StateRule, freeze, hold_states, joint, kl, reverse_kl
+from klrl.kl import Clip, Gate, Product, Project, Reverse, StateRule, freeze, hold_states, joint, kl, reverse_kl
 from klrl.kl.divergence import map_parameters, parameters_of
 from klrl.policies.distributions import DiagonalNormal, MultiCategorical
 from klrl.policies.parameters import gradients
@@ -62,7 +62,6 @@ FAMILIES: dict[str, Any] = {
     "padded": padded,
     "normal": lambda seed: joint(td.Normal(noise(40, 2, seed=seed), noise(40, 2, seed=seed + 1).exp())),
     "numbers": lambda seed: td.Normal(noise(40, seed=seed), noise(40, seed=seed + 1).exp()),
-    "categorical": lambda seed: td.Categorical(logits=noise(40, 4, seed=seed)),
     "correlated": lambda seed: td.MultivariateNormal(
         noise(40, 2, seed=seed), scale_tril=torch.eye(2).double() + 0.3 * noise(40, 2, 2, seed=seed + 1).tril()
     ),
@@ -93,6 +92,45 @@ def test_further_is_where_a_small_step_down_the_loss_raises_the_kl(family: str, 
         for mine, plain in zip(found, free, strict=True):
             factor = torch.where(beyond, turned, 1.0).double().view(-1, *[1] * (plain.dim() - 1))
             assert torch.allclose(mine, factor * plain, atol=1e-12)
+
+
+NORMALISED: dict[str, Any] = {  # what makes its logits normalised when it is made
+    "one": lambda x: td.Categorical(logits=x[:, 0]),
+    "several": lambda x: joint(td.Categorical(logits=x)),
+    "product": lambda x: Product([td.Categorical(logits=x[:, 0]), td.Categorical(logits=x[:, 1, :3])]),
+}
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("kind", NORMALISED)
+def test_further_is_seen_from_the_network_where_logits_were_normalised(kind: str, direction: Any) -> None:
+    make, measure = NORMALISED[kind], kl if direction == "forward" else reverse_kl
+    raw = noise(200, 2, 4, seed=1).requires_grad_()
+    old, new = make(noise(200, 2, 4, seed=0)), make(raw)
+    action = new.sample()
+    (free,) = torch.autograd.grad(new.log_prob(action).sum(), raw, retain_graph=True)
+    rises = measure(old, make(raw.detach() - 1e-6 * free)) > measure(old, new)
+    held = hold_states(old, new, [Gate(1e-9)], direction)
+    (found,) = torch.autograd.grad(held.log_prob(action).sum(), raw)
+    assert 20 < int(rises.sum()) < 180
+    assert torch.allclose(found, torch.where(rises.view(-1, 1, 1), 0.0, free), atol=1e-12)
+
+
+def test_a_family_whose_parameters_are_views_is_held() -> None:
+    concentration = torch.full((6, 2), 5.0, requires_grad=True)
+    three = torch.full((6, 2), 3.0)
+    old = joint(td.Beta(three, three))
+    held = hold_states(old, joint(td.Beta(concentration, three)), [Gate(0.05)])
+    (found,) = torch.autograd.grad(-kl(old, held).sum(), concentration)
+    assert float(found.abs().sum()) == 0.0
+
+
+def test_a_state_that_is_infinitely_far_is_held() -> None:
+    raw = torch.tensor([[0.0, 1.0, 1.0]], requires_grad=True)
+    old = td.Categorical(logits=torch.tensor([[0.0, -torch.inf, 1.0]]))
+    held = hold_states(old, td.Categorical(logits=raw), [Gate(0.05)], "reverse")
+    (found,) = torch.autograd.grad(-held.log_prob(torch.tensor([1])).sum(), raw)
+    assert found.tolist() == [[0.0, 0.0, 0.0]]
 
 
 def test_the_least_of_several_factors_counts_and_other_rules_leave_the_policy_as_it_is() -> None:

@@ -200,10 +200,9 @@ class Dual:
 class Annealed:
     """A coefficient that follows a schedule over ``steps`` updates and answers nothing.
 
-    ``shape``: "linear" or "cosine" from ``start`` to ``end``; "cyclical" repeats ``cycles`` ramps, each rising over its
+    ``shape``: "linear" or "cosine" from ``start`` to ``end``; "cyclical" repeats ``cycles`` ramps, each over its
     first half and resting at ``end`` over its second (Fu et al. 2019); "reciprocal" moves 1 / value linearly, as mirror
-    descent's step that shrinks from 1 to 0 does (Tomar et al. 2022, MDPO). ``warmup`` updates at ``start`` come
-    first.
+    descent's step that shrinks from 1 to 0 does (Tomar et al. 2022, MDPO). ``warmup`` updates at ``start`` come first.
     After the last step the value stays at ``end``; a schedule of one step is at ``end`` after its first update.
     """
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch import distributions as td
 from torch.autograd.function import once_differentiable
 
-from klrl.kl.divergence import kl, map_parameters, parameters_of, reverse_kl
+from klrl.kl.divergence import Product, kl, map_parameters, parameters_of, reverse_kl
 from klrl.kl.measure import Direction
 from klrl.kl.rules import StateRule
 
@@ -38,18 +38,43 @@ def hold_states(old: td.Distribution, new: D, rules: Iterable[StateRule], direct
     if len(new.batch_shape) != 1:
         raise ValueError(f"the policy has batch shape {tuple(new.batch_shape)}, not [B]: wrap it in joint(...)")
     with torch.enable_grad():
-        leaf = map_parameters(new, lambda parameter: parameter.detach().requires_grad_())
+        leaves: list[Tensor] = []  # what parameters_of gives of a Beta is a view that the KL does not read
+
+        def detached(parameter: Tensor) -> Tensor:
+            leaves.append(parameter.detach().requires_grad_())
+            return leaves[-1]
+
+        leaf = map_parameters(new, detached)
         divergence = (kl if direction == "forward" else reverse_kl)(old, leaf)
-        outward = torch.autograd.grad(divergence.sum(), parameters_of(leaf), allow_unused=True, materialize_grads=True)
+        slopes = torch.autograd.grad(divergence.sum(), leaves)
     reached = divergence.detach()
+    outward = [k if p is None else k - (k * p).sum(-1, True) for k, p in zip(slopes, _shares(leaf), strict=True)]
 
     def factors(gradient: Iterable[Tensor]) -> Tensor:
-        parts = [(g * k).reshape(len(g), -1).sum(1) for g, k in zip(gradient, outward, strict=True)]
-        along = torch.stack(parts).sum(0)
-        return reduce(torch.minimum, [rule.factor(reached, along < 0) for rule in rules])
+        parts = [g * k for g, k in zip(gradient, outward, strict=True)]
+        along = torch.stack([part.flatten(1).sum(1) if part.dim() > 1 else part for part in parts]).sum(0)
+        further = ~(along >= 0) | reached.isinf()  # an infinite KL has no slope to go by
+        return reduce(torch.minimum, [rule.factor(reached, further) for rule in rules])
 
     held = iter(_Weighed.apply(factors, *parameters_of(new)))  # type: ignore[no-untyped-call]
     return map_parameters(new, lambda _: next(held))
+
+
+def _shares(dist: Any) -> list[Tensor | None]:
+    """The probabilities that belong to each of the parameters, for a ``td.Categorical`` in logits; None for others.
+
+    It normalised its logits when it was made, so that a loss sends back a gradient g which is still to lose its part
+    along p: what reaches the network is g - p sum(g). Instead of g, the other factor of the product loses it.
+    """
+    if isinstance(dist, Product):
+        return [share for part in dist.parts for share in _shares(part)]
+    if isinstance(dist, td.Independent | td.TransformedDistribution):
+        return _shares(dist.base_dist)
+    if isinstance(dist, td.MixtureSameFamily):
+        return _shares(dist.mixture_distribution) + _shares(dist.component_distribution)
+    if isinstance(dist, td.Categorical) and dist._param is dist.__dict__.get("logits"):
+        return [dist.logits.detach().softmax(-1)]
+    return [None] * len(parameters_of(dist))
 
 
 class _Weighed(torch.autograd.Function):

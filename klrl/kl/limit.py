@@ -15,7 +15,7 @@ from torch import distributions as td
 from klrl.kl.control import Bound, Coefficient, Fixed, Penalty, at_most
 from klrl.kl.divergence import NoClosedFormError, freeze, kl, reverse_kl
 from klrl.kl.measure import Direction, KLReport, Of, fraction, measure, states
-from klrl.kl.rules import PENALTIES, PenaltyRule, Start, StateRule
+from klrl.kl.rules import PENALTIES, PenaltyRule, Start, StateRule, check_rules, weigh
 from klrl.kl.trust_region import project
 
 Check = Literal["update", "epoch", "minibatch"]
@@ -45,16 +45,16 @@ class KLLimit:
     ``bound`` is about the mean over states, or what ``of`` names; ``max_limit`` about each state. ``direction``:
     forward bounds KL(old || new), reverse KL(new || old). They are held by rules, in three places:
 
-    - on the mean, during the update: ``term``, a penalty beside the loss, whose coefficient follows ``penalty``: a name
-      in ``PENALTIES``, started at ``coef``, or a ``Coefficient`` of one's own; and ``Move.exceeded``, which says when
-      to stop: once the KL is above ``stop`` times a limit (0: never), measured where ``check`` says;
+    - on the mean, during the update: ``term``, a penalty whose coefficient follows ``penalty``, a name of
+      ``PENALTIES``, started at ``coef``, or a ``Coefficient`` of one's own; and ``Move.exceeded``, which says when to
+      stop: once the KL is above ``stop`` times a limit (0: never), measured where ``check`` says;
     - in each state, during the update: ``weight`` and ``within``, by the ``StateRule``s in ``rules``;
     - after it: ``on_overshoot`` keeps an update that ends above a limit, takes it back ("rollback"), or moves it back
       along its own line to the boundary ("project"); then the coefficient adapts to what the update had reached: the
       "adaptive" one doubles above 1.5 limits, or above 1 where overshoots are taken back, and halves below 1/1.5.
 
-    A rollback that no rule answers may be followed by the same update, which is taken back, too, and so on. Beyond
-    ``influence`` limits a state's KL pulls no harder (Huber 1964); 0 sets no bound. ``device``: where ``beta`` lies.
+    Where no rule answers a rollback, the next may be the same, and so on. Beyond ``influence`` limits a state's KL
+    pulls no harder (Huber 1964); 0 sets no bound. ``device``: where ``beta`` lies.
 
         with limit.update(lambda: policy(obs), weights=list(policy.parameters())) as move:
             for epoch in range(10):
@@ -90,11 +90,13 @@ class KLLimit:
         names = ((direction, Direction), (of, Of), (check, Check), (on_overshoot, Overshoot))
         _check_names(*names, (penalty, PenaltyRule))
         _check_numbers(coef=coef, stop=stop, max_limit=max_limit, influence=influence)
+        check_rules(rules := list(rules))
         self.direction, self.of, self.max_limit, self.influence = direction, of, max_limit, influence
-        self.stop, self.check, self.on_overshoot, self.rules = stop, check, on_overshoot, list(rules)
+        self.stop, self.check, self.on_overshoot, self.rules = stop, check, on_overshoot, rules
+        answered = at_most(max_limit) if math.isinf(self.bound.limit) else self.bound
         if isinstance(penalty, str):
-            penalty = PENALTIES[penalty](Start(coef, self.bound, on_overshoot == "keep"))
-        self.penalty = Penalty(self.bound, penalty)
+            penalty = PENALTIES[penalty](Start(coef, answered, on_overshoot == "keep"))
+        self.penalty = Penalty(answered, penalty)
         self.penalises = not (isinstance(penalty, Fixed) and penalty.value == 0)
         self.beta = torch.tensor(penalty.value, device=device)
         """The coefficient as a float32 scalar: a tensor, so that a compiled step reads what it now is."""
@@ -109,31 +111,25 @@ class KLLimit:
 
     def strength(self, old: td.Distribution, new: td.Distribution) -> Tensor:
         """What multiplies each state's KL in ``term``: beta, or [B] where a state's influence is bounded."""
-        if self.influence == 0 or math.isinf(self.bound.limit):
+        if self.influence == 0 or math.isinf(self.penalty.bound.limit):
             return self.beta
         # A KL's gradient grows as its root: this keeps it as long as it is at the edge.
-        edge = max(self.influence * self.bound.limit, 1e-30)
-        return self.beta * (edge / self.kl(old, new).detach().clamp_min(edge)).sqrt()
+        edge = max(self.influence * self.penalty.bound.limit, 1e-30)
+        return self.beta * (edge / self.kl(old, new).detach().clamp(edge, 1e30)).sqrt()
 
     def weight(
-        self, ratio: Tensor, advantage: Tensor, old: td.Distribution, new: td.Distribution, kl: Tensor | None = None
+        self, ratio: Tensor, advantage: Tensor, old: td.Distribution, new: td.Distribution, known: Tensor | None = None
     ) -> Tensor | float:
-        """By what to multiply the gradient of each state's surrogate ratio * advantage, [B]: the least that a rule
-        says, 1 without one.
+        """By what to multiply the gradient of each state's surrogate ratio * advantage, [B]: the least of the rules'.
 
-        ratio: new(a|s) / old(a|s). kl: of each state, where it is known. The loss is -weight * ratio * advantage.
+        ratio: new(a|s) / old(a|s). known: the KLs, if they are. The loss is -weight * ratio * advantage.
         """
-        rules = [rule for rule in self.rules if rule.weighs]
-        if not rules:
-            return 1.0
-        with torch.no_grad():
-            kl = self.kl(old, new) if kl is None and any(rule.reads_kl for rule in rules) else kl
-            return reduce(torch.minimum, [rule.weight(ratio.detach(), advantage, kl) for rule in rules])
+        return weigh(self.rules, ratio, advantage, lambda: self.kl(old, new) if known is None else known)
 
     @property
     def replaces(self) -> bool:
-        """Whether a rule learns by another policy than the new one."""
-        return any(type(rule).within is not StateRule.within for rule in self.rules)
+        """Whether a rule changes more of the loss than the surrogate's weight."""
+        return any((type(r).within, type(r).pull) != (StateRule.within, StateRule.pull) for r in self.rules)
 
     def within(self, old: td.Distribution, new: D) -> D:
         """The policy that a loss is of: ``new``, or what a rule makes of it in states that moved too far."""
@@ -212,7 +208,7 @@ class Move:
         self.optimizer_before = copy.deepcopy(self.optimizer.state_dict()) if self.optimizer and self.before else {}
         self.log_ratio: Tensor | None = None
         """log new(a) - log old(a) of ``actions``, [B], of ``new``: the policy at the last measurement."""
-        self.stopped_at = 0
+        self.stopped_at, self.reached = 0, 0.0
         self._report: KLReport | None = None
 
     @torch.no_grad()
@@ -221,7 +217,7 @@ class Move:
 
         Infinite where the policy is not finite.
         """
-        limit = self.limit
+        limit, self.reached = self.limit, math.inf
         try:
             new = self.policy() if new is None else new
             divergence = limit.kl(self.old, new)
@@ -229,8 +225,9 @@ class Move:
             return self.check().excess
         except ValueError:
             return math.inf
-        limits = [(of, x) for of, x in ((limit.of, limit.bound.limit), ("max", limit.max_limit)) if x < math.inf]
-        return max((fraction(states(divergence, of, self.mask), most) for of, most in limits), default=0.0)
+        self.reached = states(divergence, limit.of, self.mask)
+        furthest = states(divergence, "max", self.mask) if limit.max_limit < math.inf else 0.0
+        return max(fraction(self.reached, limit.bound.limit), fraction(furthest, limit.max_limit))
 
     def exceeded(self, when: Check | None = None, at: int = 1) -> bool:
         """Whether the update is to stop, as its KL is above ``stop`` times the limit.
@@ -273,7 +270,7 @@ class Move:
             report = self.check()
             if not report.excess <= 1:
                 raise ValueError("the policy depends on more than the weights that were given to be taken back")
-        limit.adapt(first.limited if first.max_of_limit <= first.of_limit else first.max_of_limit * limit.bound.limit)
+        limit.adapt(first.limited if math.isinf(limit.max_limit) else first.excess * limit.penalty.bound.limit)
         own: Any = {"coefficient": beta, "rolled_back": 1 - kept, "stopped_at": self.stopped_at}
         self._report = replace(report, attempted=first.limited, **own)
         return self._report

@@ -100,7 +100,7 @@ def fraction(reached: float, limit: float) -> float:
     """``reached`` as a fraction of ``limit``: 0 of an infinite one, infinite of 0 where it was left."""
     if limit == 0.0:
         return math.inf if reached > 0.0 else 0.0
-    return reached / limit  # 0 where the limit is infinite
+    return 0.0 if limit == math.inf else reached / limit
 
 
 def state_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -118,6 +118,8 @@ def states(values: Tensor, of: Of, mask: Tensor | None = None) -> float:
     if of == "mean":
         return float(state_mean(values, mask))
     values = values if mask is None else values[mask]
+    if values.numel() == 0:
+        return math.nan
     return float(values.max() if of == "max" else values.kthvalue(1 + _rank(0.95, values.numel())).values)
 
 

@@ -4,8 +4,9 @@ A row in ``PENALTIES``, ``STATE_RULES`` or ``RATIO_RULES`` is all that a rule ne
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal, TypeVar
 
 import torch
@@ -64,10 +65,18 @@ PENALTIES: dict[PenaltyRule, Callable[[Start], Coefficient]] = {
 }
 
 
+def _positive(**given: float) -> None:
+    for name, number in given.items():
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name} must be above 0 and finite, got {number}")
+
+
 class StateRule:
     """What each state's own move does to its part of a policy's loss.
 
-    A rule overrides ``factor``, which serves any loss, or ``within``; one that is about a ratio, ``weight``.
+    A rule overrides ``factor``, which serves any loss, or ``within``; one that is about a ratio, ``weight``. What is
+    not of the surrogate, such as PPO's entropy bonus and penalty, pulls as before. Raises ValueError for a number that
+    the rule cannot act by.
     """
 
     reads_kl = True
@@ -83,8 +92,8 @@ class StateRule:
     def weight(self, ratio: Tensor, advantage: Tensor, kl: Tensor | None) -> Tensor:
         """By what to multiply the gradient of each state's surrogate ratio * advantage, [B]; 1 leaves it.
 
-        ratio: new(a|s) / old(a|s); kl: of each state, in the limited direction; all [B], without gradients. By itself
-        ``factor``, where a step that takes the ratio further from 1 is one that takes the state further.
+        ratio: new(a|s) / old(a|s); kl: of each state, in the limited direction; all [B], without gradients. By default
+        ``factor`` is asked, and a step goes further where it moves the ratio further from 1.
         """
         assert kl is not None
         return self.factor(kl, ratio * advantage > advantage)
@@ -113,6 +122,9 @@ class Clip(StateRule):
     range: float = 0.2
     reads_kl = False
 
+    def __post_init__(self) -> None:
+        _positive(range=self.range)
+
     def weight(self, ratio: Tensor, advantage: Tensor, kl: Tensor | None) -> Tensor:
         clipped = ratio.clamp(1 - self.range, 1 + self.range) * advantage
         return (ratio * advantage <= clipped).to(ratio.dtype)
@@ -120,14 +132,17 @@ class Clip(StateRule):
 
 @dataclass(frozen=True)
 class SPO(StateRule):
-    """A parabola in the ratio, at its highest where the ratio is ``range`` from 1, that draws a ratio beyond back.
+    """A parabola in the ratio: at its highest where the ratio is ``range`` from 1, it draws what is beyond back.
 
-    The gradient of ratio * A - |A| (ratio - 1)^2 / (2 range), as a multiple of that of ratio * A.
+    It acts at every ratio: the gradient of ratio * A - |A| (ratio - 1)^2 / (2 range) over that of ratio * A.
     Source: Xie et al. (2025), "Simple policy optimization", section 4.
     """
 
     range: float = 0.2
     reads_kl = False
+
+    def __post_init__(self) -> None:
+        _positive(range=self.range)
 
     def weight(self, ratio: Tensor, advantage: Tensor, kl: Tensor | None) -> Tensor:
         return 1 - advantage.sign() * (ratio - 1) / self.range
@@ -137,10 +152,13 @@ class SPO(StateRule):
 class Gate(StateRule):
     """TR-PPO: no gradient where a state's KL is above ``limit``, in nats, and the state would move further.
 
-    Source: Wang et al. (2019), "Truly proximal policy optimization", section 4.2.
+    Source: Wang et al. (2019), "Truly proximal policy optimization": PPO triggered by the trust region.
     """
 
     limit: float = 0.05
+
+    def __post_init__(self) -> None:
+        _positive(limit=self.limit)
 
     def factor(self, kl: Tensor, further: Tensor) -> Tensor:
         return torch.where((kl > self.limit) & further, 0.0, 1.0)
@@ -150,11 +168,14 @@ class Gate(StateRule):
 class Reverse(StateRule):
     """TR-PPO-RB: the gradient turned round and times ``turn`` where ``Gate`` drops it, so that the state comes back.
 
-    Source: Wang et al. (2019), "Truly proximal policy optimization", section 4.3.
+    Source: Wang et al. (2019), "Truly proximal policy optimization": its trust region and its rollback together.
     """
 
     limit: float = 0.05
     turn: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(limit=self.limit, turn=self.turn)
 
     def factor(self, kl: Tensor, further: Tensor) -> Tensor:
         return torch.where((kl > self.limit) & further, -self.turn, 1.0)
@@ -164,18 +185,44 @@ class Reverse(StateRule):
 class Project(StateRule):
     """A trust region layer: the loss is of the nearest policy whose KL is at most ``limit`` in every state.
 
-    ``strength`` weighs the KL from there to the network's own policy, which so follows. Source: Otto et al. (2021),
-    "Differentiable trust region layers for deep reinforcement learning", section 4; see ``project_states``.
+    ``strength`` weighs the KL from there to the network's own policy, which acts, and so follows. Source: Otto et al.
+    (2021), "Differentiable trust region layers for deep reinforcement learning", section 4; see ``project_states``.
     """
 
     limit: float = 0.05
     strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(limit=self.limit, strength=self.strength)
 
     def within(self, old: td.Distribution, new: D, direction: Direction) -> D:
         return project_states(old, new, self.limit, direction)
 
     def pull(self, within: td.Distribution, new: td.Distribution) -> Tensor | float:
         return self.strength * kl(freeze(within), new)
+
+
+def check_rules(rules: Sequence[StateRule]) -> None:
+    """Raise ValueError for what is no rule of single states."""
+    for rule in rules:
+        if not isinstance(rule, StateRule):
+            raise ValueError(f"{rule!r} is no rule of single states: give an instance, such as Gate(0.05)")
+
+
+def weigh(rules: Sequence[StateRule], ratio: Tensor, advantage: Tensor, kl: Callable[[], Tensor]) -> Tensor | float:
+    """The least weight that the rules give each state's surrogate, [B]; 1 without a rule that weighs.
+
+    ratio, advantage: [B]. kl: gives the states' KLs, and is asked where a rule reads them. Raises ValueError where
+    they are not one value per state.
+    """
+    weighing = [rule for rule in rules if rule.weighs]
+    if not weighing:
+        return 1.0
+    with torch.no_grad():
+        reached = kl() if any(rule.reads_kl for rule in weighing) else None
+        if reached is not None and reached.shape != ratio.shape:
+            raise ValueError(f"KL has shape {tuple(reached.shape)}, the ratio {tuple(ratio.shape)}: wrap in joint(...)")
+        return reduce(torch.minimum, [rule.weight(ratio.detach(), advantage, reached) for rule in weighing])
 
 
 # The rule of each name, from the KL that a state may have and from the rule's strength.

@@ -9,6 +9,7 @@ checkpoint in ``--run-dir``. A run takes 2 to 6 minutes of one core for each 300
 
 import argparse
 import json
+import math
 import sys
 import time
 from datetime import date
@@ -144,15 +145,15 @@ def returns(lines: list[dict[str, Any]], rule: str, env: str) -> np.ndarray:
     return np.array([line["return"] for line in lines if (line["rule"], line["env"]) == (rule, env)])
 
 
-def beside_clipping(lines: list[dict[str, Any]], rule: str) -> tuple[float, float, float] | None:
+def beside_clipping(lines: list[dict[str, Any]], rule: str) -> tuple[float, float, float]:
     """The IQM of the returns over that of clipping's, the mean over tasks, and its bootstrapped middle 95 %.
 
-    Of the tasks on which both have runs: the seeds of each are drawn anew (Agarwal et al. 2021). None where none has.
+    Of the tasks on which both have runs: the seeds of each are drawn anew (Agarwal et al. 2021). nan where none has.
     """
     pairs = [(returns(lines, rule, env), returns(lines, "clip", env)) for env in ENVS]
     pairs = [(mine, theirs) for mine, theirs in pairs if len(mine) and len(theirs)]
     if not pairs:
-        return None
+        return math.nan, math.nan, math.nan
     rng = np.random.default_rng(0)
     drawn = [[iqm(x[rng.integers(len(x), size=(2000, len(x)))]) for x in pair] for pair in pairs]
     low, high = np.quantile(np.mean([mine / theirs for mine, theirs in drawn], axis=0), (0.025, 0.975))
@@ -170,8 +171,8 @@ def table(lines: list[dict[str, Any]], stage: str) -> str:
             continue
         found = [returns(here, rule, env) for env in ENVS]
         cells = [f"{iqm(one):.0f} ({len(one)})" if len(one) else "" for one in found]
-        compared = beside_clipping(here, rule)
-        cells.append(f"{compared[0]:.2f} ({compared[1]:.2f} to {compared[2]:.2f})" if compared else "")
+        value, low, high = beside_clipping(here, rule)
+        cells.append("" if math.isnan(value) else f"{value:.2f} ({low:.2f} to {high:.2f})")
         cells += [f"{np.mean([line[f'kl_{name}'] for line in own]):.3f}" for name in ("mean", "p95", "max")]
         cells += [f"{max(line['kl_largest'] for line in own):.2f}", f"{np.mean([x['within'] for x in own]):.0%}"]
         rows.append(f"| {rule} | {' | '.join(cells)} |")
@@ -185,7 +186,7 @@ def figure(lines: list[dict[str, Any]], stage: str) -> Figure:
     places = np.arange(len(whole))[::-1]
     drawn, (left, right) = plt.subplots(1, 2, figsize=(7.4, 0.9 + 0.32 * len(whole)), sharey=True, layout="constrained")
     for place, rule in zip(places, whole, strict=True):
-        value, low, high = beside_clipping(here, rule) or (1.0, 1.0, 1.0)
+        value, low, high = beside_clipping(here, rule)
         color = "C1" if rule == "clip" else "C0"
         left.plot([low, high], [place, place], color=color, lw=2)
         left.plot(value, place, "o", color=color)
