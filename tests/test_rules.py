@@ -118,7 +118,7 @@ BASE: dict[str, Any] = {"n_steps": 256, "batch_size": 64, "n_epochs": 20, "learn
 def test_no_state_moves_far_beyond_its_limit(env: str, rule: Any) -> None:
     free = KLConfig(penalty="none", stop=0.0)
     held = KLConfig(penalty="none", stop=0.0, per_state=rule, state_limit=0.02)
-    farthest = [max(report.kl.max for report in train(PPOConfig(**BASE, kl=kl), env, 4)[1]) for kl in (free, held)]
+    farthest = [max(report.kl.max for report in train(PPOConfig(**BASE, kl=kl), env, 2)[1]) for kl in (free, held)]
     assert farthest[1] < 0.35 * farthest[0]
 
 
@@ -127,7 +127,7 @@ def test_no_state_moves_far_beyond_its_limit(env: str, rule: Any) -> None:
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_both_limits_hold_after_every_update(of: Any, on_overshoot: Any, direction: Any) -> None:
     kl = KLConfig(of=of, target=0.01, max_target=0.03, on_overshoot=on_overshoot, direction=direction)
-    reports = [result.kl for result in train(PPOConfig(**BASE, kl=kl), "Pendulum-v1", 6)[1]]
+    reports = [result.kl for result in train(PPOConfig(**BASE, kl=kl), "Pendulum-v1", 3)[1]]
     for report in reports:
         assert report.limited <= 0.01
         assert report.furthest <= 0.03
