@@ -74,6 +74,7 @@ RULES: dict[str, dict[str, Any]] = {
     "trpo 0.02": {"agent": "trpo"},
     "trpo 0.01 a dimension": {"agent": "trpo", "kl.target": 0.01},  # times the number of action dimensions
     "reverse 0.05 + mean": at_state("reverse", 0.05) | MEAN,
+    "reverse 0.05 + mean + project": at_state("reverse", 0.05) | MEAN | PROJECT,
     "held": at_state("reverse", 0.05) | MEAN | PROJECT | {"kl.max_target": 0.2},
     "reverse 0.05 + clip": at_state("reverse", 0.05) | CLIP,
     "spo + project": SPO | PROJECT,
@@ -148,10 +149,11 @@ def returns(lines: list[dict[str, Any]], rule: str, env: str) -> np.ndarray:
 def beside_clipping(lines: list[dict[str, Any]], rule: str) -> tuple[float, float, float]:
     """The IQM of the returns over that of clipping's, the mean over tasks, and its bootstrapped middle 95 %.
 
-    Of the tasks on which both have runs: the seeds of each are drawn anew (Agarwal et al. 2021). nan where none has.
+    Of the tasks and seeds which both have run: the seeds of each are drawn anew (Agarwal et al. 2021). nan of none.
     """
-    pairs = [(returns(lines, rule, env), returns(lines, "clip", env)) for env in ENVS]
-    pairs = [(mine, theirs) for mine, theirs in pairs if len(mine) and len(theirs)]
+    seeds = {(line["env"], line["seed"], line["rule"]) for line in lines}
+    both = [line for line in lines if {(line["env"], line["seed"], one) for one in ("clip", rule)} <= seeds]
+    pairs = [(returns(both, rule, env), returns(both, "clip", env)) for env in ENVS if len(returns(both, rule, env))]
     if not pairs:
         return math.nan, math.nan, math.nan
     rng = np.random.default_rng(0)
