@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, reduce
+from functools import reduce
 from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
@@ -197,14 +197,13 @@ def concatenate(dists: list[D]) -> D:
     return map_parameters(dists[0], lambda _: next(whole))
 
 
-@cache
 def _has(cls: Any, name: str) -> bool:  # asked for every KL: of a protocol, it takes as long as the KL
     return getattr(cls, name, None) is not None
 
 
 def map_parameters(dist: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """``dist`` with ``function`` applied to each of its parameters."""
-    if _has(type(dist), "map_parameters"):  # type: ignore[arg-type]
+    if _has(type(dist), "map_parameters"):
         return dist.map_parameters(function)
     if isinstance(dist, td.Independent):
         return td.Independent(map_parameters(dist.base_dist, function), dist.reinterpreted_batch_ndims)
@@ -340,7 +339,7 @@ def same_shape(old: td.Distribution, new: td.Distribution) -> None:
 def _choices(dist: Any) -> tuple[int, ...]:
     if isinstance(dist, td.Categorical):
         return tuple(dist.param_shape)
-    return tuple(dist.logits.shape) if _has(type(dist), "log_probs_64") else ()  # type: ignore[arg-type]
+    return tuple(dist.logits.shape) if _has(type(dist), "log_probs_64") else ()
 
 
 def name_of(dist: object) -> str:
