@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -33,6 +33,7 @@ from klrl.rundir import checkpoint
 Actions = npt.NDArray[Any]
 State = dict[str, Any]
 _SMALL = 2**22  # weights that are made in no time
+_OPTIONS = {"direction", "of", "penalty", "coef", "influence", "stop", "check", "on_overshoot"}  # of KLLimit
 CHUNK = 2048  # rows of a batched pass: their activations stay in cache
 
 
@@ -58,7 +59,8 @@ class KLTarget(Checked):
     def options(self) -> dict[str, Any]:
         """What ``KLLimit`` takes of these settings; what they do not name does nothing."""
         limits = {"bound": at_most(self.target or math.inf), "max_limit": self.max_target or math.inf}
-        return {**limits, "direction": self.direction, "of": self.of, "penalty": "none", "stop": 0.0}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name in _OPTIONS}
+        return {**limits, "penalty": "none", "stop": 0.0, **own}
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,7 @@ class KLConfig(KLTarget):
         except ValueError as problem:
             raise UsageError(f"--kl.penalty {self.penalty}, with --kl.coef and --kl.anneal-to: {problem}") from None
         rule = STATE_RULES[self.per_state](self.state_limit, self.turn)
-        own = {name: getattr(self, name) for name in ("influence", "stop", "check", "on_overshoot")}
-        return {**options, **own, "penalty": penalty, "rules": [] if rule is None else [rule]}
+        return {**options, "penalty": penalty, "rules": [] if rule is None else [rule]}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from klrl.agents.on_policy import Batch
 from klrl.kl import KLLimit
-from klrl.kl.closed_form import categorical_kl_to_new, categorical_kl_to_old, normal_kl_gradient
+from klrl.kl.closed_form import (
+    categorical_kl_of,
+    categorical_kl_to_new,
+    categorical_kl_to_old,
+    normal_kl,
+    normal_kl_gradient,
+)
 from klrl.policies.distributions import DiagonalNormal, MultiCategorical
 from klrl.policies.encoder import Inputs
 from klrl.policies.heads import CategoricalHead, NormalHead
@@ -142,14 +148,13 @@ def suits(policy: Policy, *groups: FlatParameters) -> bool:
 
 
 def _kl(old: Any, new: Any, forward: bool) -> Tensor:
-    """The KL of each state, [B], for a rule to compare: by formulas that do not cancel."""
+    """The KL of each state, [B], for a rule to compare: ``klrl.kl.kl`` without its checks, and of categoricals in
+    float32."""
     if not forward:
         old, new = new, old
     if isinstance(new, DiagonalNormal):
-        twice, z = (old.log_std - new.log_std).mul_(2), (old.loc - new.loc).div_(new.log_std.exp())
-        return torch.expm1(twice).sub_(twice).addcmul_(z, z).sum(-1).mul_(0.5)
-    x = new.log_probs - old.log_probs  # nan where both forbid a choice, which then counts as nothing
-    return (torch.expm1(x).sub_(x) * old.log_probs.exp()).nan_to_num_(0.0).sum((-2, -1))
+        return normal_kl(old.loc, old.log_std, new.loc, new.log_std).sum(-1)
+    return categorical_kl_of(old.log_probs, new.log_probs).sum(-1)
 
 
 def _categorical(

@@ -1,8 +1,13 @@
 """What the agents' tests share."""
 
+import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 from klrl.agents.base import OffPolicyKLConfig, UpdateResult
 from klrl.agents.on_policy import OnPolicyAgent, OnPolicyConfig
@@ -88,6 +93,28 @@ def train_sac(
             reports.append(report)
     env.close()
     return agent, reports
+
+
+def within_a_window(rules: OffPolicyKLConfig) -> tuple[SAC, Any]:
+    """SAC on Pendulum-v1 after 30 steps of a window of ``rules``, and a buffer for 30 more; its rewards are random."""
+    agent, _ = train_sac(replace(SMALL_SAC, kl=rules), "Pendulum-v1", 40)
+    buffer, rng, no = agent.new_buffer(1), np.random.default_rng(0), np.zeros(1, bool)
+    for _ in range(100):
+        obs = rng.normal(size=(1, 3)).astype(np.float32)
+        buffer.add(obs, rng.uniform(-1, 1, (1, 1)).astype(np.float32), rng.normal(size=1), no, no, obs)
+    agent.config = replace(agent.config, gradient_steps=30)
+    agent.update(buffer)
+    return agent, buffer
+
+
+def benchmark(name: str) -> ModuleType:
+    """The module ``name`` of tests/benchmarks, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from helpers import SMALL_SAC, train_sac
+from helpers import SMALL_SAC, train_sac, within_a_window
 from test_sac import one_step, still
 from torch import Tensor
 from torch import distributions as td
@@ -204,13 +204,7 @@ def test_states_that_may_hardly_move_do_not_wind_the_temperature_up(rule: Any) -
 
 def test_a_window_with_a_rule_goes_on_from_its_state_as_it_would_have() -> None:
     rules = OffPolicyKLConfig(every=50, per_state="reverse", state_limit=0.01)
-    agent, _ = train_sac(replace(SMALL_SAC, kl=rules), "Pendulum-v1", 40)
-    buffer, rng, no = agent.new_buffer(1), np.random.default_rng(0), np.zeros(1, bool)
-    for _ in range(100):
-        obs = rng.normal(size=(1, 3)).astype(np.float32)
-        buffer.add(obs, rng.uniform(-1, 1, (1, 1)).astype(np.float32), rng.normal(size=1), no, no, obs)
-    agent.config = replace(agent.config, gradient_steps=30)
-    agent.update(buffer)
+    agent, buffer = within_a_window(rules)
     twin = SAC(agent.observation_space, agent.action_space, agent.config, seed=9)
     twin.load_state_dict(copy.deepcopy(agent.state_dict()))
     results = [one.update(copy.deepcopy(buffer)) for one in (agent, twin)]

@@ -1,13 +1,12 @@
 """Learning on real tasks, the penalty over a whole run, and what a run costs. The minutes-long ones are slow."""
 
-import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 from statistics import fmean
 
 import pytest
+from helpers import benchmark
 
 import klrl
 
@@ -114,12 +113,6 @@ def test_peak_memory_of_the_cartpole_run() -> None:
 
 @pytest.mark.slow
 def test_measuring_the_exact_kl_stays_cheap() -> None:
-    path = Path(__file__).parent / "benchmarks" / "kl_cost.py"
-    spec = importlib.util.spec_from_file_location("kl_cost", path)
-    assert spec is not None
-    assert spec.loader is not None
-    kl_cost = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(kl_cost)
-    shares = kl_cost.shares()
+    shares = benchmark("kl_cost").shares()
     assert shares["once"] <= 0.05
     assert shares["after each epoch"] <= 0.15

@@ -1,6 +1,7 @@
 """The rules of single states: each formula by hand, projections against brute force, and what they hold in training."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from helpers import train
 from torch import distributions as td
 
-from klrl.agents.base import KLConfig
+from klrl.agents.base import KLConfig, KLTarget
 from klrl.agents.ppo import PPOConfig
 from klrl.errors import UsageError
 from klrl.kl import (
@@ -154,6 +155,16 @@ def test_a_rule_that_needs_the_kl_says_where_there_is_none() -> None:
     with pytest.raises(NoClosedFormError, match="no rule of states"):
         KLLimit(rules=[Gate()]).weight(torch.ones(2), torch.ones(2), mixture, mixture)
     assert KLLimit(rules=[Clip()]).weight(torch.ones(2), torch.ones(2), mixture, mixture).tolist() == [1, 1]  # type: ignore[union-attr]
+
+
+def test_what_a_config_of_ones_own_names_is_taken() -> None:
+    @dataclass(frozen=True)
+    class Own(KLTarget):
+        stop: float = 3.0
+        on_overshoot: str = "rollback"
+
+    limit = Own(target=0.01).make_limit(torch.device("cpu"))
+    assert (limit.stop, limit.on_overshoot, limit.penalises) == (3.0, "rollback", False)
 
 
 def test_clipping_apart_leaves_the_smaller_gradient_alone() -> None:

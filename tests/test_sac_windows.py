@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from helpers import SMALL_SAC, train_sac
+from helpers import SMALL_SAC, train_sac, within_a_window
 
 import klrl
 from klrl.agents.base import OffPolicyKLConfig
@@ -205,13 +205,7 @@ def test_rollback_restores_the_policy_and_its_optimizer_bit_for_bit() -> None:
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda agent: pickle.loads(pickle.dumps(agent))])
 def test_a_copy_learns_as_the_original_does_even_within_a_window(duplicate: Any) -> None:
     rules = OffPolicyKLConfig(target=0.01, every=50)
-    agent, _ = train_sac(replace(SMALL_SAC, kl=rules), "Pendulum-v1", 40)
-    buffer, rng, no = agent.new_buffer(1), np.random.default_rng(0), np.zeros(1, bool)
-    for _ in range(100):
-        obs = rng.normal(size=(1, 3)).astype(np.float32)
-        buffer.add(obs, rng.uniform(-1, 1, (1, 1)).astype(np.float32), rng.normal(size=1), no, no, obs)
-    agent.config = replace(agent.config, gradient_steps=30)
-    agent.update(buffer)
+    agent, buffer = within_a_window(rules)
     twin = duplicate(agent)
     assert agent._window is not None
     assert agent._window.steps == twin._window.steps == 30

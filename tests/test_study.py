@@ -1,26 +1,19 @@
 """The study of rules: every rule is a run that ``klrl train`` takes, and the table says what the lines hold."""
 
-import importlib.util
 import json
 import math
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from helpers import benchmark
 
 from klrl.sweep.grid import expand
 
 
 @pytest.fixture(scope="module")
 def study() -> ModuleType:
-    path = Path(__file__).parent / "benchmarks" / "rules.py"
-    spec = importlib.util.spec_from_file_location("rules", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("rules")
 
 
 def line(env: str, rule: str, seed: int, score: float) -> dict[str, Any]:

@@ -209,6 +209,7 @@ class Move:
         self.log_ratio: Tensor | None = None
         """log new(a) - log old(a) of ``actions``, [B], of ``new``: the policy at the last measurement."""
         self.stopped_at, self.reached = 0, 0.0
+        """The epoch or step of an early stop, or 0; the limited KL, in nats, that ``excess`` found last."""
         self._report: KLReport | None = None
 
     @torch.no_grad()

@@ -113,36 +113,31 @@ class StateRule:
 
 
 @dataclass(frozen=True)
-class Clip(StateRule):
-    """PPO's clipping: no gradient where the ratio is beyond 1 -+ ``range`` and would go further.
-
-    Source: Schulman et al. (2017), "Proximal policy optimization algorithms", equation 7.
-    """
-
+class _RatioRule(StateRule):
     range: float = 0.2
     reads_kl = False
 
     def __post_init__(self) -> None:
         _positive(range=self.range)
+
+
+class Clip(_RatioRule):
+    """PPO's clipping: no gradient where the ratio is beyond 1 -+ ``range`` and would go further.
+
+    Source: Schulman et al. (2017), "Proximal policy optimization algorithms", equation 7.
+    """
 
     def weight(self, ratio: Tensor, advantage: Tensor, kl: Tensor | None) -> Tensor:
         clipped = ratio.clamp(1 - self.range, 1 + self.range) * advantage
         return (ratio * advantage <= clipped).to(ratio.dtype)
 
 
-@dataclass(frozen=True)
-class SPO(StateRule):
+class SPO(_RatioRule):
     """A parabola in the ratio: at its highest where the ratio is ``range`` from 1, it draws what is beyond back.
 
     It acts at every ratio: the gradient of ratio * A - |A| (ratio - 1)^2 / (2 range) over that of ratio * A.
     Source: Xie et al. (2025), "Simple policy optimization", section 4.
     """
-
-    range: float = 0.2
-    reads_kl = False
-
-    def __post_init__(self) -> None:
-        _positive(range=self.range)
 
     def weight(self, ratio: Tensor, advantage: Tensor, kl: Tensor | None) -> Tensor:
         return 1 - advantage.sign() * (ratio - 1) / self.range
