@@ -8,6 +8,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
@@ -22,7 +23,7 @@ from klrl.policies.encoder import Inputs, ObservationEncoder
 from klrl.policies.heads import make_head
 from klrl.policies.networks import Activation, Critic, OwnNetwork, make_network
 from klrl.policies.observations import Observation
-from klrl.policies.parameters import FlatParameters, clip_, gradients
+from klrl.policies.parameters import FlatParameters, adam_step, clip_, gradients
 from klrl.policies.policy import Policy
 
 
@@ -70,8 +71,10 @@ class Batch:
         """Bool [B]: the rows that count."""
         return self.weight > 0
 
-    def take(self, index: Tensor | slice, scale: float = 1.0) -> "Batch":
-        """The rows ``index`` as a batch, their weights times ``scale``."""
+    def take(self, index: Tensor | npt.NDArray[Any] | slice, scale: float = 1.0) -> "Batch":
+        """The rows ``index``, which may be an array, as a batch, their weights times ``scale``."""
+        if isinstance(index, np.ndarray):
+            index = torch.from_numpy(index).to(self.weight.device)
         parts = (self.action, self.log_prob, self.value, self.advantage, self.returns)
         inputs = {key: rows[index] for key, rows in self.inputs.items()}
         weight = self.weight[index] if scale == 1 else self.weight[index] * scale
@@ -81,7 +84,7 @@ class Batch:
     def minibatches(self, size: int, rng: np.random.Generator) -> list["Batch"]:
         """All rows in random order, ``size`` at a time; the last minibatch has what is left."""
         rows = len(self.weight)
-        shuffled = self.take(torch.from_numpy(rng.permutation(rows)).to(self.weight.device), rows / size)
+        shuffled = self.take(rng.permutation(rows), rows / size)
         starts = range(0, rows, size)
         return [shuffled.take(slice(i, i + size), 1.0 if i + size <= rows else size / (rows - i)) for i in starts]
 
@@ -178,11 +181,10 @@ class OnPolicyAgent(Agent):
         Returns the norm before, a scalar tensor. learning_rate: a scalar tensor on the agent's device.
         """
         end = self.policy_params.flat.numel()
-        parts = (gradient[:end], gradient[end:])
-        norm = torch.hypot(*(clip_(p, max_grad_norm) for p in parts)) if apart else clip_(gradient, max_grad_norm)
-        self.policy_params.adam_step(gradient[:end], learning_rate)
-        self.critic_params.adam_step(gradient[end:], learning_rate)
-        return norm
+        parts = (gradient[:end], gradient[end:]) if apart else (gradient,)
+        norms = [clip_(part, max_grad_norm) for part in parts]
+        adam_step(gradient, learning_rate, self.policy_params, self.critic_params)
+        return torch.hypot(*norms) if apart else norms[0]
 
     def diagnostics(self, batch: Batch) -> dict[str, float]:
         """SB3's metrics over the whole batch; the values are those from before the update, as SB3 logs them."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from klrl.agents.base import KLConfig, State, UpdateResult
-from klrl.agents.fused import FusedCritic, FusedPolicy, applies, suits
+from klrl.agents.fused import FusedCritic, FusedPolicy, Rows, applies, suits
 from klrl.agents.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_loss
 from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import NonNegative, Positive, PositiveInt
@@ -16,7 +16,7 @@ from klrl.errors import NonFiniteError, SkippedUpdateError, UsageError
 from klrl.kl import RATIO_RULES, Adaptive, KLLimit, Move, at_most, state_mean
 from klrl.kl.rules import RatioRuleName
 from klrl.policies.networks import OwnNetwork
-from klrl.policies.parameters import clip_, gradients
+from klrl.policies.parameters import adam_step, clip_, gradients
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,9 @@ class PPO(OnPolicyAgent):
         networks = (self.policy.network, self.critic.network)
         fused = suits(self.policy, self.policy_params) and applies(networks[1], self.critic_params)
         self.fused = (FusedPolicy(self.policy), FusedCritic(self.critic)) if fused and not self.limit.replaces else None
+        rows = batch if self.fused is None else Rows.of(batch)
         for epoch in range(1, config.n_epochs + 1):
-            minibatches = batch.minibatches(config.batch_size, self.rng)
+            minibatches = rows.minibatches(config.batch_size, self.rng)
             for minibatch in minibatches:
                 if not moves:
                     self._critic_step(minibatch, learning_rate)
@@ -150,13 +151,13 @@ class PPO(OnPolicyAgent):
         """Take one step of Adam with the critic alone, along its gradient clipped to ``max_grad_norm``."""
         config = self.config
         if self.fused is not None:
-            gradient = torch.cat(self.fused[1].gradient(minibatch, config.clip_range_vf, config.vf_coef)[1])
+            _, gradient = self.fused[1].gradient(minibatch, config.clip_range_vf, config.vf_coef)
         else:
             with torch.enable_grad():
                 loss = config.vf_coef * value_loss(self.critic(minibatch.inputs), minibatch, config.clip_range_vf)
                 gradient = gradients(loss, self.critic_params)
         clip_(gradient, config.max_grad_norm)
-        self.critic_params.adam_step(gradient, learning_rate)
+        adam_step(gradient, learning_rate, self.critic_params)
 
     def _step(self, minibatch: Batch, learning_rate: Tensor) -> Tensor:
         """Take one step of Adam on a minibatch: -E[ratio A], E[(V - return)^2] and the gradient's norm, [3]."""
@@ -168,9 +169,9 @@ class PPO(OnPolicyAgent):
         """Both losses on a minibatch, and the gradient of policy loss + vf_coef * value loss in all weights."""
         config = self.config
         if self.fused is not None:
-            loss_pi, parts_pi = self.fused[0].gradient(minibatch, self.limit, config.ent_coef)
-            loss_v, parts_v = self.fused[1].gradient(minibatch, config.clip_range_vf, config.vf_coef)
-            return loss_pi, loss_v, torch.cat([*parts_pi, *parts_v])
+            loss_pi, of_policy = self.fused[0].gradient(minibatch, self.limit, config.ent_coef)
+            loss_v, of_critic = self.fused[1].gradient(minibatch, config.clip_range_vf, config.vf_coef)
+            return loss_pi, loss_v, torch.cat([of_policy, of_critic])
         with torch.enable_grad():
             loss, surrogate = policy_loss(self.policy(minibatch.inputs), minibatch, self.limit, config.ent_coef)
             loss_v = value_loss(self.critic(minibatch.inputs), minibatch, config.clip_range_vf)

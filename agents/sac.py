@@ -25,7 +25,7 @@ from klrl.kl import Dual, Move, Penalty, at_least, hold_states
 from klrl.policies.encoder import Inputs, ObservationEncoder
 from klrl.policies.networks import Activation, OwnNetwork, TwinCritic, make_network
 from klrl.policies.observations import Observation
-from klrl.policies.parameters import FlatParameters, gradients
+from klrl.policies.parameters import FlatParameters, adam_step, gradients
 from klrl.policies.policy import Policy
 from klrl.policies.squashed import CorrelatedNoise
 
@@ -239,7 +239,7 @@ class SAC(Agent):
         with torch.enable_grad():
             loss_q = critic_loss(self.actions.q(self.critic, batch.inputs, batch.action), target)
             gradient = gradients(loss_q, self.critic_params)
-        self.critic_params.adam_step(gradient, self.learning_rate)
+        adam_step(gradient, self.learning_rate, self.critic_params)
         with torch.enable_grad():
             policy = within = self.policy(batch.inputs)
             held = moves and (self.limit.penalises or len(self.limit.rules) > 0)
@@ -255,7 +255,7 @@ class SAC(Agent):
                 loss = loss_pi
                 if held:  # beta * E[KL(old || policy)], and what draws the policy to a projected one
                     loss = loss + torch.as_tensor(self.limit.term(old, policy, within)).mean()
-                self.policy_params.adam_step(gradients(loss, self.policy_params), self.learning_rate)
+                adam_step(gradients(loss, self.policy_params), self.learning_rate, self.policy_params)
         self.target_params.flat.lerp_(self.critic_params.flat, self.config.tau)
         metrics = (loss_q, target.mean(), loss_pi, entropy.mean(), room, self.policy_params.flat.sum())
         return torch.stack([metric.detach() for metric in metrics])

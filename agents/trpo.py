@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from klrl.agents.base import CHUNK, KLTarget, UpdateResult
-from klrl.agents.fused import FusedCritic, FusedPolicy, applies, suits
+from klrl.agents.fused import FusedCritic, FusedPolicy, Rows, applies, suits
 from klrl.agents.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_loss
 from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import NonNegative, Positive, PositiveInt, Range
@@ -19,7 +19,7 @@ from klrl.kl.divergence import parameters_of
 from klrl.kl.trust_region import LineSearch, NaturalStep, line_search, natural_step
 from klrl.policies.jacobian import Pull, Push, jacobian
 from klrl.policies.networks import OwnNetwork
-from klrl.policies.parameters import gradients
+from klrl.policies.parameters import adam_step, gradients
 
 
 @dataclass(frozen=True)
@@ -165,23 +165,23 @@ class TRPO(OnPolicyAgent):
         config = self.config
         self.fused = FusedCritic(self.critic) if applies(self.critic.network, self.critic_params) else None
         learning_rate = torch.tensor(config.learning_rate, device=self.device)
+        rows = batch if self.fused is None else Rows.of(batch)
         losses = [
             self._step(minibatch, learning_rate)
             for _ in range(config.n_critic_updates)
-            for minibatch in batch.minibatches(config.batch_size, self.rng)
+            for minibatch in rows.minibatches(config.batch_size, self.rng)
         ]
         return float(torch.stack(losses).mean())
 
     def _step(self, minibatch: Batch, learning_rate: Tensor) -> Tensor:
         """Take one step of the critic's Adam on a minibatch; the loss."""
         if self.fused is not None:
-            loss, parts = self.fused.gradient(minibatch, 0.0, 1.0)
-            gradient = torch.cat(parts)
+            loss, gradient = self.fused.gradient(minibatch, 0.0, 1.0)
         else:
             with torch.enable_grad():
                 loss = value_loss(self.critic(minibatch.inputs), minibatch)
                 gradient = gradients(loss, self.critic_params)
-        self.critic_params.adam_step(gradient, learning_rate)
+        adam_step(gradient, learning_rate, self.critic_params)
         return loss.detach()
 
     def _metrics(self, step: NaturalStep | None, searched: LineSearch) -> dict[str, float]:

@@ -132,7 +132,7 @@ PATH = {
     "OnPolicyAgent.take_step OnPolicyAgent.diagnostics OnPolicyAgent.end_update OnPolicyAgent._learned "
     "OnPolicyAgent.snapshot OnPolicyAgent.undo",
     "klrl/kl/limit.py": "KLLimit Move",
-    "klrl/policies/parameters.py": "FlatParameters gradients clip_",
+    "klrl/policies/parameters.py": "FlatParameters gradients adam_step clip_",
     "klrl/buffers/returns.py": "gae RewardScale",
 }
 

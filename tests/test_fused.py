@@ -11,7 +11,7 @@ from gymnasium import spaces
 from helpers import train
 from torch import Tensor, nn
 
-from klrl.agents.fused import FusedCritic, FusedPolicy, applies, suits
+from klrl.agents.fused import FusedCritic, FusedPolicy, Rows, applies, suits
 from klrl.agents.on_policy import Batch, value_loss
 from klrl.agents.ppo import PPO, PPOConfig, policy_loss
 from klrl.agents.trpo import TRPO, TRPOConfig
@@ -63,9 +63,8 @@ def batch_for(policy: Policy, critic: Critic) -> Batch:
     return Batch(inputs, old, action, old.log_prob(action), before, noise(ROWS), returns, valid / valid.sum())
 
 
-def close(mine: list[Tensor], theirs: Tensor) -> bool:
-    flat = torch.cat([part.flatten() for part in mine])
-    return torch.allclose(flat, theirs, rtol=1e-5, atol=1e-8) and float(theirs.abs().sum()) > 0
+def close(mine: Tensor, theirs: Tensor) -> bool:
+    return torch.allclose(mine, theirs, rtol=1e-5, atol=1e-8) and float(theirs.abs().sum()) > 0
 
 
 RULES: dict[str, Callable[[float], list[StateRule]]] = {
@@ -97,9 +96,9 @@ def test_the_policys_gradient_is_autograds(
     limit.rules += RULES[rule](middle(policy, batch))
     loss, surrogate = policy_loss(policy(batch.inputs), batch, limit, ent_coef)
     with torch.no_grad():
-        value, parts = FusedPolicy(policy).gradient(batch, limit, ent_coef)
+        value, mine = FusedPolicy(policy).gradient(Rows.of(batch), limit, ent_coef)
     assert float(value) == pytest.approx(float(surrogate.detach()), rel=1e-9)
-    assert close(parts, gradients(loss, flat))
+    assert close(mine, gradients(loss, flat))
     ratio = torch.exp(policy(batch.inputs).log_prob(batch.action) - batch.log_prob)
     outside = (ratio - 1).abs() > 0.2
     assert bool(outside.any()), "clipping has something to do"
@@ -121,8 +120,7 @@ def test_each_part_of_the_loss_is_in_the_gradient() -> None:
         limit = KLLimit(at_most(0.01), direction=direction, penalty=penalty, coef=0.7, influence=influence)  # type: ignore[arg-type]
         limit.rules += RULES[rule](middle(policy, batch))
         with torch.no_grad():
-            parts = FusedPolicy(policy).gradient(batch, limit, ent_coef)[1]
-        found.append(torch.cat([part.flatten() for part in parts]))
+            found.append(FusedPolicy(policy).gradient(Rows.of(batch), limit, ent_coef)[1])
     for i, one in enumerate(found):
         assert not any(torch.allclose(one, other, rtol=1e-3) for other in found[:i])
 
@@ -134,11 +132,11 @@ def test_every_depth_and_activation_has_its_gradient(space: str, hidden: tuple[i
     policy, critic = made(SPACES[space], activation, hidden)
     batch, limit = batch_for(policy, critic), KLLimit(at_most(0.01))
     with torch.no_grad():
-        _, parts = FusedPolicy(policy).gradient(batch, limit, 0.0)
-        _, value_parts = FusedCritic(critic).gradient(batch, 0.0, 1.0)
+        _, mine = FusedPolicy(policy).gradient(Rows.of(batch), limit, 0.0)
+        _, values = FusedCritic(critic).gradient(Rows.of(batch), 0.0, 1.0)
     loss, _ = policy_loss(policy(batch.inputs), batch, limit)
-    assert close(parts, gradients(loss, FlatParameters(policy, "policy")))
-    assert close(value_parts, gradients(value_loss(critic(batch.inputs), batch), FlatParameters(critic, "critic")))
+    assert close(mine, gradients(loss, FlatParameters(policy, "policy")))
+    assert close(values, gradients(value_loss(critic(batch.inputs), batch), FlatParameters(critic, "critic")))
 
 
 @pytest.mark.parametrize("clip_range_vf", [0.0, 0.2])
@@ -147,9 +145,9 @@ def test_the_critics_gradient_is_autograds(clip_range_vf: float) -> None:
     batch, flat = batch_for(policy, critic), FlatParameters(critic, "critic")
     loss = value_loss(critic(batch.inputs), batch, clip_range_vf)
     with torch.no_grad():
-        value, parts = FusedCritic(critic).gradient(batch, clip_range_vf, 0.5)
+        value, mine = FusedCritic(critic).gradient(Rows.of(batch), clip_range_vf, 0.5)
     assert float(value) == pytest.approx(float(loss.detach()), rel=1e-9)
-    assert close(parts, 0.5 * gradients(loss, flat))
+    assert close(mine, 0.5 * gradients(loss, flat))
     far = (critic(batch.inputs) - batch.value).abs() > 0.2
     assert bool(far.any())
     assert not bool(far.all())
@@ -184,11 +182,14 @@ def test_rows_that_do_not_count_have_no_part_in_it() -> None:
         kept = torch.nonzero(batch.mask).squeeze(-1)
         assert 0 < len(kept) < ROWS
         with torch.no_grad():
-            whole = FusedPolicy(policy).gradient(batch, limit, 0.1)[1]
-            some = FusedPolicy(policy).gradient(batch.take(kept), limit, 0.1)[1]
-            whole += FusedCritic(critic).gradient(batch, 0.2, 1.0)[1]
-            some += FusedCritic(critic).gradient(batch.take(kept), 0.2, 1.0)[1]
-        assert all(torch.allclose(a, b) for a, b in zip(whole, some, strict=True))
+            found = [
+                torch.cat(
+                    [FusedPolicy(policy).gradient(rows, limit, 0.1)[1], FusedCritic(critic).gradient(rows, 0.2, 1.0)[1]]
+                )
+                for rows in (Rows.of(batch), Rows.of(batch.take(kept)), Rows.of(batch).take(kept.numpy()))
+            ]
+        assert torch.allclose(found[0], found[1])
+        assert torch.equal(found[1], found[2])
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])

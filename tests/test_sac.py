@@ -33,13 +33,9 @@ def still(agent: SAC, batch: Transitions, noise: Tensor, alpha: float) -> tuple[
     """The metrics of a step in which nothing moves, and the gradients that critics and policy would have taken."""
     taken: dict[str, Tensor] = {}
     target = agent.target_params.flat.clone()
-    for name in ("critic", "policy"):
-        params = getattr(agent, f"{name}_params")
-        params.adam_step = lambda gradient, rate, name=name: taken.__setitem__(name, gradient)
-    with torch.no_grad():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("klrl.agents.sac.adam_step", lambda gradient, rate, group: taken.update({group.name: gradient}))
         metrics = agent._step(batch, noise, torch.tensor(alpha), moves=True).tolist()
-    for name in taken:
-        del getattr(agent, f"{name}_params").adam_step
     agent.target_params.flat.copy_(target)
     return metrics, taken["critic"], taken["policy"]
 

@@ -107,24 +107,25 @@ class KLLimit:
         ``within``: what ``self.within`` made of ``new``, which is then drawn to it.
         """
         pull = 0.0 if within is None else sum(rule.pull(within, new) for rule in self.rules)
-        return self.strength(old, new) * self.kl(old, new) + pull if self.penalises else pull
+        if not self.penalises:
+            return pull
+        divergence = self.kl(old, new)
+        return self.strength(lambda: divergence) * divergence + pull
 
-    def strength(self, old: td.Distribution, new: td.Distribution) -> Tensor:
-        """What multiplies each state's KL in ``term``: beta, or [B] where a state's influence is bounded."""
+    def strength(self, kl: Callable[[], Tensor]) -> Tensor:
+        """What multiplies each state's KL, [B], in ``term``: beta, or less where a state's influence is bounded."""
         if self.influence == 0 or math.isinf(self.penalty.bound.limit):
             return self.beta
         # A KL's gradient grows as its root: this keeps it as long as it is at the edge.
         edge = max(self.influence * self.penalty.bound.limit, 1e-30)
-        return self.beta * (edge / self.kl(old, new).detach().clamp(edge, 1e30)).sqrt()
+        return self.beta * (edge / kl().detach().clamp(edge, 1e30)).sqrt()
 
-    def weight(
-        self, ratio: Tensor, advantage: Tensor, old: td.Distribution, new: td.Distribution, known: Tensor | None = None
-    ) -> Tensor | float:
+    def weight(self, ratio: Tensor, advantage: Tensor, old: td.Distribution, new: td.Distribution) -> Tensor | float:
         """By what to multiply the gradient of each state's surrogate ratio * advantage, [B]: the least of the rules'.
 
-        ratio: new(a|s) / old(a|s). known: the KLs, if they are. The loss is -weight * ratio * advantage.
+        ratio: new(a|s) / old(a|s). The loss is -weight * ratio * advantage.
         """
-        return weigh(self.rules, ratio, advantage, lambda: self.kl(old, new) if known is None else known)
+        return weigh(self.rules, ratio, advantage, lambda: self.kl(old, new))
 
     @property
     def replaces(self) -> bool:

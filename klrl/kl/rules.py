@@ -128,8 +128,8 @@ class Clip(_RatioRule):
     """
 
     def weight(self, ratio: Tensor, advantage: Tensor, kl: Tensor | None) -> Tensor:
-        clipped = ratio.clamp(1 - self.range, 1 + self.range) * advantage
-        return (ratio * advantage <= clipped).to(ratio.dtype)
+        clipped = ratio.clip(1 - self.range, 1 + self.range) * advantage
+        return 1.0 * (ratio * advantage <= clipped)
 
 
 class SPO(_RatioRule):
@@ -140,7 +140,8 @@ class SPO(_RatioRule):
     """
 
     def weight(self, ratio: Tensor, advantage: Tensor, kl: Tensor | None) -> Tensor:
-        return 1 - advantage.sign() * (ratio - 1) / self.range
+        sign = 1.0 * (advantage > 0) - 1.0 * (advantage < 0)
+        return 1 - sign * (ratio - 1) / self.range
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class Gate(StateRule):
         _positive(limit=self.limit)
 
     def factor(self, kl: Tensor, further: Tensor) -> Tensor:
-        return torch.where((kl > self.limit) & further, 0.0, 1.0)
+        return 1.0 - 1.0 * ((kl > self.limit) & further)
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Reverse(StateRule):
         _positive(limit=self.limit, turn=self.turn)
 
     def factor(self, kl: Tensor, further: Tensor) -> Tensor:
-        return torch.where((kl > self.limit) & further, -self.turn, 1.0)
+        return 1.0 - (1.0 + self.turn) * ((kl > self.limit) & further)
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,8 @@ def weigh(rules: Sequence[StateRule], ratio: Tensor, advantage: Tensor, kl: Call
         return reduce(torch.minimum, [rule.weight(ratio.detach(), advantage, reached) for rule in weighing])
 
 
+# Rules written in operators alone, so that they take NumPy arrays as well as tensors, at a fraction of the cost.
+ARRAY_RULES = frozenset({Clip, SPO, Gate, Reverse})
 # The rule of each name, from the KL that a state may have and from the rule's strength.
 STATE_RULES: dict[StateRuleName, Callable[[float, float], StateRule | None]] = {
     "none": lambda limit, turn: None,

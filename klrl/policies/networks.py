@@ -20,6 +20,8 @@ Array = np.ndarray[Any, Any]
 OwnNetwork = nn.Module | Callable[[spaces.Space[Any]], nn.Module]
 """A network of one's own, which is copied for each use, or what makes one for an observation space."""
 _IMAGE_FEATURES = 512
+# NumPy's tanh of an element: 0.2 ns with AVX-512, but 3 without, where torch's sigmoid is 1 and torch's tanh 4.
+_NUMPY_IS_FAST = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class MLP(nn.Module):
@@ -36,10 +38,14 @@ class MLP(nn.Module):
         return {**self.__dict__, "_numpy": ([], [])}  # a copy's weights lie elsewhere, or by chance at the same address
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() and x.device.type == "cpu":
+            found = self.forward_numpy(x.numpy())
+            if found is not None:
+                return torch.from_numpy(found)
         *hidden, last = self.layers
         for layer in hidden:
             x = layer(x)
-            x = tanh_(x) if self.activation == "tanh" else x.relu_()
+            x = x.tanh_() if self.activation == "tanh" else x.relu_()
         return last(x)
 
     @property
@@ -59,8 +65,8 @@ class MLP(nn.Module):
         return lie_at
 
     def forward_numpy(self, x: Array) -> Array | None:
-        """The forward pass on views of the weights, which must lie in CPU memory: for acting on a handful of rows,
-        where the cost of torch's calls would exceed that of the arithmetic. None where a layer is no plain one."""
+        """The forward pass on views of the weights, which must lie in CPU memory: on a handful of rows, torch's calls
+        would cost more than the arithmetic. None where a layer is no plain one."""
         lie_at = self._find()
         if lie_at is None:
             return None
@@ -68,20 +74,23 @@ class MLP(nn.Module):
             views = [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in self.layers]  # type: ignore[operator]
             self._numpy = lie_at, views
         views, last = self._numpy[1], len(lie_at) // 2 - 1
-        for i, (weight, bias) in enumerate(views):
-            x = x @ weight
-            x += bias
-            if i < last:
-                x = np.tanh(x, out=x) if self.activation == "tanh" else np.maximum(x, 0.0, out=x)
+        with np.errstate(all="ignore"):  # as torch
+            for i, (weight, bias) in enumerate(views):
+                x = x @ weight
+                x += bias
+                if i < last:
+                    x = tanh_(x) if self.activation == "tanh" else np.maximum(x, 0.0, out=x)
         return x
 
 
-def tanh_(x: Tensor) -> Tensor:
-    """tanh in place; without gradients on the CPU NumPy's, which some processors do much faster."""
-    if torch.is_grad_enabled() or x.device.type != "cpu":
-        return x.tanh_()
-    array = x.numpy()
-    np.tanh(array, out=array)
+def tanh_(x: Array) -> Array:
+    """tanh in place, by what is fastest on this processor: 2 sigmoid(2 x) - 1 is within 2e-7 of it."""
+    if _NUMPY_IS_FAST or x.size < 2048:
+        return np.tanh(x, out=x)
+    x *= 2
+    torch.from_numpy(x).sigmoid_()
+    x *= 2
+    x -= 1
     return x
 
 

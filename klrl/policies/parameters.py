@@ -79,22 +79,6 @@ class FlatParameters:
         pieces = torch.split(flat, [p.numel() for p in self.parameters.values()])
         return {name: piece.view(p.shape) for (name, p), piece in zip(self.parameters.items(), pieces, strict=True)}
 
-    def adam_step(self, gradient: Tensor, learning_rate: Tensor) -> None:
-        """One step of Adam along ``gradient`` [P]; ``learning_rate``: a scalar tensor on the same device."""
-        self.count.add_(1)
-        if self.frozen is not None:
-            gradient = gradient.masked_fill(self.frozen, 0.0)
-        if torch.compiler.is_compiling():  # to which the fused kernel is unknown
-            first, second = (1 - beta**self.count for beta in _BETAS)
-            self.first_moment.lerp_(gradient, 1 - _BETAS[0])
-            self.second_moment.lerp_(gradient * gradient, 1 - _BETAS[1])
-            self.flat -= (
-                learning_rate / first * self.first_moment / (torch.sqrt(self.second_moment / second) + self.eps)
-            )
-            return
-        state: Any = ([self.flat], [gradient], [self.first_moment], [self.second_moment], [], [self.count])
-        torch._fused_adam_(*state, lr=learning_rate, eps=self.eps, **_ADAM)
-
     def state_dict(self) -> dict[str, Any]:
         """Copies of weights, buffers and optimizer."""
         self.sync()
@@ -133,8 +117,34 @@ def gradients(
     return torch.cat([(torch.zeros_like(p) if part is None else part).flatten() for p, part in parts])
 
 
+def adam_step(gradient: Tensor, learning_rate: Tensor, *groups: FlatParameters) -> None:
+    """One step of Adam with all ``groups``, along ``gradient``: those of each in turn, as ``gradients`` has them.
+
+    learning_rate: a scalar tensor on their device.
+    """
+    parts = zip(groups, torch.split(gradient, [group.flat.numel() for group in groups]), strict=True)
+    along = [part if group.frozen is None else part.masked_fill(group.frozen, 0.0) for group, part in parts]
+    for group in groups:
+        group.count.add_(1)
+    if torch.compiler.is_compiling():  # to which the fused kernel is unknown
+        _adam(along, learning_rate, groups)
+    else:
+        flat, first, second, count = ([getattr(group, name) for group in groups] for name in _TENSORS)
+        torch._fused_adam_(flat, along, first, second, [], count, lr=learning_rate, eps=groups[0].eps, **_ADAM)
+
+
+def _adam(gradients: Sequence[Tensor], learning_rate: Tensor, groups: Sequence[FlatParameters]) -> None:
+    """The formula of ``adam_step``'s kernel."""
+    for gradient, group in zip(gradients, groups, strict=True):
+        first, second = (1 - beta**group.count for beta in _BETAS)
+        group.first_moment.lerp_(gradient, 1 - _BETAS[0])
+        group.second_moment.lerp_(gradient * gradient, 1 - _BETAS[1])
+        width = torch.sqrt(group.second_moment / second) + group.eps
+        group.flat -= learning_rate / first * group.first_moment / width
+
+
 def clip_(gradient: Tensor, max_norm: float) -> Tensor:
     """Scale ``gradient`` [P] down to ``max_norm``, in place, where it is longer; its norm before, a scalar tensor."""
     norm = torch.linalg.vector_norm(gradient)
-    gradient.mul_((max_norm / (norm + 1e-6)).clamp_max(1.0))
+    gradient.mul_((max_norm / (norm + 1e-6)).clamp_max_(1.0))
     return norm

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import gymnasium as gym
 import tomli_w
 import torch
+from threadpoolctl import threadpool_limits
 
 from klrl.agents import registry
 from klrl.agents.base import Agent, check_widths
@@ -238,6 +239,7 @@ def _process_settings(config: RunConfig) -> Iterator[None]:
     """What training sets for the whole process, as it was afterwards."""
     threads, precision, frozen = torch.get_num_threads(), torch.get_float32_matmul_precision(), gc.get_freeze_count()
     torch.set_num_threads(min(config.threads, cores()))
+    numpys = threadpool_limits(torch.get_num_threads(), user_api="blas")  # which does part of torch's work here
     torch.set_float32_matmul_precision(config.matmul_precision)
     # glibc gives freed memory back to the system beyond twice the largest array freed so far, and fetching it anew
     # costs as much as the arithmetic on it. After one array of 30 MB, never touched, it keeps what an update frees.
@@ -253,6 +255,7 @@ def _process_settings(config: RunConfig) -> Iterator[None]:
         if not frozen:
             gc.unfreeze()
         torch.set_flush_denormal(flushed)
+        numpys.restore_original_limits()
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
 
