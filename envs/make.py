@@ -40,8 +40,9 @@ class EnvConfig(Checked):
 
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments for the environment, as name=value pairs: --env.kwargs continuous=true gravity=-8."""
-    vectorization: Literal["sync", "async"] = "sync"
-    """Step the environments in this process, or in a process each (pays off where a step takes milliseconds)."""
+    vectorization: Literal["sync", "async", "vector"] = "sync"
+    """Step the environments in this process, in a process each (pays off where a step takes milliseconds), or as the
+    vector environment that the id itself offers (fast; a resumed run's open episodes begin anew)."""
     on_error: Literal["raise", "restart"] = "raise"
     """What an exception or a wrong answer of an environment's step does: end the run, or truncate that episode."""
     timeout: Annotated[float, Range(0, 1e6, above=True)] = 60.0
@@ -59,9 +60,11 @@ def make_vector(
     """
     if isinstance(env, str):
         check(env)
-        if _spec(env).entry_point is None:
-            whole = _guard(env, config.kwargs, lambda: gym.make_vec(env, n_envs, **config.kwargs))
-            return next_step(NamedFaults(whole, env), env)
+        if _spec(env).entry_point is None or config.vectorization == "vector":
+            if _spec(env).vector_entry_point is None:
+                raise UsageError(f"--env.vectorization vector: {env} offers no vector environment of its own; use sync")
+            making = partial(gym.make_vec, env, n_envs, vectorization_mode="vector_entry_point", **config.kwargs)
+            return next_step(NamedFaults(_guard(env, config.kwargs, making), env), env)
         factory: EnvFactory = partial(gym.make, env, **config.kwargs)
         # One environment made here turns what a worker process would bury into one line.
         SeededEpisodes(_guard(env, config.kwargs, factory), 0).close()
@@ -71,6 +74,8 @@ def make_vector(
                 f"an env is an id, or a function that returns a new environment, not {env}: where that is one "
                 "environment, give what makes it, as in lambda: gym.make(...)"
             )
+        if config.vectorization == "vector":
+            raise UsageError("--env.vectorization vector goes with an env id; a factory makes one environment")
         if config.kwargs:
             raise UsageError("--env.kwargs goes with an env id; give a factory its arguments yourself")
         factory = env
