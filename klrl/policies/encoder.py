@@ -60,7 +60,9 @@ class ObservationEncoder:
         if not self.normalize:
             return vector
         mean, inverse_std = self._numpy
-        return np.clip((vector - mean) * inverse_std, -_LIMIT, _LIMIT)
+        vector = vector - mean
+        vector *= inverse_std
+        return np.minimum(np.maximum(vector, -_LIMIT, out=vector), _LIMIT, out=vector)  # np.clip takes twice as long
 
     def zeros(self, rows: int) -> Inputs:
         """Inputs of ``rows`` observations that are all zero."""

@@ -96,12 +96,16 @@ class NormalHead(nn.Module):
         mean = self._center + output * self._scale
         if rng is None:
             return mean
-        return mean + rng.standard_normal(mean.shape, dtype=np.float32) * np.exp(self.log_std.detach().cpu().numpy())
+        noise = rng.standard_normal(mean.shape, dtype=np.float32)
+        noise *= np.exp(self._parameters["log_std"].detach().cpu().numpy())  # type: ignore[union-attr]
+        mean += noise
+        return mean
 
     def to_env(self, action: Array) -> Array:
         """Actions [N, d] clipped to the bounds, [N, *space.shape]; their density is that of the unclipped action."""
         shaped = action.reshape(len(action), *self.space.shape)
-        return np.clip(shaped, self.space.low, self.space.high).astype(self.space.dtype, copy=False)
+        within = np.minimum(np.maximum(shaped, self.space.low), self.space.high)  # np.clip takes twice as long
+        return within if within.dtype == self.space.dtype else within.astype(self.space.dtype)
 
     def metrics(self) -> dict[str, float]:
         """The mean standard deviation, in half ranges where the space is bounded."""
