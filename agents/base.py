@@ -67,7 +67,7 @@ class KLTarget(Checked):
 class KLConfig(KLTarget):
     """How far an update may move the policy, and what answers an excess."""
 
-    penalty: PenaltyRule = "adaptive"
+    penalty: PenaltyRule = "none"
     """KL penalty in the loss. Its coefficient doubles after an update above 1.5 targets (above 1 where overshoots are
     undone or moved back) and halves after one below 1/1.5; climbs and falls with the excess; stays; follows a schedule;
     or is 0."""
@@ -86,12 +86,12 @@ class KLConfig(KLTarget):
     """The KL of a single state, in nats, from which on kl.per_state acts."""
     turn: Positive = 1.0
     """How strongly kl.per_state reverse turns back, and project draws the network to the projected policy."""
-    stop: NonNegative = 1.5
+    stop: NonNegative = 0.0
     """Stop an update once its KL, measured as kl.check says, exceeds this many times the target; 0 never stops."""
     check: Check = "epoch"
     """When the whole batch's exact KL is measured: after each epoch, each minibatch, or only after the update, which
     then cannot be stopped."""
-    on_overshoot: Overshoot = "keep"
+    on_overshoot: Overshoot = "project"
     """What happens to an update whose KL ends above the target: kept, undone, or moved back to the boundary. Without a
     penalty, one update after the other may be undone."""
 
@@ -113,6 +113,9 @@ class OffPolicyKLConfig(KLConfig):
 
     target: NonNegative = 0.0
     """Limit on the KL(old||new) of a window, in nats, action dimensions summed; 0 sets none."""
+    penalty: PenaltyRule = "adaptive"
+    stop: NonNegative = 1.5
+    on_overshoot: Overshoot = "keep"
     every: PositiveInt = 1000
     """How many gradient steps make the window whose KL is measured and limited; kl.check's epoch is a tenth of it."""
 

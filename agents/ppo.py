@@ -27,9 +27,10 @@ class PPOConfig(OnPolicyConfig):
     """Passes over a rollout in each update."""
     learning_rate: Positive = 3e-4
     """Adam's step size at the start."""
-    lr_schedule: Literal["constant", "linear", "kl"] = "constant"
-    """Keep it, lower it linearly to 0 over the run, or move it by 1.5 when KL leaves target/2 to 2 * target."""
-    clip_range: NonNegative = 0.0
+    lr_schedule: Literal["constant", "linear", "kl"] = "kl"
+    """Keep it, lower it linearly to 0 over the run, or let it follow the KL: a factor of 1.5 up after an update below
+    half a kl.target, down after one that had reached two, within a thirtieth and three times learning_rate."""
+    clip_range: NonNegative = 0.2
     """How far the probability ratio may leave 1, by clip_rule; 0 leaves that to the KL's rules."""
     clip_rule: RatioRuleName = "clip"
     """No gradient further out beyond clip_range (clip), or a parabola in the ratio with its top there (spo)."""
@@ -90,15 +91,12 @@ class PPO(OnPolicyAgent):
 
     def setup(self, init: torch.Generator, network: OwnNetwork | None) -> None:
         super().setup(init, network)
-        if self.config.lr_schedule == "kl" and self.config.kl.target == 0:
-            raise UsageError("--lr-schedule kl needs a --kl.target above 0")
         if self.config.clip_range == 0 and self.config.clip_rule != "clip":
             raise UsageError(f"--clip-rule {self.config.clip_rule} needs a --clip-range above 0, such as 0.2")
         if self.config.clip_range > 0:
             self.limit.rules.append(RATIO_RULES[self.config.clip_rule](self.config.clip_range))
         rate = self.config.learning_rate
-        edges = {"low": 0.5, "high": 2.0, "minimum": min(rate, 1e-5), "maximum": max(rate, 1e-2)}
-        self.learning_rate = Adaptive(rate, factor=1 / 1.5, **edges)
+        self.learning_rate = Adaptive(rate, factor=1 / 1.5, low=0.5, high=2.0, minimum=rate / 30, maximum=3 * rate)
 
     @torch.no_grad()
     def update(self, rollout: RolloutBuffer, progress: float = 0.0) -> UpdateResult:
@@ -122,7 +120,7 @@ class PPO(OnPolicyAgent):
             self.undo(before)
             raise SkippedUpdateError(str(problem)) from None
 
-        if config.lr_schedule == "kl":
+        if config.lr_schedule == "kl" and config.kl.target > 0:
             self.learning_rate.adapt(move.report.attempted, at_most(config.kl.target))
         self.end_update(rollout)
         metrics |= {"train/learning_rate": rate, "train/ent_coef": config.ent_coef}

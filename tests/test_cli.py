@@ -239,7 +239,7 @@ def test_bad_input_is_one_line_and_exit_code_2(words: list[str], message: str) -
 def test_a_group_given_in_part_keeps_the_agents_own_defaults_for_the_rest() -> None:
     _, config = resolve(registry.find("trpo"), None, {"kl": {"target": 0.02}})
     assert config.kl == replace(TRPOConfig().kl, target=0.02)
-    assert resolve(registry.find("ppo"), None, {"kl": {"target": 0.03}})[1].kl.penalty == "adaptive"
+    assert resolve(registry.find("sac"), None, {"kl": {"target": 0.03}})[1].kl.penalty == "adaptive"
 
 
 def test_unknown_and_broken_keys_in_a_config_file() -> None:

@@ -188,7 +188,7 @@ def test_the_term_is_beta_times_the_limited_kl_with_its_gradient(direction: Any)
 def test_a_fixed_penalty_needs_no_target_and_an_adaptive_one_does_nothing_without() -> None:
     device = torch.device("cpu")
     assert KLConfig(target=0.0, penalty="fixed", coef=10.0).make_limit(device).penalises
-    assert not KLConfig(target=0.0).make_limit(device).penalises
+    assert not KLConfig(target=0.0, penalty="adaptive").make_limit(device).penalises
     assert not KLTarget(target=0.01).make_limit(device).penalises
     assert OffPolicyKLConfig(target=0.1).make_limit(device).penalises
 

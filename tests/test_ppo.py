@@ -48,7 +48,7 @@ def loss_of(
     new: MultiCategorical, batch: Batch, config: PPOConfig | None = None, beta: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss, its surrogate part, and its gradient in the logits."""
-    config = config or PPOConfig()
+    config = config or PPOConfig(clip_range=0.0)
     rules = [Clip(config.clip_range)] if config.clip_range else []
     limit = KLLimit(at_most(0.02), penalty="fixed", coef=beta, direction=config.kl.direction, rules=rules)
     loss, surrogate = policy_loss(new, batch, limit, config.ent_coef)
@@ -143,12 +143,13 @@ def test_held_are_the_states_whose_surrogate_a_rule_drops_or_turns_at_the_end(ru
 
 
 def test_held_states_are_logged_where_rules_weigh_and_none_is_held_once_an_update_is_undone() -> None:
-    far = KLConfig(target=0.0, penalty="none", per_state="gate", state_limit=1e-5, stop=0.0)
-    _, reports = train(replace(PROBE, kl=far), "CartPole-v1", 3)
+    far = KLConfig(target=0.0, per_state="gate", state_limit=1e-5)
+    plain = replace(PROBE, clip_range=0.0)
+    _, reports = train(replace(plain, kl=far), "CartPole-v1", 3)
     assert all(0.0 < report.metrics["kl/held_states"] < 1.0 for report in reports)
     undone = replace(far, target=1e-9, on_overshoot="rollback")
-    assert [r.metrics["kl/held_states"] for r in train(replace(PROBE, kl=undone), "CartPole-v1", 2)[1]] == [0.0, 0.0]
-    assert "kl/held_states" not in train(PROBE, "CartPole-v1", 1)[1][0].metrics
+    assert [r.metrics["kl/held_states"] for r in train(replace(plain, kl=undone), "CartPole-v1", 2)[1]] == [0.0, 0.0]
+    assert "kl/held_states" not in train(plain, "CartPole-v1", 1)[1][0].metrics
 
 
 def test_beta_changes_the_gradient() -> None:
@@ -171,7 +172,8 @@ def test_a_larger_beta_moves_the_policy_less() -> None:
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_project_keeps_kl_within_the_limit_after_every_update(direction: Any) -> None:
     rules = KLConfig(target=0.003, penalty="none", stop=0.0, on_overshoot="project", direction=direction)
-    config = PPOConfig(n_steps=64, batch_size=128, n_epochs=4, learning_rate=3e-3, kl=rules)
+    base: Any = {"lr_schedule": "constant", "learning_rate": 3e-3, "clip_range": 0.0}
+    config = PPOConfig(n_steps=64, batch_size=128, n_epochs=4, kl=rules, **base)
     for env_id in ("CartPole-v1", "Pendulum-v1"):
         _, reports = train(config, env_id, 15)
         assert all(report.kl.limited <= 0.003 for report in reports)
@@ -196,7 +198,7 @@ def test_the_reported_kl_is_that_of_the_policy_afterwards() -> None:
 
 @pytest.mark.parametrize("check", ["update", "epoch", "minibatch"])
 def test_rollback_restores_policy_and_optimizer_bit_for_bit(check: Any) -> None:
-    rules = KLConfig(target=1e-9, penalty="none", on_overshoot="rollback", check=check)
+    rules = KLConfig(target=1e-9, penalty="none", stop=1.5, on_overshoot="rollback", check=check)
     config = replace(PROBE, kl=rules, learning_rate=0.1)
     env = make_vector("CartPole-v1", 8, EnvConfig())
     agent = PPO(env.single_observation_space, env.single_action_space, config)
@@ -215,7 +217,7 @@ def test_rollback_restores_policy_and_optimizer_bit_for_bit(check: Any) -> None:
 
 
 def test_the_update_stops_on_the_exact_kl() -> None:
-    loose = replace(PROBE, learning_rate=0.03, kl=KLConfig(target=0.01, penalty="none", stop=0.0))
+    loose = replace(PROBE, learning_rate=0.03, clip_range=0.0, kl=KLConfig(target=0.01, on_overshoot="keep"))
     tight = replace(loose, kl=replace(loose.kl, stop=1.5, check="minibatch"))
     far, near = (train(config, "CartPole-v1", 1)[1][0].kl for config in (loose, tight))
     assert far.stopped_at == 0

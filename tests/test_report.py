@@ -164,14 +164,15 @@ PPO = {"n_envs": 2, "n_steps": 64, "batch_size": 64, "n_epochs": 2, "eval_every"
 
 
 def test_the_page_needs_nothing_else_and_holds_every_figure() -> None:
-    run = klrl.train("ppo", "CartPole-v1", total_timesteps=1024, **PPO)
+    run = klrl.train("ppo", "CartPole-v1", total_timesteps=1024, kl={"penalty": "adaptive"}, **PPO)
     path = report([str(run.folder)], ReportConfig())
+    more = ["Coefficient of the KL penalty", "Learning rate"]
     assert path == str(run.folder / "report.html")
     page = Path(path).read_text()
     assert not re.search(r"(?:src|href)=\"(?!data:)|url\(|@import|<script", page)
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
     wanted = ["Return", "KL of each update", "KL over the states of each update", "KL as a share of its limit"]
-    assert captions == [*wanted, "Coefficient of the KL penalty", "Entropy", "Explained variance", "Where time went"]
+    assert captions == [*wanted, *more, "Entropy", "Clip fraction", "Explained variance", "Where time went"]
     assert page.count("<p>The largest KL of a state was ") == 1
     assert "kl.target" in page
     assert f"{run.score.mean:.1f}" in page

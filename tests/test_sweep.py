@@ -214,18 +214,18 @@ def test_a_sweep_that_is_stopped_or_killed_goes_on_where_it_was(capsys: pytest.C
 
 
 def test_a_failing_trial_does_not_stop_the_others(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--set", *TINY[:3], "n_epochs=1", "eval_every=0", "lr_schedule=kl", "--set", "kl.target=0.0,0.02"]
+    words = ["--set", *TINY[:3], "n_epochs=1", "eval_every=0", "clip_rule=spo", "--set", "clip_range=0.0,0.2"]
     with pytest.raises(SystemExit) as stop:
         main(["sweep", "ppo", "CartPole-v1", "--seeds", "1", "--jobs", "2", *words])
     assert stop.value.code == 1
     out, err = capsys.readouterr()
-    reason = "--lr-schedule kl needs a --kl.target above 0"
-    assert "kl.target=0.0  seed 0  running\n" in out
-    assert f"kl.target=0.0  seed 0  failed  {reason}" in out
-    assert "kl.target=0.02  1 of 1" in out
+    reason = "--clip-rule spo needs a --clip-range above 0, such as 0.2"
+    assert "clip_range=0.0  seed 0  running\n" in out
+    assert f"clip_range=0.0  seed 0  failed  {reason}" in out
+    assert "clip_range=0.2  1 of 1" in out
     assert out.splitlines()[-1] == f"report      {FOLDER}/report.html"
     failed, summary = err.splitlines()
-    assert failed.startswith(f"klrl: kl.target=0.0 seed 0 failed: {reason}")
+    assert failed.startswith(f"klrl: clip_range=0.0 seed 0 failed: {reason}")
     assert summary == "klrl: 1 of 2 trials failed; the same command tries them again"
     (run,) = runs()
     assert 512 <= read_history(run).steps < 640

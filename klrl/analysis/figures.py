@@ -188,6 +188,12 @@ PANELS: dict[str, Callable[[list[Group]], Figure | None]] = {
     "Return": returns,
     "KL as a share of its limit": lambda groups: curves(groups, {"kl/of_limit": "bounded KL"}, "KL / limit"),
     "Coefficient of the KL penalty": lambda groups: curves(groups, {"kl/coef": "coefficient"}, "beta", log=True),
+    "Learning rate": lambda groups: curves(
+        [group for group in groups if group.runs[0].options.get("lr_schedule") not in (None, "constant")],
+        {"train/learning_rate": "learning rate"},
+        "Adam's step size",
+        log=True,
+    ),
     "Temperature": lambda groups: curves(
         [group for group in groups if group.runs[0].has("entropy/target")],
         {"train/ent_coef": "temperature"},

@@ -31,6 +31,7 @@ _LAYOUT = {
         "largest KL of a state": ["^kl/max$", "^kl/max_limit$"],
         "share of the limit": ["^kl/of_limit$", "^kl/max_of_limit$"],
         "coefficients: KL penalty, temperature": ["^kl/coef$", "^train/ent_coef$"],
+        "learning rate": ["^train/learning_rate$"],
         "predicted and measured": ["^kl/predicted$", "^kl/mean$"],
         "forward and reverse": ["^kl/mean$", "^kl/reverse$"],
         "exact and sampled": ["^kl/mean$", "^kl/k1$", "^kl/k3$"],
@@ -223,5 +224,9 @@ def _words(step: int, metrics: dict[str, float]) -> list[str]:
         f"{metrics['time/fps']:,.0f}/s",
         f"return {metrics['rollout/ep_rew_mean']:.1f}" if "rollout/ep_rew_mean" in metrics else "",
         f"KL {metrics['kl/mean']:.4f}{limit}" if undone < _STANDSTILL else f"{undone:.0f} undone: nothing moves",
-        f"coef {metrics['kl/coef']:.2g}" if metrics["kl/coef"] > 0 else "",
+        f"coef {metrics['kl/coef']:.2g}" if metrics["kl/coef"] > 0 else _learning_rate(metrics),
     ]
+
+
+def _learning_rate(metrics: dict[str, float]) -> str:
+    return f"lr {metrics['train/learning_rate']:.1e}" if "train/learning_rate" in metrics else ""

@@ -23,6 +23,7 @@ from klrl.rundir import checkpoint
 from klrl.rundir.logger import Console, Logger
 from klrl.training.episodes import Episodes
 from klrl.training.evaluation import NO_EPISODES, Evaluation, evaluation_seed, run_episodes
+from klrl.training.profile import Profile
 from klrl.training.randomness import random_state, random_state_kept, restore_random_state
 from klrl.training.signals import Signals
 
@@ -63,6 +64,8 @@ class RunConfig(Checked):
     """Print only the final evaluation and where the run lies."""
     verbose: bool = False
     """Print a line for each update, not only for each tenth of the run."""
+    profile: bool = False
+    """Print at the end where the time went, part by part, and write a trace for Chrome or Perfetto, profile.json."""
     imports: Imports = ()
     network: str = ""
     """A network of one's own in place of hidden layers, module:Class: an nn.Module from inputs to features [B, F] that
@@ -149,6 +152,8 @@ class Loop:
         with closing(self.console), closing(logger) as self.logger, self.signals, ExitStack() as self.opened:
             if self.obs is None:
                 self.obs, _ = self.envs.reset(seed=config.seed)
+            if config.profile:
+                self.opened.enter_context(Profile().of(self))
             try:
                 while True:
                     if progress.figures is None:

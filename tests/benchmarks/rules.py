@@ -31,8 +31,10 @@ from klrl.training.signals import Interrupted, Signals
 RESULTS = Path(__file__).parent / "rules.jsonl"
 ENVS = ("Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Humanoid-v5", "Swimmer-v5", "Walker2d-v5")
 STAGES = {"screen": (300_000, 2), "final": (1_000_000, 5)}  # steps and seeds
-# The first standard deviation is 0.5, as "What matters in on-policy reinforcement learning" (Andrychowicz et al. 2021)
-# advises: from 1, Ant's first 300,000 steps go into less noise, and a rule scores by how fast it lets the noise fall.
+# The presets' settings, all written out, so that a rule means the same whatever klrl's defaults become. The first
+# standard deviation is 0.5, as "What matters in on-policy reinforcement learning" (Andrychowicz et al. 2021) advises,
+# and less where noise is what is in the way: from 1, Ant's first 300,000 steps go into less noise, and a rule scores by
+# how fast it lets the noise fall.
 COMMON: dict[str, Any] = {
     "n_envs": 4,
     "n_steps": 512,
@@ -43,18 +45,25 @@ COMMON: dict[str, Any] = {
     "gamma": 0.99,
     "gae_lambda": 0.95,
     "eval_every": 0,
+    "lr_schedule": "constant",
     "clip_range": 0.0,
     "kl.target": 0.02,
     "kl.penalty": "none",
     "kl.stop": 0.0,
     "kl.per_state": "none",
+    "kl.on_overshoot": "keep",
 }
-PPO_ONLY = ("batch_size", "n_epochs", "learning_rate", "clip_range", "kl.penalty", "kl.stop", "kl.per_state")
+PPO_ONLY = ("batch_size", "n_epochs", "learning_rate", "lr_schedule", "clip_range")  # and all of kl but its target
 ACTIONS = {"Ant-v5": 8, "HalfCheetah-v5": 6, "Hopper-v5": 3, "Humanoid-v5": 17, "Swimmer-v5": 2, "Walker2d-v5": 6}
-OWN: dict[str, dict[str, Any]] = {"Swimmer-v5": {"gamma": 0.9999, "gae_lambda": 0.99}}
+OWN: dict[str, dict[str, Any]] = {
+    "Ant-v5": {"log_std_init": -1.5},
+    "HalfCheetah-v5": {"log_std_init": -1.5},
+    "Swimmer-v5": {"gamma": 0.9999, "gae_lambda": 0.99},
+}
 MEAN = {"kl.penalty": "adaptive", "kl.stop": 1.5}
 CLIP = {"clip_range": 0.2}
 LINEAR = {"lr_schedule": "linear"}
+BY_KL = {"lr_schedule": "kl"}
 
 
 def at_state(rule: str, limit: float, **more: Any) -> dict[str, Any]:
@@ -64,6 +73,7 @@ def at_state(rule: str, limit: float, **more: Any) -> dict[str, Any]:
 SPO = {"clip_range": 0.2, "clip_rule": "spo"}
 PROJECT = {"kl.on_overshoot": "project"}
 RULES: dict[str, dict[str, Any]] = {
+    "default": CLIP | BY_KL | PROJECT,
     "clip": CLIP,
     "mean": MEAN,
     "clip+mean": CLIP | MEAN,
@@ -71,11 +81,21 @@ RULES: dict[str, dict[str, Any]] = {
     "reverse 0.05": at_state("reverse", 0.05),
     "reverse 0.05 x 0.3": at_state("reverse", 0.05, turn=0.3),
     "gate 0.05": at_state("gate", 0.05),
+    "trpo 0.01": {"agent": "trpo", "kl.target": 0.01},
     "trpo 0.02": {"agent": "trpo"},
     "trpo 0.01 a dimension": {"agent": "trpo", "kl.target": 0.01},  # times the number of action dimensions
     "reverse 0.05 + mean": at_state("reverse", 0.05) | MEAN,
     "reverse 0.05 + mean + project": at_state("reverse", 0.05) | MEAN | PROJECT,
     "held": at_state("reverse", 0.05) | MEAN | PROJECT | {"kl.max_target": 0.2},
+    "clip + project": CLIP | PROJECT,
+    "clip, lr by KL": CLIP | BY_KL,
+    "lr by KL + project": BY_KL | PROJECT,
+    "reverse 0.05, lr by KL + project": at_state("reverse", 0.05) | BY_KL | PROJECT,
+    "spo, lr by KL + project": SPO | BY_KL | PROJECT,
+    "clip+mean + project": CLIP | MEAN | PROJECT,
+    "clip+mean, lr by KL + project": CLIP | MEAN | BY_KL | PROJECT,
+    "default 0.01": CLIP | BY_KL | PROJECT | {"kl.target": 0.01},
+    "default 0.04": CLIP | BY_KL | PROJECT | {"kl.target": 0.04},
     "reverse 0.05 + clip": at_state("reverse", 0.05) | CLIP,
     "spo + project": SPO | PROJECT,
     "reverse 0.1": at_state("reverse", 0.1),
@@ -108,7 +128,7 @@ def options_of(env: str, rule: str, steps: int) -> tuple[str, dict[str, Any]]:
     options = {**COMMON, **OWN.get(env, {}), **RULES[rule], "total_timesteps": steps}
     agent = options.pop("agent", "ppo")
     if agent == "trpo":
-        options = {name: value for name, value in options.items() if name not in PPO_ONLY}
+        options = {n: v for n, v in options.items() if n not in PPO_ONLY and (n == "kl.target" or n[:3] != "kl.")}
     if "a dimension" in rule:
         options["kl.target"] *= ACTIONS[env]
     if "MDPO" in rule:
