@@ -7,7 +7,7 @@ one's own, frozen weights, CUDA) the agents use autograd.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import reduce, wraps
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,6 +26,24 @@ from klrl.policies.parameters import FlatParameters
 from klrl.policies.policy import Policy
 
 F = TypeVar("F", bound=Callable[..., Any])
+_CACHED = 4096  # rows whose activations stay in a processor's cache
+
+
+def _in_pieces(function: F) -> F:
+    """Let a sum over a batch's rows, of a loss and of its gradient, be that over pieces of the batch."""
+
+    @wraps(function)
+    def whole(self: Any, batch: Batch, *args: Any) -> tuple[Tensor, Tensor]:
+        rows = len(batch.weight)
+        if rows <= _CACHED:
+            return function(self, batch, *args)
+        total, gradient = torch.zeros(()), torch.zeros(())
+        for i in range(0, rows, _CACHED):
+            loss, found = function(self, batch.take(slice(i, i + _CACHED)), *args)
+            total, gradient = total + loss, gradient + found
+        return total, gradient
+
+    return whole  # type: ignore[return-value]
 
 
 def _quiet(function: F) -> F:
@@ -132,6 +150,7 @@ class FusedCritic(FusedMLP):
     def __init__(self, critic: Critic) -> None:
         super().__init__(critic.network)  # type: ignore[arg-type]
 
+    @_in_pieces
     @_quiet
     def gradient(self, batch: Batch, clip_range_vf: float, vf_coef: float) -> tuple[Tensor, Tensor]:
         """E[(V - return)^2], and ``vf_coef`` times its gradient in the critic's parameters, as ``backward`` has it."""
@@ -159,6 +178,7 @@ class FusedPolicy(FusedMLP):
         family: Any = _Normal if normal else _Categorical
         self.family = family(self.head, self.rest)
 
+    @_in_pieces
     @_quiet
     def gradient(self, batch: Batch, limit: KLLimit, ent_coef: float) -> tuple[Tensor, Tensor]:
         """-E[ratio A], and the gradient of the whole policy loss in the policy's parameters, as ``backward`` has it."""

@@ -175,6 +175,20 @@ def test_the_jacobian_is_autograds(space: str, activation: Any) -> None:
         assert torch.allclose(fused_pull(cotangent), pull(cotangent))
 
 
+def test_a_large_minibatch_is_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, critic = made(SPACES["bounded"])
+    rows, limit = Rows.of(batch_for(policy, critic)), KLLimit(at_most(0.01), rules=[Clip(0.2)])
+
+    def found() -> list[Tensor]:
+        with torch.no_grad():
+            pairs = FusedPolicy(policy).gradient(rows, limit, 0.1), FusedCritic(critic).gradient(rows, 0.2, 1.0)
+        return [part for pair in pairs for part in pair]
+
+    whole = found()
+    monkeypatch.setattr("klrl.agents.fused._CACHED", 16)  # of 40 rows: three pieces, the last of 8
+    assert all(torch.allclose(a, b) for a, b in zip(whole, found(), strict=True))
+
+
 def test_rows_that_do_not_count_have_no_part_in_it() -> None:
     for space in ("padded", "bounded"):
         policy, critic = made(SPACES[space])
