@@ -12,12 +12,13 @@ from typing import Annotated, Any, Literal
 import gymnasium as gym
 import tyro
 from gymnasium import error
-from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
+from gymnasium.vector import SyncVectorEnv, VectorEnv
 
 import klrl.envs  # registers the probes
-from klrl.config import Checked, Range, suggest
+from klrl.config import Checked, Range, cores, suggest
 from klrl.envs.guards import FAILURES, each_line_once
-from klrl.envs.wrappers import EpisodePosition, NamedFaults, SeededEpisodes, WatchedWorkers, make_seeded, next_step
+from klrl.envs.workers import Workers, make_seeded
+from klrl.envs.wrappers import EpisodePosition, NamedFaults, SeededEpisodes, next_step
 from klrl.errors import UsageError, one_line
 
 _MOST_WORKERS = 512
@@ -41,8 +42,10 @@ class EnvConfig(Checked):
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments for the environment, as name=value pairs: --env.kwargs continuous=true gravity=-8."""
     vectorization: Literal["sync", "async", "vector"] = "sync"
-    """Step the environments in this process, in a process each (pays off where a step takes milliseconds), or as the
+    """Step the environments in this process, in worker processes (pays off where a step takes a millisecond), or as the
     vector environment that the id itself offers (fast; a resumed run's open episodes begin anew)."""
+    workers: Annotated[int, Range(0, _MOST_WORKERS)] = 0
+    """Worker processes of async, each with as many environments; 0: at least as many as there are cores."""
     on_error: Literal["raise", "restart"] = "raise"
     """What an exception or a wrong answer of an environment's step does: end the run, or truncate that episode."""
     timeout: Annotated[float, Range(0, 1e6, above=True)] = 60.0
@@ -85,15 +88,28 @@ def make_vector(
     ]
     if config.vectorization == "sync":
         return next_step(SyncVectorEnv(makers), env_name(env))
-    if n_envs > _MOST_WORKERS:
-        raise UsageError(f"--env.vectorization async: at most {_MOST_WORKERS} processes, not {n_envs:,}; use sync")
     longest = max((len(position.actions) for position in positions), default=0)
-    return WatchedWorkers(AsyncVectorEnv(makers), config.timeout, longest)
+    return Workers(makers, worker_count(n_envs, config.workers), config.timeout, longest)
+
+
+def worker_count(n_envs: int, wanted: int) -> int:
+    """The number of worker processes: the smallest that is at least ``wanted``, or the cores, and divides ``n_envs``.
+
+    Raises UsageError where that is too many.
+    """
+    least = min(wanted or cores(), n_envs)
+    count = next(i for i in range(least, n_envs + 1) if n_envs % i == 0)
+    if count > _MOST_WORKERS:
+        raise UsageError(
+            f"--env.vectorization async: {n_envs:,} environments make {count:,} processes, of at most {_MOST_WORKERS}: "
+            "take a number of them that has a divisor near the cores'"
+        )
+    return count
 
 
 def can_replay(envs: VectorEnv[Any, Any, Any]) -> bool:
     """Whether episodes of ``make_vector``'s environments can be had again: each was made and seeded by itself."""
-    return isinstance(envs.unwrapped, SyncVectorEnv | AsyncVectorEnv)
+    return isinstance(envs.unwrapped, SyncVectorEnv | Workers)
 
 
 def env_name(env: str | EnvFactory) -> str:

@@ -1,22 +1,17 @@
-"""Environment wrappers: episodes that can be replayed, supervised workers, and NEXT_STEP autoreset for all."""
+"""Environment wrappers: episodes that can be replayed, named faults, and NEXT_STEP autoreset for all."""
 
-import atexit
-import multiprocessing
-import signal
-import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv, VectorWrapper
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 
 from klrl.console import warn
 from klrl.envs.answers import check_reset, check_step
-from klrl.envs.guards import CLOSE_SECONDS, FAILURES, each_line_once, time_limit
-from klrl.errors import STOP_SIGNALS, EnvironmentFailedError, UsageError, one_line
+from klrl.envs.guards import CLOSE_SECONDS, FAILURES, time_limit
+from klrl.errors import EnvironmentFailedError, UsageError, one_line
 from klrl.policies.encoder import replace_rows
 from klrl.policies.observations import Layout
 
@@ -135,103 +130,6 @@ def _same(a: Any, b: Any) -> bool:
     expected = np.asarray(b)
     shown = np.asarray(a).astype(expected.dtype)  # an environment may show float64 where its space says float32
     return np.array_equal(shown, expected, equal_nan=np.issubdtype(expected.dtype, np.inexact))
-
-
-class WatchedWorkers(VectorWrapper):
-    """An AsyncVectorEnv that raises EnvironmentFailedError where a worker dies or hangs, and can then be closed."""
-
-    def __init__(self, env: AsyncVectorEnv, timeout: float, replayed: int = 0) -> None:
-        """``timeout``: seconds that a step or reset may take; the first reset also replays ``replayed`` steps."""
-        super().__init__(env)
-        self.workers, self.timeout, self.replayed, self.failed = env, timeout, replayed, False
-        _open.add(self)
-
-    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        timeout, self.replayed = self.timeout * (1 + self.replayed), 0
-        return self._watch(lambda: self.workers.reset_async(**kwargs), lambda: self.workers.reset_wait(timeout))
-
-    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        return self._watch(lambda: self.workers.step_async(actions), lambda: self.workers.step_wait(self.timeout))
-
-    def _watch(self, send: Callable[[], None], wait: Callable[[], T]) -> T:
-        level = gym.logger.min_level
-        gym.logger.min_level = gym.logger.ERROR + 1  # it would print the worker's traceback
-        self.failed = True
-        try:
-            send()
-            answer = wait()
-            self.failed = False
-            return answer
-        except multiprocessing.TimeoutError:
-            slow = [i for i, pipe in enumerate(self.workers.parent_pipes) if not pipe.poll(0)]
-            raise EnvironmentFailedError(
-                f"env {', '.join(map(str, slow))} gave no answer for {self.timeout:g} s (--env.timeout)"
-            ) from None
-        except (EOFError, OSError):
-            processes = self.workers.processes
-            for process in processes:  # the one that ended may take a moment to be seen as such
-                if not process.is_alive():
-                    break
-                process.join(1.0 / self.num_envs)
-            dead = [f"{i} (exit code {p.exitcode})" for i, p in enumerate(processes) if not p.is_alive()]
-            raise EnvironmentFailedError(f"the worker of env {', '.join(dead) or '?'} died") from None
-        finally:
-            gym.logger.min_level = level
-
-    def close(self, **kwargs: Any) -> None:
-        """Ask the workers to end, and kill those that don't, which is said unless one has failed before."""
-        processes = self.workers.processes
-        pipes = [pipe for pipe in self.workers.parent_pipes if pipe is not None and not pipe.closed]
-        for pipe in pipes:
-            try:
-                pipe.send(("close", None))
-            except OSError:
-                continue
-        deadline = time.monotonic() + (1.0 if self.failed else CLOSE_SECONDS + 1.0)  # they limit themselves, too
-        for i, process in enumerate(processes):
-            process.join(max(deadline - time.monotonic(), 0.0))
-            if process.is_alive():
-                process.kill()
-                if not self.failed:
-                    warn(f"env {i} did not close: its worker was killed")
-            process.join()
-        _open.discard(self)
-        for pipe in pipes:
-            pipe.close()
-        self.workers.parent_pipes = [None] * len(processes)  # type: ignore[list-item]
-        self.workers.closed = True
-
-    def __del__(self) -> None:  # before AsyncVectorEnv's, whose signal the workers ignore
-        if "workers" in vars(self) and not self.workers.closed:
-            self.close()
-
-
-# Those that nobody closed are closed when the interpreter exits, before multiprocessing waits for workers that ignore
-# the signal with which it ends them: what is registered last runs first, and gymnasium.vector imported multiprocessing.
-_open: weakref.WeakSet[WatchedWorkers] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    for envs in list(_open):
-        envs.close()
-
-
-def make_seeded(
-    factory: Callable[[], gym.Env[Any, Any]], index: int, on_error: str, position: EpisodePosition | None
-) -> SeededEpisodes:
-    """Make a vector environment's ``index``-th environment, in a worker process or in this one."""
-    if multiprocessing.parent_process() is not None:
-        for signum in STOP_SIGNALS:  # a group's signal reaches all; the trainer decides when to end
-            signal.signal(signum, signal.SIG_IGN)
-    try:
-        with each_line_once():
-            env = factory()
-    except SystemExit as problem:
-        raise EnvironmentFailedError(f"env {index} failed as it was made: {one_line(problem)}") from None
-    if not isinstance(env, gym.Env):
-        raise UsageError(f"{factory} returned {env!r}, which is no gymnasium.Env")
-    return SeededEpisodes(env, index, on_error, position)
 
 
 def close_or_warn(env: Any, name: object) -> None:

@@ -40,6 +40,11 @@ class Range:
         return " and ".join(words) or "a finite number"
 
 
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _largest(value: float) -> float:
     """The largest number that is taken: beyond it float32 overflows or, of whole ones, a product of some in int64."""
     return 1e15 if isinstance(value, int) else 1e38

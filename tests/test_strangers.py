@@ -208,8 +208,8 @@ def test_what_no_memory_holds_is_one_line(capsys: pytest.CaptureFixture[str]) ->
         assert "do not fit into memory" in refused(capsys, "train", "ppo", "CartPole-v1", "--run-dir", "r", *words)
     with pytest.raises(UsageError, match="--set gives 1,000,000 combinations: at most 10,000"):
         expand("ppo", "CartPole-v1", {"gamma": [0.9] * 1000, "seed": list(range(1000))})
-    with pytest.raises(UsageError, match="at most 512 processes, not 600"):
-        klrl.train("ppo", "CartPole-v1", n_envs=600, env={"vectorization": "async"})
+    with pytest.raises(UsageError, match="1,021 environments make 1,021 processes, of at most 512"):
+        klrl.train("ppo", "CartPole-v1", n_envs=1021, env={"vectorization": "async"})
 
 
 def test_threads_are_at_most_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

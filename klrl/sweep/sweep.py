@@ -22,14 +22,13 @@ from klrl.agents import registry
 from klrl.analysis import tables
 from klrl.analysis.report import ReportConfig, report
 from klrl.analysis.scores import score_of
-from klrl.config import Checked, Count, Range
+from klrl.config import Checked, Count, Range, cores
 from klrl.console import attempt, is_terminal, printable, say, warn
 from klrl.envs.make import EnvConfig, Imports, check, import_module, import_packages, make_vector, module_of
 from klrl.errors import Interrupted, refusals
 from klrl.policies.networks import named_network
 from klrl.sweep.grid import expand, file_name, parse_choices
 from klrl.sweep.trial import Status, Trial
-from klrl.training.run import cores
 from klrl.training.signals import Signals
 
 _POLL, _REDRAW = 0.1, 1.0  # seconds

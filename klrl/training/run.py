@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from inspect import isabstract
@@ -25,6 +24,7 @@ from klrl.config import (
     Seed,
     build,
     convert,
+    cores,
     field_types,
     merge,
     option_names,
@@ -258,11 +258,6 @@ def _process_settings(config: RunConfig) -> Iterator[None]:
         numpys.restore_original_limits()
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
-
-
-def cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def config_of(agent_class: type[Agent], options: Mapping[str, Any]) -> tuple[RunConfig, Any]:
