@@ -1,10 +1,13 @@
 """Vector environments from an environment's id or factory, and the presets of ids."""
 
 import importlib
+import statistics
 import sys
+import time
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib import resources
 from typing import Annotated, Any, Literal
@@ -17,6 +20,7 @@ from gymnasium.vector import SyncVectorEnv, VectorEnv
 import klrl.envs  # registers the probes
 from klrl.config import Checked, Range, cores, suggest
 from klrl.envs.guards import FAILURES, each_line_once
+from klrl.envs.pool import Pool
 from klrl.envs.workers import Workers, make_seeded
 from klrl.envs.wrappers import EpisodePosition, NamedFaults, SeededEpisodes, next_step
 from klrl.errors import UsageError, one_line
@@ -41,9 +45,10 @@ class EnvConfig(Checked):
 
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments for the environment, as name=value pairs: --env.kwargs continuous=true gravity=-8."""
-    vectorization: Literal["sync", "async", "vector"] = "sync"
-    """Step the environments in this process, in worker processes (pays off where a step takes a millisecond), or as the
-    vector environment that the id itself offers (fast; a resumed run's open episodes begin anew)."""
+    vectorization: Literal["auto", "sync", "async", "vector", "envpool"] = "sync"
+    """Step the environments in this process, in worker processes (pays off where a step takes a millisecond), whichever
+    of these is faster (auto), as the vector environment that the id itself offers, or as EnvPool's. A run on the last
+    two is not resumed bit for bit: its open episodes begin anew."""
     workers: Annotated[int, Range(0, _MOST_WORKERS)] = 0
     """Worker processes of async, each with as many environments; 0: at least as many as there are cores."""
     on_error: Literal["raise", "restart"] = "raise"
@@ -61,13 +66,17 @@ def make_vector(
     first ``reset`` leads, one for each copy; an id that offers only a vector environment of its own starts over.
     Raises UsageError for an unknown id, a missing extra or arguments that the environment refuses.
     """
+    config = settled(env, n_envs, config)
     if isinstance(env, str):
         check(env)
         if _spec(env).entry_point is None or config.vectorization == "vector":
             if _spec(env).vector_entry_point is None:
                 raise UsageError(f"--env.vectorization vector: {env} offers no vector environment of its own; use sync")
-            making = partial(gym.make_vec, env, n_envs, vectorization_mode="vector_entry_point", **config.kwargs)
+            making: Any = partial(gym.make_vec, env, n_envs, vectorization_mode="vector_entry_point", **config.kwargs)
             return next_step(NamedFaults(_guard(env, config.kwargs, making), env), env)
+        if config.vectorization == "envpool":
+            making = partial(Pool, env.rpartition(":")[2], n_envs, **config.kwargs)
+            return NamedFaults(_guard(env, config.kwargs, making), env)
         factory: EnvFactory = partial(gym.make, env, **config.kwargs)
         # One environment made here turns what a worker process would bury into one line.
         SeededEpisodes(_guard(env, config.kwargs, factory), 0).close()
@@ -77,8 +86,8 @@ def make_vector(
                 f"an env is an id, or a function that returns a new environment, not {env}: where that is one "
                 "environment, give what makes it, as in lambda: gym.make(...)"
             )
-        if config.vectorization == "vector":
-            raise UsageError("--env.vectorization vector goes with an env id; a factory makes one environment")
+        if config.vectorization in ("vector", "envpool"):
+            raise UsageError(f"--env.vectorization {config.vectorization} goes with an env id, not with a factory")
         if config.kwargs:
             raise UsageError("--env.kwargs goes with an env id; give a factory its arguments yourself")
         factory = env
@@ -90,6 +99,32 @@ def make_vector(
         return next_step(SyncVectorEnv(makers), env_name(env))
     longest = max((len(position.actions) for position in positions), default=0)
     return Workers(makers, worker_count(n_envs, config.workers), config.timeout, longest)
+
+
+def settled(env: str | EnvFactory, n_envs: int, config: EnvConfig) -> EnvConfig:
+    """The config with ``auto`` replaced by what steps the environments faster: this process, or workers."""
+    if config.vectorization != "auto":
+        return config
+    ways = [replace(config, vectorization=way) for way in ("sync", "async")]
+    if n_envs == 1 or cores() == 1:
+        return ways[0]
+    seconds = []
+    for way in ways:
+        with closing(make_vector(env, n_envs, way)) as envs:
+            seconds.append(_seconds_a_step(envs))
+    return ways[0] if seconds[0] <= seconds[1] else ways[1]
+
+
+def _seconds_a_step(envs: VectorEnv[Any, Any, Any]) -> float:
+    """The median time of a step with random actions, over 300 steps or a second, whichever is shorter."""
+    envs.reset(seed=0)
+    envs.action_space.seed(0)
+    seconds: list[float] = []
+    while len(seconds) < 300 and sum(seconds) < 1.0:
+        action, begun = envs.action_space.sample(), time.perf_counter()
+        envs.step(action)
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
 
 
 def worker_count(n_envs: int, wanted: int) -> int:
@@ -187,6 +222,8 @@ def _guard(env_id: str, kwargs: dict[str, Any], make: Callable[[], Any]) -> Any:
             if isinstance(problem, error.DependencyNotInstalled) and extra in str(_spec(env_id).entry_point):
                 raise UsageError(f"env {env_id!r} needs an extra: pip install 'klrl[{extra}]'") from None
         raise UsageError(f"env {env_id!r} needs a package that is not installed: {one_line(problem)}") from None
+    except UsageError:
+        raise
     except FAILURES as problem:
         blamed = f"--env.kwargs {kwargs} does not fit {env_id}" if kwargs else f"env {env_id!r} cannot be made"
         raise UsageError(f"{blamed}: {one_line(problem)}") from None

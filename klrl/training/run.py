@@ -43,6 +43,7 @@ from klrl.envs.make import (
     module_of,
     preset,
     registered,
+    settled,
 )
 from klrl.errors import Interrupted, UsageError
 from klrl.policies import spaces
@@ -190,6 +191,7 @@ def run_training(
     name, here = agent_class.name(), Path.cwd()  # which an environment may leave
     if network is None and config.network:
         network = named_network(config.network)
+    config = replace(config, env=settled(env, config.n_envs, config.env))  # a run says what it took
     device = pick_device(config.device, lambda: images_of(env, config.env))
     # A resumed run keeps its name, whatever the factory that it is given is called.
     env_id = env_name(env) if saved is None else saved[1]["state"]["options"]["env_id"]

@@ -1,0 +1,85 @@
+"""Ways to step many environments: the id's own vector environment, EnvPool's, and whichever is faster."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+
+import klrl
+from klrl.envs.make import EnvConfig, make_vector, settled
+from klrl.errors import UsageError
+from klrl.rundir.history import read_history
+
+SMALL: dict[str, Any] = {"n_envs": 4, "n_steps": 64, "eval_every": 2, "quiet": True, "final_episodes": 4}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["vector", "envpool"])
+def test_episodes_end_and_begin_as_next_step_autoreset_says(kind: Any) -> None:
+    envs = make_vector("CartPole-v1", 4, EnvConfig(vectorization=kind))
+    assert envs.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
+    obs, _ = envs.reset(seed=1)
+    assert obs.shape == (4, 4)
+    assert envs.single_observation_space.shape == (4,)
+    ended = np.zeros(4, bool)
+    for _ in range(60):  # always to the right: poles fall after about ten steps
+        obs, reward, terminated, truncated, _ = envs.step(np.ones(4, np.int64))
+        assert (reward == np.where(ended, 0.0, 1.0)).all(), "a row that only resets has no reward"
+        assert (np.abs(obs[ended]) <= 0.05).all(), "and shows where the next episode begins"
+        assert (np.abs(obs[terminated, 2]) > 0.2).all(), "after the last observation of the one before"
+        ended = terminated | truncated
+    envs.close()
+
+
+@pytest.mark.parametrize("kind", ["vector", "envpool"])
+def test_a_seed_says_how_every_episode_begins(kind: Any) -> None:
+    envs = make_vector("CartPole-v1", 3, EnvConfig(vectorization=kind))
+    first, again, other = (envs.reset(seed=seed)[0].copy() for seed in (1, 1, 2))
+    assert (first == again).all()
+    assert (first != other).any()
+    envs.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "env"), [("vector", "CartPole-v1"), ("envpool", "CartPole-v1"), ("envpool", "Pendulum-v1")]
+)
+def test_a_run_is_trained_evaluated_and_gone_on_with(kind: Any, env: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = klrl.train("ppo", env, total_timesteps=600, env={"vectorization": kind}, **SMALL)
+    assert len(run.score.returns) == 4
+    assert read_history(run.folder).has("eval/mean_reward")
+    assert klrl.resume(run.folder, total_timesteps=900).config.total_timesteps == 900
+    assert "this environment's episodes cannot be replayed: they begin anew" in capsys.readouterr().err
+
+
+def test_ways_that_an_environment_does_not_have_are_refused() -> None:
+    for kind, env, said in (
+        ("vector", "Acrobot-v1", "Acrobot-v1 offers no vector environment of its own; use sync"),
+        ("envpool", "klrl/OneStep-v0", r"EnvPool [\d.]+ has no klrl/OneStep-v0; use sync"),
+        ("vector", lambda: gym.make("CartPole-v1"), "vector goes with an env id, not with a factory"),
+        ("envpool", lambda: gym.make("CartPole-v1"), "envpool goes with an env id, not with a factory"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            make_vector(env, 2, EnvConfig(vectorization=kind))  # type: ignore[arg-type]
+
+
+def test_auto_takes_what_is_faster_and_says_so_in_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(gym.Wrapper[Any, Any, Any, Any]):
+        def step(self, action: Any) -> Any:
+            time.sleep(0.01)
+            return super().step(action)
+
+    monkeypatch.setattr("klrl.envs.make.cores", lambda: 4)
+    auto = EnvConfig(vectorization="auto")
+    assert settled(lambda: Slow(gym.make("CartPole-v1")), 4, auto).vectorization == "async"
+    assert settled("CartPole-v1", 4, auto).vectorization == "sync"
+    assert settled(lambda: Slow(gym.make("CartPole-v1")), 1, auto).vectorization == "sync"
+    run = klrl.train("ppo", "CartPole-v1", total_timesteps=256, env={"vectorization": "auto"}, **SMALL)
+    assert 'vectorization = "sync"' in (run.folder / "config.toml").read_text()
