@@ -323,9 +323,9 @@ def test_a_run_that_takes_every_update_back_says_that_nothing_moves(capsys: pyte
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_trains_and_its_checkpoint_loads_on_the_cpu() -> None:
     run = klrl.train("ppo", "CartPole-v1", **{**QUICK, "device": "cuda"})
-    assert run.agent.parameters.vector.is_cuda  # type: ignore[attr-defined]
+    assert run.agent.policy_params.flat.is_cuda  # type: ignore[attr-defined]
     loaded = klrl.load(run.folder)
-    assert torch.equal(loaded.parameters.vector, run.agent.parameters.vector.cpu())  # type: ignore[attr-defined]
+    assert torch.equal(loaded.policy_params.flat, run.agent.policy_params.flat.cpu())  # type: ignore[attr-defined]
 
 
 def test_a_run_of_0_1_0_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

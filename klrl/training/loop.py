@@ -133,7 +133,9 @@ class Loop:
         self.progress, self.per_state = Progress(**state["progress"]), state["per_state"]
         self.buffer.load_state_dict(state["buffer"])
         self.obs, _ = self.envs.reset(seed=self.config.seed)
-        if not can_replay(self.envs):
+        if state.get("envs"):
+            self.obs = self.envs.unwrapped.load_state_dict(state["envs"])  # type: ignore[attr-defined]
+        elif not can_replay(self.envs):
             warn("this environment's episodes cannot be replayed: they begin anew")
             self.buffer.forget_unfinished()
             self.episodes.forget_unfinished()
@@ -316,6 +318,7 @@ class Loop:
                 "buffer": self.buffer.state_dict(),
                 "obs": {key: torch.from_numpy(np.array(part)) for key, part in parts.items()},
                 "random": random_state(),
+                "envs": getattr(self.envs.unwrapped, "state_dict", dict)(),  # where it is they that know their states
                 "per_state": None if progress["figures"] is None else self.per_state,
                 "complete": self.finished and (score is not None or not self.config.final_episodes),
             },
