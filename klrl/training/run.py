@@ -249,7 +249,6 @@ def _process_settings(config: RunConfig) -> Iterator[None]:
     # Adam's first moments of a dead unit's weights fade through the denormal numbers, which take many times as long.
     flushed = bool(torch.tensor(1e-40) * 1 == 0)
     torch.set_flush_denormal(True)
-    gc.collect()
     gc.freeze()  # what was imported until here lives as long as the process: the collector need not walk it
     try:
         yield

@@ -28,7 +28,8 @@ def shares(updates: int = 100) -> dict[str, float]:
         ("epoch", "excess", "after each epoch"),
         ("update", "end", "whole report"),
     ):
-        config = PPOConfig(n_steps=128, batch_size=256, n_epochs=4, kl=KLConfig(stop=1e9, check=check))  # type: ignore[arg-type]
+        kl: Any = KLConfig(stop=1e9, check=check, on_overshoot="keep")  # type: ignore[arg-type]
+        config = PPOConfig(n_steps=128, batch_size=256, n_epochs=4, kl=kl)
         agent = PPO(envs.single_observation_space, envs.single_action_space, config)
         buffer, (obs, _) = agent.new_buffer(8), envs.reset(seed=0)
         calls: list[float] = []
@@ -53,8 +54,10 @@ def shares(updates: int = 100) -> dict[str, float]:
     return result
 
 
+FREE: dict[str, Any] = {"clip_range": 0.0, "lr_schedule": "constant"}
 RULES: dict[str, dict[str, Any]] = {
     "nothing": {},
+    "the default": {"clip_range": 0.2, "lr_schedule": "kl", "kl": {"on_overshoot": "project"}},
     "clip": {"clip_range": 0.2},
     "spo": {"clip_range": 0.2, "clip_rule": "spo"},
     "a penalty on the mean": {"kl": {"penalty": "adaptive"}},
@@ -69,7 +72,7 @@ def costs(env: str, n_envs: int, rounds: int = 15, **settings: int) -> dict[str,
     envs = gym.make_vec(env, n_envs, vectorization_mode="sync")
     filled = {}
     for name, rule in RULES.items():
-        config = {**settings, **rule, "kl": {"penalty": "none", "stop": 0.0, **rule.get("kl", {})}}
+        config = {**settings, **FREE, **rule, "kl": {"on_overshoot": "keep", **rule.get("kl", {})}}
         agent = PPO(envs.single_observation_space, envs.single_action_space, config)
         buffer, (obs, _) = agent.new_buffer(n_envs), envs.reset(seed=0)
         while not buffer.full:
