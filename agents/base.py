@@ -141,6 +141,8 @@ class Agent(ABC):
     """
 
     Config: ClassVar[type[Any]]
+    compiles: ClassVar[tuple[str, ...]] = ()
+    """Methods that torch.compile may be asked to compile: gradients, from tensors to tensors."""
     policy: Policy
     encoder: ObservationEncoder
 

@@ -87,6 +87,7 @@ class PPO(OnPolicyAgent):
     """
 
     Config: ClassVar[type[OnPolicyConfig]] = PPOConfig
+    compiles = ("_gradient_by_autograd",)
     fused: tuple[FusedPolicy, FusedCritic] | None = None
 
     def setup(self, init: torch.Generator, network: OwnNetwork | None) -> None:
@@ -170,6 +171,11 @@ class PPO(OnPolicyAgent):
             loss_pi, of_policy = self.fused[0].gradient(minibatch, self.limit, config.ent_coef)
             loss_v, of_critic = self.fused[1].gradient(minibatch, config.clip_range_vf, config.vf_coef)
             return loss_pi, loss_v, torch.cat([of_policy, of_critic])
+        return self._gradient_by_autograd(minibatch)
+
+    def _gradient_by_autograd(self, minibatch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """``_gradient`` of networks of any kind, and of rules of any kind."""
+        config = self.config
         with torch.enable_grad():
             loss, surrogate = policy_loss(self.policy(minibatch.inputs), minibatch, self.limit, config.ent_coef)
             loss_v = value_loss(self.critic(minibatch.inputs), minibatch, config.clip_range_vf)

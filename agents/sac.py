@@ -101,6 +101,7 @@ class SAC(Agent):
     """
 
     Config = SACConfig
+    compiles = ("_critic_gradient", "_policy_gradient")
 
     def setup(self, init: torch.Generator, network: OwnNetwork | None) -> None:
         """``network`` is the policy's; the critics keep theirs, on encoded observations and actions."""
@@ -228,37 +229,51 @@ class SAC(Agent):
     def _step(self, batch: Transitions, noise: Tensor, alpha: Tensor, moves: bool) -> Tensor:
         """Take Adam's steps and the targets': critic loss, mean target, policy loss, entropy, room, sum of weights.
 
-        ``moves``: whether the policy is to move; the critics learn in any case. The room that the states have to move
-        is the mean of 1 - KL / kl.state_limit, at least 0; 1 where nothing limits a single state.
+        ``moves``: whether the policy is to move; the critics learn in any case.
         """
-        room = torch.ones((), device=self.device)
+        loss_q, target, of_critic = self._critic_gradient(batch, noise[0], alpha)
+        adam_step(of_critic, self.learning_rate, self.critic_params)
+        loss_pi, entropy, room, of_policy = self._policy_gradient(batch, noise[1], alpha, moves)
+        if of_policy is not None:
+            adam_step(of_policy, self.learning_rate, self.policy_params)
+        self.target_params.flat.lerp_(self.critic_params.flat, self.config.tau)
+        return torch.stack([loss_q, target, loss_pi, entropy, room, self.policy_params.flat.sum()])
+
+    def _critic_gradient(self, batch: Transitions, noise: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The critics' loss, the mean of what they are drawn to, and the loss's gradient in their weights."""
         following, _ = self.actions.soft_value(
-            self.policy(batch.next_inputs), self.target_critic, batch.next_inputs, alpha, noise[0]
+            self.policy(batch.next_inputs), self.target_critic, batch.next_inputs, alpha, noise
         )
         target = batch.reward + batch.discount * following
         with torch.enable_grad():
-            loss_q = critic_loss(self.actions.q(self.critic, batch.inputs, batch.action), target)
-            gradient = gradients(loss_q, self.critic_params)
-        adam_step(gradient, self.learning_rate, self.critic_params)
+            loss = critic_loss(self.actions.q(self.critic, batch.inputs, batch.action), target)
+            gradient = gradients(loss, self.critic_params)
+        return loss.detach(), target.mean(), gradient
+
+    def _policy_gradient(
+        self, batch: Transitions, noise: Tensor, alpha: Tensor, moves: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The policy's loss, its entropy, the room that states have to move, and the loss's gradient where it moves.
+
+        The room is the mean of 1 - KL / kl.state_limit, at least 0; 1 where nothing limits a single state.
+        """
+        room, gradient = torch.ones((), device=self.device), None
+        held = moves and (self.limit.penalises or len(self.limit.rules) > 0)
         with torch.enable_grad():
             policy = within = self.policy(batch.inputs)
-            held = moves and (self.limit.penalises or len(self.limit.rules) > 0)
             if held:
                 with torch.no_grad():  # the policy as it was when the window began
                     old = self.old_policy(batch.inputs)
                     if self.limit.rules:
                         room = (1 - self.limit.kl(old, policy) / self.config.kl.state_limit).clamp_min(0).mean()
                 within = self.limit.within(old, hold_states(old, policy, self.limit.rules, self.limit.direction))
-            value, entropy = self.actions.soft_value(within, self.critic, batch.inputs, alpha, noise[1])
-            loss_pi = -value.mean()
+            value, entropy = self.actions.soft_value(within, self.critic, batch.inputs, alpha, noise)
+            loss = loss_pi = -value.mean()
+            if held:  # beta * E[KL(old || policy)], and what draws the policy to a projected one
+                loss = loss + torch.as_tensor(self.limit.term(old, policy, within)).mean()
             if moves:
-                loss = loss_pi
-                if held:  # beta * E[KL(old || policy)], and what draws the policy to a projected one
-                    loss = loss + torch.as_tensor(self.limit.term(old, policy, within)).mean()
-                adam_step(gradients(loss, self.policy_params), self.learning_rate, self.policy_params)
-        self.target_params.flat.lerp_(self.critic_params.flat, self.config.tau)
-        metrics = (loss_q, target.mean(), loss_pi, entropy.mean(), room, self.policy_params.flat.sum())
-        return torch.stack([metric.detach() for metric in metrics])
+                gradient = gradients(loss, self.policy_params)
+        return loss_pi.detach(), entropy.mean().detach(), room, gradient
 
     def _begin_window(self, buffer: ReplayBuffer) -> Window:
         return self._open(buffer.sample(_STATES, self.rng, self.device).inputs)

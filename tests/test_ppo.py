@@ -326,22 +326,3 @@ def test_actions_are_given_as_each_space_wants_them() -> None:
         single, state = agent.predict(obs[0], state="kept")
         assert space.contains(single)
         assert state == "kept"
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
-def test_a_step_can_be_compiled_and_gives_the_same_weights(env_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("klrl.agents.ppo.suits", lambda *_: False)  # both by autograd
-    weights = []
-    for compiled in (False, True):
-        env = make_vector(env_id, 4, EnvConfig())
-        config = PPOConfig(n_steps=64, batch_size=64, n_epochs=5, ent_coef=0.01, kl=KLConfig(stop=0.0))
-        agent = PPO(env.single_observation_space, env.single_action_space, config)
-        if compiled:
-            monkeypatch.setattr(agent, "_step", torch.compile(agent._step, dynamic=False))
-        buffer = agent.new_buffer(4)
-        collect(agent, env, buffer, env.reset(seed=0)[0])
-        agent.update(buffer)  # 20 steps
-        weights.append(torch.cat([agent.policy_params.flat, agent.critic_params.flat]))
-    assert float((weights[0] - weights[1]).abs().max()) < 1e-5

@@ -7,7 +7,6 @@ entered in torch's own ``kl_divergence`` with the exact forms of ``klrl.kl``.
 
 import math
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,22 +32,28 @@ class MultiCategorical(td.Distribution):
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
+        self._log_probs: Tensor | None = None
+        self._log_probs_64: Tensor | None = None
         super().__init__(logits.shape[:-2], logits.shape[-2:-1], validate_args=False)
 
-    @cached_property
+    @property  # not functools.cached_property, whose lock no compiled step can hold
     def log_probs(self) -> Tensor:
         """Normalised log-probabilities, shape [B, k, n]."""
-        return torch.log_softmax(self.logits, dim=-1)
+        if self._log_probs is None:
+            self._log_probs = torch.log_softmax(self.logits, dim=-1)
+        return self._log_probs
 
     @property
     def probs(self) -> Tensor:
         """Probabilities, shape [B, k, n]."""
         return self.log_probs.exp()
 
-    @cached_property
+    @property
     def log_probs_64(self) -> Tensor:
         """Log-probabilities in float64, without gradient: what KL is measured with."""
-        return log_probs_64(self.logits.detach())
+        if self._log_probs_64 is None:
+            self._log_probs_64 = log_probs_64(self.logits.detach())
+        return self._log_probs_64
 
     def map_parameters(self, function: Callable[[Tensor], Tensor]) -> "MultiCategorical":
         return MultiCategorical(function(self.logits))

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from klrl.errors import UsageError
 
 _TENSORS = ("flat", "first_moment", "second_moment", "count")
-_BETAS = (0.9, 0.999)  # of Adam, as everywhere
-_ADAM: Any = {"beta1": _BETAS[0], "beta2": _BETAS[1], "weight_decay": 0.0, "amsgrad": False, "maximize": False}
+_ADAM: Any = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
 
 
 class FlatParameters:
@@ -126,21 +125,8 @@ def adam_step(gradient: Tensor, learning_rate: Tensor, *groups: FlatParameters) 
     along = [part if group.frozen is None else part.masked_fill(group.frozen, 0.0) for group, part in parts]
     for group in groups:
         group.count.add_(1)
-    if torch.compiler.is_compiling():  # to which the fused kernel is unknown
-        _adam(along, learning_rate, groups)
-    else:
-        flat, first, second, count = ([getattr(group, name) for group in groups] for name in _TENSORS)
-        torch._fused_adam_(flat, along, first, second, [], count, lr=learning_rate, eps=groups[0].eps, **_ADAM)
-
-
-def _adam(gradients: Sequence[Tensor], learning_rate: Tensor, groups: Sequence[FlatParameters]) -> None:
-    """The formula of ``adam_step``'s kernel."""
-    for gradient, group in zip(gradients, groups, strict=True):
-        first, second = (1 - beta**group.count for beta in _BETAS)
-        group.first_moment.lerp_(gradient, 1 - _BETAS[0])
-        group.second_moment.lerp_(gradient * gradient, 1 - _BETAS[1])
-        width = torch.sqrt(group.second_moment / second) + group.eps
-        group.flat -= learning_rate / first * group.first_moment / width
+    flat, first, second, count = ([getattr(group, name) for group in groups] for name in _TENSORS)
+    torch._fused_adam_(flat, along, first, second, [], count, lr=learning_rate, eps=groups[0].eps, **_ADAM)
 
 
 def clip_(gradient: Tensor, max_norm: float) -> Tensor:
