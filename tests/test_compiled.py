@@ -1,5 +1,6 @@
 """--compile: gradients under torch.compile are those of autograd."""
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,12 @@ from klrl.envs.make import EnvConfig, make_vector
 from klrl.training.compiled import compiled
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what torch.compile traces from pytest's log, which formatting it would take minutes."""
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
+
+
 def weights(agent: Any) -> torch.Tensor:
     return torch.cat([agent.policy_params.flat, agent.critic_params.flat])
 
@@ -24,12 +31,11 @@ def weights(agent: Any) -> torch.Tensor:
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 def test_ppo_compiled_ends_in_the_same_weights(env_id: str, capsys: pytest.CaptureFixture[str]) -> None:
     ended = []
-    kl = KLConfig(penalty="adaptive")
+    env = make_vector(env_id, 4, EnvConfig())
+    network = torch.nn.Linear(env.single_observation_space.shape[0], 16)  # type: ignore[index]
     for compiles in (False, True):
-        env = make_vector(env_id, 4, EnvConfig())
-        config = PPOConfig(n_steps=64, batch_size=60, n_epochs=4, ent_coef=0.01, kl=kl)
-        spaces_of = env.single_observation_space, env.single_action_space
-        agent = PPO(*spaces_of, config, network=torch.nn.Sequential(torch.nn.Linear(spaces_of[0].shape[0], 16)))
+        config = PPOConfig(n_steps=64, batch_size=60, n_epochs=4, ent_coef=0.01, kl=KLConfig(penalty="adaptive"))
+        agent = PPO(env.single_observation_space, env.single_action_space, config, network=network)
         buffer = agent.new_buffer(4)
         collect(agent, env, buffer, env.reset(seed=0)[0])
         if compiles:

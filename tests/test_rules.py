@@ -112,7 +112,7 @@ def test_the_lagrange_penalty_finds_the_multiplier_of_its_limit() -> None:
     assert coefficient.value == pytest.approx(5.0, rel=1e-3)
 
 
-BASE: dict[str, Any] = {"n_steps": 256, "batch_size": 64, "n_epochs": 20, "learning_rate": 3e-3, "clip_range": 0.0}
+BASE: dict[str, Any] = {"n_steps": 128, "batch_size": 64, "n_epochs": 10, "learning_rate": 3e-3, "clip_range": 0.0}
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
