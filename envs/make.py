@@ -236,8 +236,8 @@ def presets() -> dict[str, dict[str, Any]]:
     There may be "scores", too: what was measured with other rules, by what these are to be called.
     """
     folder = resources.files(klrl.envs) / "presets"
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
-    return {f.name.removesuffix(".toml"): tomllib.loads(f.read_text()) for f in files}
+    found = [(f.name, f) for f in folder.iterdir()] + [(f"klrl/{f.name}", f) for f in (folder / "klrl").iterdir()]
+    return {n[:-5]: tomllib.loads(f.read_text()) for n, f in sorted(found, key=lambda x: x[0]) if n.endswith(".toml")}
 
 
 def preset(agent: str, env: str | EnvFactory) -> dict[str, Any]:

@@ -127,7 +127,8 @@ def test_the_help_of_the_command_needs_no_torch() -> None:
 
 # What is read to understand one update of PPO, from PPO.update down; networks and distributions are ordinary PyTorch.
 PATH = {
-    "agents/ppo.py": "policy_loss PPO.update PPO._learn PPO._critic_step PPO._step PPO._gradient",
+    "agents/ppo.py": "policy_loss PPO.update PPO._learn PPO._critic_step PPO._step PPO._gradient "
+    "PPO._gradient_by_autograd",
     "agents/on_policy.py": "Batch value_loss OnPolicyAgent.make_batch OnPolicyAgent.hold OnPolicyAgent.gradient_of "
     "OnPolicyAgent.take_step OnPolicyAgent.diagnostics OnPolicyAgent.end_update OnPolicyAgent._learned "
     "OnPolicyAgent.snapshot OnPolicyAgent.undo",

@@ -16,11 +16,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from klrl.analysis.figures import tidy
+from klrl.analysis.figures import COLOURS, tidy
 from klrl.analysis.scores import iqm
 from klrl.rundir.history import History
 from klrl.sweep.grid import expand
@@ -202,23 +201,25 @@ def table(lines: list[dict[str, Any]], stage: str) -> str:
 
 
 def figure(lines: list[dict[str, Any]], stage: str) -> Figure:
-    """Returns beside clipping's and the largest KL of a state, of each rule that ran on every task."""
+    """Each run's return beside clipping's, and its largest KL of a state, task by task, of rules that ran on all."""
     here = [line for line in lines if line["stage"] == stage]
     whole = [rule for rule in RULES if all(len(returns(here, rule, env)) for env in ENVS)]
-    places = np.arange(len(whole))[::-1]
-    drawn, (left, right) = plt.subplots(1, 2, figsize=(7.4, 0.9 + 0.32 * len(whole)), sharey=True, layout="constrained")
-    for place, rule in zip(places, whole, strict=True):
-        value, low, high = beside_clipping(here, rule)
-        color = "C1" if rule == "clip" else "C0"
-        left.plot([low, high], [place, place], color=color, lw=2)
-        left.plot(value, place, "o", color=color)
-        reached = [line["kl_largest"] for line in here if line["rule"] == rule]
-        right.plot(reached, np.full(len(reached), place), "|", color=color)
+    drawn = Figure(figsize=(8.4, 1.1 + 0.18 * len(ENVS) * (1 + len(whole))), layout="constrained")
+    left, right = drawn.subplots(1, 2, sharey=True)
+    for place, env in enumerate(ENVS):
+        for number, rule in enumerate(whole):
+            own = [line for line in here if (line["env"], line["rule"]) == (env, rule)]
+            height = np.full(len(own), -place + 0.3 - 0.6 * (number + 0.5) / len(whole))
+            style: dict[str, Any] = {"color": COLOURS[number], "ls": "", "marker": "o", "ms": 5, "alpha": 0.85}
+            left.plot([line["return"] / iqm(returns(here, "clip", env)) for line in own], height, **style)
+            right.plot([line["kl_largest"] for line in own], height, label="" if place else rule, **style)
     left.axvline(1.0, color="0.7", lw=1, zorder=0)
-    left.set(yticks=places, yticklabels=whole, xlabel="return / that of clipping, mean of six tasks")
-    right.set(xscale="log", xlabel="largest KL of a state in a run, nats")
+    left.set(yticks=-np.arange(len(ENVS)), yticklabels=ENVS, xlabel="final return / that of clipping")
+    left.set_xlim(left=0)
+    right.set(xscale="log", xlabel="largest KL of a state in the run, nats")
     tidy(left, "x")
     tidy(right, "x")
+    drawn.legend(loc="outside upper center", ncols=len(whole), frameon=False)
     return drawn
 
 
