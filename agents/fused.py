@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from klrl.agents.fused_heads import CategoricalSlopes, NormalSlopes
 from klrl.agents.on_policy import Batch
@@ -22,7 +22,7 @@ from klrl.policies.distributions import DiagonalNormal
 from klrl.policies.encoder import Inputs
 from klrl.policies.heads import CategoricalHead, NormalHead
 from klrl.policies.jacobian import Pull, Push
-from klrl.policies.networks import Array, Critic, Network, tanh_
+from klrl.policies.networks import MLP, Array, Critic, Network, tanh_
 from klrl.policies.parameters import FlatParameters
 from klrl.policies.policy import Policy
 
@@ -53,15 +53,24 @@ def _quiet(function: F) -> F:
     return quiet
 
 
-def applies(network: Any, *groups: FlatParameters) -> bool:
-    """Whether ``network`` is a plain MLP whose weights, those of ``groups``, are on the CPU and none is frozen."""
-    plain = type(network) is Network and not network.torso.image_keys and network.mlp.is_plain
+def applies(module: Any, *groups: FlatParameters) -> bool:
+    """Whether a critic's or policy's network is a plain MLP with nobody else's code in it, whose weights, those of
+    ``groups``, are on the CPU and none is frozen."""
+    network = module.network
+    plain = type(module) in (Policy, Critic) and type(network) is Network and not network.torso.image_keys
+    plain = plain and type(network.mlp) is MLP and network.mlp.is_plain and not any(map(_hooked, module.modules()))
     return plain and all(group.frozen is None and group.flat.device.type == "cpu" for group in groups)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether hooks have a part in the module's outputs or gradients."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or any(p._backward_hooks for p in module._parameters.values() if p is not None)
 
 
 def suits(policy: Policy, *groups: FlatParameters) -> bool:
     """Whether ``FusedPolicy`` serves ``policy``."""
-    return type(policy.head) in (NormalHead, CategoricalHead) and applies(policy.network, *groups)
+    return type(policy.head) in (NormalHead, CategoricalHead) and applies(policy, *groups)
 
 
 @dataclass(frozen=True)

@@ -130,8 +130,7 @@ class PPO(OnPolicyAgent):
     def _learn(self, batch: Batch, learning_rate: Tensor, move: Move) -> list[Tensor]:
         """Take epochs of minibatch steps, the critic's alone once the policy moved too far; the joint ones' metrics."""
         config, trace, moves = self.config, [], True
-        networks = (self.policy.network, self.critic.network)
-        fused = suits(self.policy, self.policy_params) and applies(networks[1], self.critic_params)
+        fused = suits(self.policy, self.policy_params) and applies(self.critic, self.critic_params)
         self.fused = (FusedPolicy(self.policy), FusedCritic(self.critic)) if fused and not self.limit.replaces else None
         rows = batch if self.fused is None else Rows.of(batch)
         for epoch in range(1, config.n_epochs + 1):

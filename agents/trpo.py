@@ -163,7 +163,7 @@ class TRPO(OnPolicyAgent):
     def _fit_critic(self, batch: Batch) -> float:
         """Take passes of Adam on ``value_loss`` over minibatches; the mean of that loss."""
         config = self.config
-        self.fused = FusedCritic(self.critic) if applies(self.critic.network, self.critic_params) else None
+        self.fused = FusedCritic(self.critic) if applies(self.critic, self.critic_params) else None
         learning_rate = torch.tensor(config.learning_rate, device=self.device)
         rows = batch if self.fused is None else Rows.of(batch)
         losses = [

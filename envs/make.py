@@ -108,9 +108,15 @@ def settled(env: str | EnvFactory, n_envs: int, config: EnvConfig) -> EnvConfig:
     ways = [replace(config, vectorization=way) for way in ("sync", "async")]
     if n_envs == 1 or cores() == 1:
         return ways[0]
+    try:
+        worker_count(n_envs, config.workers)
+    except UsageError:
+        return ways[0]
     seconds = []
     for way in ways:
         with closing(make_vector(env, n_envs, way)) as envs:
+            if not can_replay(envs):  # such as klrl's own in torch, which are stepped in one way only
+                return ways[0]
             seconds.append(_seconds_a_step(envs))
     return ways[0] if seconds[0] <= seconds[1] else ways[1]
 

@@ -2,6 +2,7 @@
 
 import atexit
 import multiprocessing
+import os
 import signal
 import time
 import weakref
@@ -42,8 +43,9 @@ class Share(gym.Env[Any, Any]):
     """A worker's share of the environments, k of them, as one environment whose observations, actions and all else have
     k rows; each resets itself, in NEXT_STEP mode."""
 
-    def __init__(self, makers: Sequence[Maker]) -> None:
-        if multiprocessing.parent_process() is not None:
+    def __init__(self, makers: Sequence[Maker], trainer: int) -> None:
+        """``trainer``: the process that is no worker, which also makes one, to see its spaces."""
+        if os.getpid() != trainer:
             for signum in STOP_SIGNALS:  # a group's signal reaches all; the trainer decides when to end
                 signal.signal(signum, signal.SIG_IGN)
         self.envs = SyncVectorEnv(makers, copy=False)
@@ -74,7 +76,7 @@ class Workers(VectorEnv[Any, Any, Any]):
         """``processes``: a divisor of the number of environments. ``timeout``: seconds that a step or reset of one may
         take; the first reset also replays ``replayed`` steps of each."""
         share = len(makers) // processes
-        shares = [partial(Share, makers[i : i + share]) for i in range(0, len(makers), share)]
+        shares = [partial(Share, makers[i : i + share], os.getpid()) for i in range(0, len(makers), share)]
         # The workers reset their own; what AsyncVectorEnv has seen end is no single environment.
         self.workers = AsyncVectorEnv(shares, autoreset_mode=AutoresetMode.DISABLED)
         self.num_envs, self.share, self.timeout, self.replayed = len(makers), share, timeout * share, replayed

@@ -1,6 +1,7 @@
 """--compile: gradients under torch.compile are those of autograd."""
 
 import logging
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,16 @@ def test_where_nothing_is_compiled_a_line_says_so(agent: str, why: str, capsys: 
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("klrl: --compile changed nothing: ")
     assert why in line
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_one_process_compiles_many_agents(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend="eager"))  # the guards are the same
+    options: dict[str, Any] = {**QUICK, "network": torch.nn.Linear(4, 8), "quiet": True, "compile": True}
+    for seed in range(12):
+        klrl.train("ppo", "CartPole-v1", **{**options, "seed": seed, "batch_size": 60})
+    assert capsys.readouterr().err == ""
 
 
 def test_an_agent_is_as_it_was_after_a_block() -> None:

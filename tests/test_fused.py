@@ -241,15 +241,36 @@ def test_it_is_used_for_plain_mlps_alone() -> None:
     number, image = spaces.Box(-1, 1, (3,)), spaces.Box(0, 255, (36, 36, 1), np.uint8)
     plain = PPO(number, spaces.Discrete(2))
     assert suits(plain.policy, plain.policy_params)
-    assert applies(plain.critic.network, plain.critic_params)
+    assert applies(plain.critic, plain.critic_params)
     own, seen = PPO(number, spaces.Discrete(2), network=Own), PPO(image, spaces.Discrete(2))
     for other in (own, seen):
         assert not suits(other.policy, other.policy_params)
-        assert not applies(other.critic.network, other.critic_params)
+        assert not applies(other.critic, other.critic_params)
     plain.policy.network.mlp.layers[0].weight.requires_grad_(False)  # type: ignore[union-attr, operator]
     plain.policy_params.sync()
     assert not suits(plain.policy, plain.policy_params)
-    assert applies(plain.critic.network, plain.critic_params)
+    assert applies(plain.critic, plain.critic_params)
+
+
+@pytest.mark.parametrize("hook", ["network.mlp", "network", "", "network.mlp.layers.0", "network.mlp.layers.0.weight"])
+def test_where_somebody_hooked_in_autograd_is_used(hook: str) -> None:
+    agent = PPO(spaces.Box(-1, 1, (3,)), spaces.Discrete(2))
+    for module in (agent.policy, agent.critic):
+        name, _, parameter = hook.rpartition(".") if hook.endswith("weight") else (hook, "", "")
+        hooked: Any = module.get_submodule(name)
+        if parameter:
+            hooked.weight.register_hook(lambda gradient: 0 * gradient)
+        else:
+            hooked.register_forward_hook(lambda module, given, output: None)
+    assert not suits(agent.policy, agent.policy_params)
+    assert not applies(agent.critic, agent.critic_params)
+
+
+def test_an_agent_acts_through_a_hook_on_its_mlp() -> None:
+    agent = PPO(spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (1,)), PPOConfig(log_std_init=-20.0))
+    before = agent.act([[0.5, 0.5, 0.5]], deterministic=True)
+    agent.policy.network.mlp.register_forward_hook(lambda module, given, output: 3 * output)  # type: ignore[operator, union-attr]
+    assert agent.act([[0.5, 0.5, 0.5]], deterministic=True) == pytest.approx(3 * before, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", [PPO, TRPO])

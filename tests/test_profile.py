@@ -1,10 +1,12 @@
 """What --profile prints and writes."""
 
 import json
+from typing import Any
 
 import pytest
 
 import klrl
+from klrl.errors import EnvironmentFailedError
 
 
 @pytest.mark.parametrize("agent", ["ppo", "trpo", "sac"])
@@ -20,5 +22,22 @@ def test_a_profile_says_where_the_time_went(agent: str, capsys: pytest.CaptureFi
     trace = json.loads((run.folder / "profile.json").read_text())["traceEvents"]
     assert {event["name"] for event in trace} == rows.keys() - {"everything else"}
     assert all(event["dur"] >= 0 and event["ph"] == "X" for event in trace)
-    assert "step" not in vars(run.agent), "what was watched is as it was"
+    assert "update" not in vars(run.agent), "what was watched is as it was"
     assert "make_batch" not in vars(run.agent)
+
+
+def test_a_profile_leaves_numbers_alone_and_survives_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    class Counting(klrl.PPO):
+        def update(self, buffer: Any, progress: float = 0.0) -> Any:
+            self._fit_critic = getattr(self, "_fit_critic", 0) + 1  # the name of a method of TRPO's
+            if self._fit_critic == 3:
+                raise EnvironmentFailedError("made to")
+            return super().update(buffer, progress)
+
+        Config = klrl.PPOConfig
+
+    with pytest.raises(EnvironmentFailedError):
+        klrl.train(Counting, "CartPole-v1", total_timesteps=9999, n_envs=2, n_steps=64, profile=True)
+    out = capsys.readouterr().out
+    assert "\npart  " in out
+    assert "profile.json" in out

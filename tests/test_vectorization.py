@@ -81,5 +81,7 @@ def test_auto_takes_what_is_faster_and_says_so_in_the_config(monkeypatch: pytest
     assert settled(lambda: Slow(gym.make("CartPole-v1")), 4, auto).vectorization == "async"
     assert settled("CartPole-v1", 4, auto).vectorization == "sync"
     assert settled(lambda: Slow(gym.make("CartPole-v1")), 1, auto).vectorization == "sync"
+    assert settled("CartPole-v1", 521, auto).vectorization == "sync", "a prime number that no few workers can share"
+    assert settled("klrl/CartPole-v1", 4, auto).vectorization == "sync", "which is stepped in one way only"
     run = klrl.train("ppo", "CartPole-v1", total_timesteps=256, env={"vectorization": "auto"}, **SMALL)
     assert 'vectorization = "sync"' in (run.folder / "config.toml").read_text()

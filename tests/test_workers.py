@@ -1,7 +1,9 @@
 """Worker processes that each step several environments: what they answer is what the environments answer alone."""
 
+import multiprocessing
 import os
 import signal
+from contextlib import closing
 from typing import Any
 
 import gymnasium as gym
@@ -91,3 +93,18 @@ def test_each_worker_has_as_many_environments() -> None:
     assert worker_count(32, 1) == 1
     with pytest.raises(UsageError, match="1,021 environments make 1,021 processes"):
         worker_count(1021, 4)
+
+
+def _stop_signals_after_making_workers(answers: Any) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with closing(make_vector("CartPole-v1", 2, EnvConfig(vectorization="async"))):
+        answers.put(signal.getsignal(signal.SIGTERM) == before)
+
+
+def test_a_trainer_that_is_a_process_of_another_still_hears_signals() -> None:
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    trainer = context.Process(target=_stop_signals_after_making_workers, args=(answers,))
+    trainer.start()
+    assert answers.get(timeout=60)
+    trainer.join(60)

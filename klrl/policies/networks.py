@@ -54,7 +54,9 @@ class MLP(nn.Module):
         return self._find() is not None
 
     def _find(self) -> list[int] | None:
-        """Where the weights and biases lie, None where a layer is no plain one."""
+        """Where the weights and biases lie, None where a layer is no plain one, or the MLP."""
+        if type(self) is not MLP or self._forward_hooks or self._forward_pre_hooks:
+            return None
         modules: Any = self._modules["layers"]
         lie_at: list[int] = []
         for layer in modules._modules.values():

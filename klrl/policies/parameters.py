@@ -110,14 +110,14 @@ def gradients(
     wanted = [p for p in weights if p.requires_grad]
     if not wanted:
         return torch.cat([torch.zeros_like(group.flat) for group in groups])
-    found = torch.autograd.grad(outputs, wanted, weighted, retain_graph=retain_graph, allow_unused=True)
-    known = dict(zip(map(id, wanted), found, strict=True))
-    parts = [(p, known.get(id(p))) for p in weights]
+    found = iter(torch.autograd.grad(outputs, wanted, weighted, retain_graph=retain_graph, allow_unused=True))
+    parts = [(p, next(found) if p.requires_grad else None) for p in weights]
     return torch.cat([(torch.zeros_like(p) if part is None else part).flatten() for p, part in parts])
 
 
 def adam_step(gradient: Tensor, learning_rate: Tensor, *groups: FlatParameters) -> None:
-    """One step of Adam with all ``groups``, along ``gradient``: those of each in turn, as ``gradients`` has them.
+    """One step of Adam with all ``groups``, along ``gradient``: those of each in turn, as ``gradients`` has them. The
+    first's eps is that of all.
 
     learning_rate: a scalar tensor on their device.
     """

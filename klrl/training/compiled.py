@@ -9,14 +9,14 @@ import torch
 
 from klrl.agents.base import Agent
 from klrl.console import say, warn
-from klrl.errors import UsageError, one_line
+from klrl.errors import one_line
 
 
 class Compiled:
     """A method under torch.compile, with fixed shapes; the method itself once that fails, which a line says."""
 
-    def __init__(self, method: Callable[..., Any]) -> None:
-        self.method, self.name = method, method.__name__.strip("_").replace("_", " ")
+    def __init__(self, method: Callable[..., Any], quiet: bool) -> None:
+        self.method, self.name, self.quiet = method, method.__name__.strip("_").replace("_", " "), quiet
         self.compiled: Callable[..., Any] | None = torch.compile(method, dynamic=False, fullgraph=True)
         self.calls = 0
 
@@ -26,28 +26,27 @@ class Compiled:
         start, self.calls = time.perf_counter(), self.calls + 1
         try:
             result = self.compiled(*args)
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as problem:
+        except _failures() as problem:
             self.compiled = None
             warn(f"--compile: {self.name} goes on uncompiled: {one_line(problem)[:200]}")
             return self.method(*args)
-        if self.calls == 1:
+        if self.calls == 1 and not self.quiet:
             say(f"compiled    {self.name} in {time.perf_counter() - start:.1f} s")
         return result
 
 
 @contextmanager
-def compiled(agent: Agent) -> Iterator[None]:
-    """Let the agent learn with compiled gradients in the block.
-
-    Raises UsageError where this torch cannot compile gradients.
-    """
+def compiled(agent: Agent, quiet: bool = False) -> Iterator[None]:
+    """Let the agent learn with compiled gradients in the block; ``quiet``: without a line for each."""
     import torch._dynamo  # which takes a second
-    import torch._inductor.exc
 
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
-        raise UsageError(f"--compile: torch {torch.__version__} cannot compile gradients; 2.13 can")
-    methods = {name: Compiled(getattr(agent, name)) for name in agent.compiles}
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        warn(f"--compile changed nothing: torch {torch.__version__} cannot compile gradients; 2.13 can")
+        yield
+        return
+    methods = {name: Compiled(getattr(agent, name), quiet) for name in agent.compiles}
+    # Each agent, number of rows and changed setting is compiled anew; torch's own limit is 8 in a process.
+    with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64, accumulated_recompile_limit=1024):
         vars(agent).update(methods)
         try:
             yield
@@ -57,3 +56,11 @@ def compiled(agent: Agent) -> Iterator[None]:
     if not any(method.calls for method in methods.values()):
         why = "these gradients are written out by hand, which is faster" if methods else "this agent compiles nothing"
         warn(f"--compile changed nothing: {why}")
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What is raised where a method cannot be compiled."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    return TorchDynamoException, FailOnRecompileLimitHit, InductorError

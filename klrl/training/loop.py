@@ -16,6 +16,7 @@ from klrl.agents.base import Agent, UpdateResult
 from klrl.config import MOST_ENVS, Checked, Count, EnvCount, Form, PositiveInt, Range, Reads, Seed, flatten
 from klrl.console import warn
 from klrl.envs.make import EnvConfig, EnvFactory, Imports, can_replay, make_vector
+from klrl.envs.native import TorchVectorEnv
 from klrl.envs.wrappers import RESTARTED
 from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, SkippedUpdateError, UsageError
 from klrl.policies import spaces
@@ -136,8 +137,8 @@ class Loop:
         self.progress, self.per_state = Progress(**state["progress"]), state["per_state"]
         self.buffer.load_state_dict(state["buffer"])
         self.obs, _ = self.envs.reset(seed=self.config.seed)
-        if state.get("envs"):
-            self.obs = self.envs.unwrapped.load_state_dict(state["envs"])  # type: ignore[attr-defined]
+        if isinstance(self.envs.unwrapped, TorchVectorEnv) and state.get("envs"):
+            self.obs = self.envs.unwrapped.load_state_dict(state["envs"])
         elif not can_replay(self.envs):
             warn("this environment's episodes cannot be replayed: they begin anew")
             self.buffer.forget_unfinished()
@@ -158,7 +159,7 @@ class Loop:
             if self.obs is None:
                 self.obs, _ = self.envs.reset(seed=config.seed)
             if config.compile:
-                self.opened.enter_context(compiled(self.agent))
+                self.opened.enter_context(compiled(self.agent, config.quiet))
             if config.profile:
                 self.opened.enter_context(Profile().of(self))
             try:
@@ -323,7 +324,7 @@ class Loop:
                 "buffer": self.buffer.state_dict(),
                 "obs": {key: torch.from_numpy(np.array(part)) for key, part in parts.items()},
                 "random": random_state(),
-                "envs": getattr(self.envs.unwrapped, "state_dict", dict)(),  # where it is they that know their states
+                "envs": self.envs.unwrapped.state_dict() if isinstance(self.envs.unwrapped, TorchVectorEnv) else {},
                 "per_state": None if progress["figures"] is None else self.per_state,
                 "complete": self.finished and (score is not None or not self.config.final_episodes),
             },

@@ -61,25 +61,26 @@ class Profile:
     def of(self, loop: Any) -> Iterator[None]:
         """Time what ``loop`` does in the block, print the table, and write profile.json beside its checkpoints."""
         watched = [(loop.envs, "step", "environment"), (loop.buffer, "add", "buffer")]
-        watched += [(loop.agent, name, part) for name, part in _OF_AGENT.items() if hasattr(loop.agent, name)]
+        own = [(name, part) for name, part in _OF_AGENT.items() if callable(getattr(loop.agent, name, None))]
+        watched += [(loop.agent, name, part) for name, part in own]
         watched += [(loop, "_save", "saving"), (loop, "_evaluate", "evaluation"), (loop, "_assess", "logging")]
-        measured = {name: getattr(Move, name) for name in _OF_KL}
+        watched += [(Move, name, "KL") for name in _OF_KL]
+        before = [(owner, name, vars(owner).get(name)) for owner, name, _ in watched]
         for owner, name, part in watched:
             setattr(owner, name, self.timed(part, getattr(owner, name)))
-        for name, function in measured.items():
-            setattr(Move, name, self.timed("KL", function))
         self._start = time.perf_counter()
         try:
             yield
         finally:
             whole = time.perf_counter() - self._start
-            for owner, name, _ in watched:
-                delattr(owner, name)
-            for name, function in measured.items():
-                setattr(Move, name, function)
-        for line in self.table(whole):
-            say(line)
-        say(f"trace       {self.write(loop.checkpoints.parent / 'profile.json')}")
+            for owner, name, was in before:
+                if was is None:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, was)
+            for line in self.table(whole):
+                say(line)
+            say(f"trace       {self.write(loop.checkpoints.parent / 'profile.json')}")
 
     def table(self, whole: float) -> list[str]:
         """The lines of a table of the parts, the largest first, with what is left of the ``whole`` seconds."""

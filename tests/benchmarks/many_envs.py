@@ -2,8 +2,8 @@
 
     python tests/benchmarks/many_envs.py [--environments 8 512 4096 65536]
 
-Steps per second of the environment alone; of collecting (acting, stepping and storing); of learning (2 epochs of
-minibatches of a quarter of the rollout, at most 8192 rows, the arithmetic alone); and of both together.
+Steps per second of the environment alone; of collecting (acting, stepping and storing); of updates (2 epochs of
+minibatches of a quarter of the rollout, at most 8192 rows); and of both together.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def rates(n_envs: int) -> dict[str, float]:
     agent = PPO(envs.single_observation_space, envs.single_action_space, config)
     buffer = agent.new_buffer(n_envs)
     obs, _ = envs.reset(seed=0)
-    found: dict[str, list[float]] = {"environment": [], "collecting": [], "learning": [], "both": []}
+    found: dict[str, list[float]] = {"environment": [], "collecting": [], "updates": [], "both": []}
     for _ in range(4):
         stepping = 0.0
         start = time.perf_counter()
@@ -42,6 +42,7 @@ def rates(n_envs: int) -> dict[str, float]:
         seconds = (stepping, collected - start, done - collected, done - start)
         for part, taken in zip(found.values(), seconds, strict=True):
             part.append(n_envs * n_steps / taken)
+    envs.close()
     return {part: float(np.max(each[1:])) for part, each in found.items()}
 
 
@@ -51,7 +52,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.empty(30_000_000, dtype=torch.uint8)  # as klrl train: glibc then keeps what an update frees
-    print("| environments | the environment alone | collecting | learning | both |\n|---|---|---|---|---|")
+    print("| environments | the environment alone | collecting | updates | both |\n|---|---|---|---|---|")
     for n_envs in parser.parse_args().environments:
         print(f"| {n_envs:,} | {' | '.join(f'{rate:,.0f}' for rate in rates(n_envs).values())} |", flush=True)
 

@@ -210,7 +210,13 @@ def figure(lines: list[dict[str, Any]], stage: str) -> Figure:
         for number, rule in enumerate(whole):
             own = [line for line in here if (line["env"], line["rule"]) == (env, rule)]
             height = np.full(len(own), -place + 0.3 - 0.6 * (number + 0.5) / len(whole))
-            style: dict[str, Any] = {"color": COLOURS[number], "ls": "", "marker": "o", "ms": 5, "alpha": 0.85}
+            style: dict[str, Any] = {
+                "color": COLOURS[number % len(COLOURS)],
+                "ls": "",
+                "marker": "o",
+                "ms": 5,
+                "alpha": 0.85,
+            }
             left.plot([line["return"] / iqm(returns(here, "clip", env)) for line in own], height, **style)
             right.plot([line["kl_largest"] for line in own], height, label="" if place else rule, **style)
     left.axvline(1.0, color="0.7", lw=1, zorder=0)
