@@ -54,8 +54,8 @@ def _quiet(function: F) -> F:
 
 
 def applies(module: Any, *groups: FlatParameters) -> bool:
-    """Whether a critic's or policy's network is a plain MLP with nobody else's code in it, whose weights, those of
-    ``groups``, are on the CPU and none is frozen."""
+    """Whether the network of a critic or policy is a plain MLP without hooks, whose weights, those of ``groups``, are
+    on the CPU and none is frozen."""
     network = module.network
     plain = type(module) in (Policy, Critic) and type(network) is Network and not network.torso.image_keys
     plain = plain and type(network.mlp) is MLP and network.mlp.is_plain and not any(map(_hooked, module.modules()))

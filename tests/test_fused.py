@@ -266,10 +266,11 @@ def test_where_somebody_hooked_in_autograd_is_used(hook: str) -> None:
     assert not applies(agent.critic, agent.critic_params)
 
 
-def test_an_agent_acts_through_a_hook_on_its_mlp() -> None:
+@pytest.mark.parametrize("name", ["network.mlp", "network"])
+def test_an_agent_acts_through_a_hook(name: str) -> None:
     agent = PPO(spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (1,)), PPOConfig(log_std_init=-20.0))
     before = agent.act([[0.5, 0.5, 0.5]], deterministic=True)
-    agent.policy.network.mlp.register_forward_hook(lambda module, given, output: 3 * output)  # type: ignore[operator, union-attr]
+    agent.policy.get_submodule(name).register_forward_hook(lambda module, given, output: 3 * output)
     assert agent.act([[0.5, 0.5, 0.5]], deterministic=True) == pytest.approx(3 * before, rel=1e-5)
 
 

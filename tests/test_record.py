@@ -107,7 +107,7 @@ def test_a_video_has_a_frame_for_each_state_as_the_environment_draws_it(run: str
         assert about == ("h264", "yuv420p", 600, 400, 50.0)
         for t in range(score.lengths[i] + 1):
             assert np.abs(frames[t] - expected[t][i]).mean() < 0.5
-        assert max(np.abs(frame - frames[0]).mean() for frame in frames) > 0.2, "the cart moves"
+        assert max(np.abs(frame - frames[0]).mean() for frame in frames) > 0.5, "more than a frame may be off"
 
 
 def test_an_overlay_is_written_in_the_corner_and_nowhere_else(run: str) -> None:

@@ -52,7 +52,8 @@ class Policy(nn.Module):
         network: Any = parts["network"]
         head: Any = parts["head"]
         output = None
-        if type(network) is Network and not network._forward_hooks and encoder.plain and encoder.device.type == "cpu":
+        hooked = network._forward_hooks or network._forward_pre_hooks
+        if type(network) is Network and not hooked and encoder.plain and encoder.device.type == "cpu":
             mlp: Any = network._modules["mlp"]
             output = mlp.forward_numpy(encoder.to_numpy(obs))  # type: ignore[arg-type]
         if output is None:

@@ -69,7 +69,8 @@ class RunConfig(Checked):
     profile: bool = False
     """Print at the end where the time went, part by part, and write a trace for Chrome or Perfetto, profile.json."""
     compile: bool = False
-    """Learn by compiled gradients: a minute at first, then less time a step for SAC and for networks of one's own."""
+    """Learn by compiled gradients, of SAC and of PPO with a network of one's own: some seconds at first, then less time
+    a step."""
     imports: Imports = ()
     network: str = ""
     """A network of one's own in place of hidden layers, module:Class: an nn.Module from inputs to features [B, F] that
