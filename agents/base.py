@@ -19,19 +19,21 @@ from torch.utils._pytree import tree_leaves
 from klrl.buffers.protocol import Buffer
 from klrl.config import Checked, NonNegative, Positive, PositiveInt, Seed, build, convert, field_types, to_dict
 from klrl.errors import UsageError, one_line
-from klrl.kl import Direction, KLLimit, KLReport, at_most, concatenate, freeze
+from klrl.kl import ALONE, Direction, KLLimit, KLReport, Ranks, at_most, concatenate, freeze
 from klrl.kl.limit import Check, Overshoot
 from klrl.kl.measure import Of
 from klrl.kl.rules import PENALTIES, STATE_RULES, PenaltyRule, Start, StateRuleName
 from klrl.policies.encoder import Inputs, ObservationEncoder
 from klrl.policies.networks import OwnNetwork, name_of_network, named_network
 from klrl.policies.observations import Observation
+from klrl.policies.parameters import FlatParameters
 from klrl.policies.policy import Policy
 from klrl.policies.spaces import check_action_space, from_json, to_json
 from klrl.rundir import checkpoint
 
 Actions = npt.NDArray[Any]
 State = dict[str, Any]
+Tensors = tuple[Tensor, ...]
 _SMALL = 2**22  # weights that are made in no time
 _OPTIONS = {"direction", "of", "penalty", "coef", "influence", "stop", "check", "on_overshoot"}  # of KLLimit
 CHUNK = 2048  # rows of a batched pass: their activations stay in cache
@@ -145,6 +147,7 @@ class Agent(ABC):
     """Methods that torch.compile may be asked to compile: gradients, from tensors to tensors."""
     policy: Policy
     encoder: ObservationEncoder
+    ranks = ALONE
 
     def __init__(
         self,
@@ -172,6 +175,25 @@ class Agent(ABC):
         self.n_updates = 0
         with torch.random.fork_rng(devices=[]):
             self.setup(torch.Generator().manual_seed(seed), network)
+
+    def join(self, ranks: Ranks) -> None:
+        """Learn together with agents made alike, on ``ranks``: with noise of its own, and the same updates."""
+        self.ranks = self.encoder.ranks = ranks
+        if isinstance(limit := getattr(self, "limit", None), KLLimit):
+            limit.ranks = ranks
+        if ranks.size > 1:
+            words = [*self.rng.integers(2**32, size=4).tolist(), ranks.rank]
+            self.rng.bit_generator.state = np.random.default_rng(words).bit_generator.state
+
+    def total(self, compute: Callable[[], Tensors], losses: int, *groups: FlatParameters) -> Tensors:
+        """``compute``'s losses, and the gradient in the weights of ``groups``, summed over all ranks; all nan where the
+        policy of one has no KL (ValueError), as its outputs overflow."""
+        try:
+            return self.ranks.total(*compute())
+        except ValueError:
+            parts = [torch.full((losses,), math.nan, device=self.device), *(group.flat * math.nan for group in groups)]
+            flat = self.ranks.total(torch.cat(parts))[0]
+            return *flat[:losses], *([flat[losses:]] if groups else [])
 
     @classmethod
     def name(cls) -> str:

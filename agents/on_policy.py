@@ -18,7 +18,7 @@ from klrl.buffers.returns import RewardScale, gae
 from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import Checked, Fraction, Range, Widths
 from klrl.errors import UsageError
-from klrl.kl import select
+from klrl.kl import Ranks, select
 from klrl.policies.encoder import Inputs, ObservationEncoder
 from klrl.policies.heads import make_head
 from klrl.policies.networks import Activation, Critic, OwnNetwork, make_network
@@ -63,8 +63,8 @@ class Batch:
     advantage: Tensor
     returns: Tensor
     weight: Tensor
-    """[B]: 0 for rows that only reset an environment, equal for the others; sums to 1 over the whole batch, so that
-    ``weight @ x`` is x's mean over states. A minibatch's is scaled so that ``weight @ x`` estimates that mean."""
+    """[B]: 0 for rows that only reset an environment, equal for the others; sums to 1 over the batches of all ranks, so
+    that ``weight @ x``, summed over them, is x's mean over states. A minibatch's is scaled to estimate that mean."""
 
     @property
     def mask(self) -> Tensor:
@@ -118,6 +118,10 @@ class OnPolicyAgent(Agent):
         self.reward_scale = RewardScale(config.gamma, config.normalize_reward)
         self.limit = config.kl.make_limit(self.device)
 
+    def join(self, ranks: Ranks) -> None:
+        super().join(ranks)
+        self.reward_scale.ranks = ranks
+
     def new_buffer(self, n_envs: int, autoreset: AutoresetMode | str = AutoresetMode.NEXT_STEP) -> RolloutBuffer:
         """An empty buffer for one rollout. Raises UsageError where it does not fit into memory."""
         steps = self.config.n_steps
@@ -157,9 +161,9 @@ class OnPolicyAgent(Agent):
             reward, table[:-1], following, rollout.terminated, ended, config.gamma, config.gae_lambda
         )
         if config.normalize_advantage:
-            kept = advantage[rollout.valid].astype(np.float64)
-            advantage = ((advantage - kept.mean()) / (kept.std() + 1e-8)).astype(np.float32)
-        weight = (rollout.valid / max(rollout.valid.sum(), 1)).astype(np.float32)
+            mean, deviation = self.ranks.moments(advantage[rollout.valid].astype(np.float64))
+            advantage = ((advantage - np.float64(mean)) / (deviation + 1e-8)).astype(np.float32)
+        weight = (rollout.valid / max(self.ranks.sum(float(rollout.valid.sum()))[0], 1)).astype(np.float32)
         parts = (rollout.action, advantage, returns, weight)
         action, advantages, targets, weights = (torch.as_tensor(x, device=self.device).flatten(0, 1) for x in parts)
         return Batch(inputs, old, action, old.log_prob(action), value[:rows], advantages, targets, weights)
@@ -188,7 +192,7 @@ class OnPolicyAgent(Agent):
 
     def diagnostics(self, batch: Batch) -> dict[str, float]:
         """SB3's metrics over the whole batch; the values are those from before the update, as SB3 logs them."""
-        returns, value = batch.returns[batch.mask].double(), batch.value[batch.mask].double()
+        returns, value = self.ranks.rows(*(x[batch.mask].double() for x in (batch.returns, batch.value)))
         spread, unexplained = (float(x.var(correction=0)) for x in (returns, returns - value))
         explained = 1 - unexplained / spread if spread > 0 else 0.0
         mean = {"train/explained_variance": explained, "health/value_mean": float(value.mean())}

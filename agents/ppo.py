@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -66,13 +67,14 @@ def reach(batch: Batch, move: Move, clip_range: float = 0.0) -> dict[str, float]
     """Measure how many states an ended update took to where its rules act: the share whose ratio left 1 +- clip_range,
     and, where a rule weighs surrogates, the share whose own it drops or turns round (by a weight of 0 or less)."""
     assert move.log_ratio is not None
+    ranks = move.limit.ranks
     outside = (torch.exp(move.log_ratio) - 1).abs() > clip_range
-    shares = {"train/clip_fraction": float(state_mean(outside, batch.mask)) if clip_range > 0 else 0.0}
+    shares = {"train/clip_fraction": float(state_mean(outside, batch.mask, ranks)) if clip_range > 0 else 0.0}
     if any(rule.weighs for rule in move.limit.rules):
         within = move.limit.within(batch.old, move.new)  # as in policy_loss
         ratio = torch.exp(within.log_prob(batch.action) - batch.log_prob)
         weight = torch.as_tensor(move.limit.weight(ratio, batch.advantage, batch.old, move.new))
-        shares["kl/held_states"] = float(state_mean(weight <= 0, batch.mask))
+        shares["kl/held_states"] = float(state_mean(weight <= 0, batch.mask, ranks))
     return shares
 
 
@@ -120,7 +122,6 @@ class PPO(OnPolicyAgent):
         except (NonFiniteError, ValueError) as problem:  # ValueError: the new policy has no KL, as its outputs overflow
             self.undo(before)
             raise SkippedUpdateError(str(problem)) from None
-
         if config.lr_schedule == "kl" and config.kl.target > 0:
             self.learning_rate.adapt(move.report.attempted, at_most(config.kl.target))
         self.end_update(rollout)
@@ -149,17 +150,18 @@ class PPO(OnPolicyAgent):
         """Take one step of Adam with the critic alone, along its gradient clipped to ``max_grad_norm``."""
         config = self.config
         if self.fused is not None:
-            _, gradient = self.fused[1].gradient(minibatch, config.clip_range_vf, config.vf_coef)
+            gradient = self.fused[1].gradient(minibatch, config.clip_range_vf, config.vf_coef)[1]
         else:
             with torch.enable_grad():
                 loss = config.vf_coef * value_loss(self.critic(minibatch.inputs), minibatch, config.clip_range_vf)
                 gradient = gradients(loss, self.critic_params)
-        clip_(gradient, config.max_grad_norm)
+        clip_(gradient := self.ranks.total(gradient)[0], config.max_grad_norm)
         adam_step(gradient, learning_rate, self.critic_params)
 
     def _step(self, minibatch: Batch, learning_rate: Tensor) -> Tensor:
         """Take one step of Adam on a minibatch: -E[ratio A], E[(V - return)^2] and the gradient's norm, [3]."""
-        loss_pi, loss_v, gradient = self._gradient(minibatch)
+        learn = partial(self._gradient, minibatch)
+        loss_pi, loss_v, gradient = self.total(learn, 2, self.policy_params, self.critic_params)
         norm = self.take_step(gradient, learning_rate, self.config.max_grad_norm, self.config.clip_grads_apart)
         return torch.stack([loss_pi, loss_v, norm])
 

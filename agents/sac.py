@@ -39,11 +39,12 @@ class SACConfig(Checked):
     buffer_folder: str = ""
     """A folder for a replay buffer that is larger than memory: mapped from a file there."""
     learning_starts: PositiveInt = 1000
-    """Steps with random actions before the first update."""
+    """Steps with random actions, of all processes together, before the first update."""
     train_freq: PositiveInt = 1
     """Steps of each environment between two updates."""
     gradient_steps: Annotated[int, Range(-1)] = -1
-    """Gradient steps of an update, at most kl.every; -1 takes as many as environment steps were made."""
+    """Gradient steps of an update, at most kl.every; -1 takes as many as environment steps were made, by each process
+    where several train."""
     batch_size: Annotated[int, Range(1, 1_000_000)] = 256
     """Transitions of a gradient step."""
     n_step: PositiveInt = 1
@@ -160,8 +161,9 @@ class SAC(Agent):
         return ReplayBuffer(self.observation_space, *sizes, *more)
 
     def ready(self, buffer: ReplayBuffer) -> bool:
-        warm = buffer.steps >= self.config.learning_starts and buffer.size > 0
-        return warm and buffer.new_steps >= self.config.train_freq * buffer.n_envs
+        steps, new_steps, empty = self.ranks.sum(buffer.steps, buffer.new_steps, float(buffer.size == 0))
+        due = self.config.train_freq * buffer.n_envs * self.ranks.size
+        return steps >= self.config.learning_starts and not empty and new_steps >= due
 
     @torch.no_grad()
     def update(self, buffer: ReplayBuffer, progress: float = 0.0) -> UpdateResult | None:
@@ -173,7 +175,9 @@ class SAC(Agent):
         self.critic_params.sync()
         due = self.config.train_freq * buffer.n_envs
         steps = due if self.config.gradient_steps < 0 else self.config.gradient_steps
-        buffer.new_steps %= due  # what is over counts for the next update; the random steps of the beginning do not
+        # What is over, on any rank, counts for the next update; the random steps of the beginning do not.
+        over = int(self.ranks.sum(buffer.new_steps)[0]) % (due * self.ranks.size)
+        buffer.new_steps = over if self.ranks.rank == 0 else 0
         result = None
         for _ in range(steps):
             window = self._window or self._begin_window(buffer)
@@ -184,7 +188,7 @@ class SAC(Agent):
 
     @torch.no_grad()
     def finish_window(self, buffer: ReplayBuffer) -> UpdateResult | None:
-        if buffer.size == 0:
+        if self.ranks.any(buffer.size == 0):
             return None
         before = self.state_dict()
         result = self._end_window(self._window or self._begin_window(buffer))
@@ -196,10 +200,7 @@ class SAC(Agent):
         """Take one step of critics, policy, targets and temperature, and see whether the policy is to stop."""
         noise = self.actions.draw_noise(self.rng, len(batch.reward)).to(self.device)
         alpha = torch.tensor(self.alpha.value, device=self.device)
-        try:
-            window.trace.append(self._step(batch, noise, alpha, moves=window.move.stopped_at == 0))
-        except ValueError as problem:  # the policy has no KL, as its outputs overflow
-            raise self._given_up(window, str(problem)) from None
+        window.trace.append(self._step(batch, noise, alpha, moves=window.move.stopped_at == 0))
         *metrics, entropy, room, weights = window.trace[-1].tolist()
         if not math.isfinite(sum(metrics) + entropy + weights):
             found = dict(zip(_TRACED, [*metrics, entropy], strict=True))
@@ -231,11 +232,14 @@ class SAC(Agent):
 
         ``moves``: whether the policy is to move; the critics learn in any case.
         """
-        loss_q, target, of_critic = self._critic_gradient(batch, noise[0], alpha)
+        found = self.ranks.total(*self._critic_gradient(batch, noise[0], alpha))
+        loss_q, target, of_critic = (part / self.ranks.size for part in found)
         adam_step(of_critic, self.learning_rate, self.critic_params)
-        loss_pi, entropy, room, of_policy = self._policy_gradient(batch, noise[1], alpha, moves)
-        if of_policy is not None:
-            adam_step(of_policy, self.learning_rate, self.policy_params)
+        learn = partial(self._policy_gradient, batch, noise[1], alpha, moves)
+        found = self.total(learn, 3, *([self.policy_params] if moves else []))
+        loss_pi, entropy, room, *of_policy = (part / self.ranks.size for part in found)
+        for gradient in of_policy:
+            adam_step(gradient, self.learning_rate, self.policy_params)
         self.target_params.flat.lerp_(self.critic_params.flat, self.config.tau)
         return torch.stack([loss_q, target, loss_pi, entropy, room, self.policy_params.flat.sum()])
 
@@ -250,14 +254,12 @@ class SAC(Agent):
             gradient = gradients(loss, self.critic_params)
         return loss.detach(), target.mean(), gradient
 
-    def _policy_gradient(
-        self, batch: Transitions, noise: Tensor, alpha: Tensor, moves: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The policy's loss, its entropy, the room that states have to move, and the loss's gradient where it moves.
+    def _policy_gradient(self, batch: Transitions, noise: Tensor, alpha: Tensor, moves: bool) -> tuple[Tensor, ...]:
+        """The policy's loss, its entropy, the room that states have to move, and, where it moves, the loss's gradient.
 
         The room is the mean of 1 - KL / kl.state_limit, at least 0; 1 where nothing limits a single state.
         """
-        room, gradient = torch.ones((), device=self.device), None
+        room = torch.ones((), device=self.device)
         held = moves and (self.limit.penalises or len(self.limit.rules) > 0)
         with torch.enable_grad():
             policy = within = self.policy(batch.inputs)
@@ -271,9 +273,8 @@ class SAC(Agent):
             loss = loss_pi = -value.mean()
             if held:  # beta * E[KL(old || policy)], and what draws the policy to a projected one
                 loss = loss + torch.as_tensor(self.limit.term(old, policy, within)).mean()
-            if moves:
-                gradient = gradients(loss, self.policy_params)
-        return loss_pi.detach(), entropy.mean().detach(), room, gradient
+            gradient = [gradients(loss, self.policy_params)] if moves else []
+        return loss_pi.detach(), entropy.mean().detach(), room, *gradient
 
     def _begin_window(self, buffer: ReplayBuffer) -> Window:
         return self._open(buffer.sample(_STATES, self.rng, self.device).inputs)

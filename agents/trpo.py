@@ -118,14 +118,15 @@ class TRPO(OnPolicyAgent):
                 leaf = policy.map_parameters(lambda parameter: parameter.detach().requires_grad_())
                 slopes = torch.autograd.grad(improvement(leaf, part), parameters_of(leaf))
             total += pull(slopes)
-        return total.double()
+        return self.ranks.total(total.double())[0]
 
     def _natural_step(self, batch: Batch, pieces: list[Piece], gradient: Tensor) -> NaturalStep | None:
         config, rows = self.config, len(batch.weight)
         count = max(1, round(config.fisher_fraction * rows))
         if count < rows:
             some = batch.take(torch.from_numpy(self.rng.permutation(rows)[:count]).to(self.device))
-            pieces = self._linearize(replace(some, weight=some.weight / some.weight.sum().clamp_min(1e-30)))
+            (whole,) = self.ranks.total(some.weight.sum())
+            pieces = self._linearize(replace(some, weight=some.weight / whole.clamp_min(1e-30)))
         return natural_step(self.fisher(pieces), gradient, config.kl.target, config.cg_damping, config.cg_max_steps)
 
     def fisher(self, pieces: list[Piece]) -> Callable[[Tensor], Tensor]:
@@ -140,7 +141,7 @@ class TRPO(OnPolicyAgent):
             for part, policy, push, pull in pieces:
                 moved = fisher_vector_product(policy, *push(direction))
                 total += pull([x * part.weight.view(-1, *[1] * (x.dim() - 1)) for x in moved])
-            return total.double()
+            return self.ranks.total(total.double())[0]
 
         return product
 
@@ -155,7 +156,7 @@ class TRPO(OnPolicyAgent):
             new = self.policy_at(batch.inputs)
             excess = move.excess(new)
             reached.append(move.reached)
-            return float(improvement(new, batch)), excess
+            return self.ranks.sum(float(improvement(new, batch)))[0], excess
 
         found = line_search(self.policy_params.flat, step.step, measure, 1.0, self.config.line_search_max_iter)
         return found, reached[0]
@@ -181,8 +182,9 @@ class TRPO(OnPolicyAgent):
             with torch.enable_grad():
                 loss = value_loss(self.critic(minibatch.inputs), minibatch)
                 gradient = gradients(loss, self.critic_params)
+        loss, gradient = self.ranks.total(loss.detach(), gradient)
         adam_step(gradient, learning_rate, self.critic_params)
-        return loss.detach()
+        return loss
 
     def _metrics(self, step: NaturalStep | None, searched: LineSearch) -> dict[str, float]:
         """The step as predicted and as it was. One tag for each reason says what refused it."""

@@ -1,11 +1,16 @@
 """What is printed for whoever watches a run: a convenience, without which the run goes on."""
 
+import contextlib
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Literal
 
 Stream = Literal["stdout", "stderr"]
+SILENT = "KLRL_SILENT_RANKS"
+"""Set for ranks whose last words their launcher prints."""
 
 
 def printable(text: str) -> str:
@@ -32,6 +37,21 @@ def say(line: str, to: Stream = "stdout") -> None:
 def warn(text: str) -> None:
     """Print a line on stderr, even where a run is quiet."""
     say(f"klrl: {text}", "stderr")
+
+
+def rank() -> int | None:
+    """Which rank torchrun, or klrl's own launcher, started this process as; None where it was started otherwise."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return int(os.environ["RANK"]) if all(name in os.environ for name in names) else None
+
+
+def fail(line: str) -> None:
+    """Print an error of one line on stderr; of a rank, leave it to whoever started that."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": line, "timestamp": int(time.time())}, file)
+    if SILENT not in os.environ:
+        say(f"klrl: {line}" if rank() is None else f"klrl: rank {rank()}: {line}", "stderr")
 
 
 def attempt(show: Callable[[], object], to: Stream = "stdout") -> None:

@@ -8,6 +8,10 @@ from collections.abc import Iterator
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+LOST = 75
+"""The exit code of a rank that ends because another one did."""
+
+
 class UsageError(ValueError):
     """Bad input. The message is one line that names the option and what would do; the command exits with 2."""
 
@@ -22,6 +26,14 @@ class SkippedUpdateError(NonFiniteError):
 
 class EnvironmentFailedError(RuntimeError):
     """An environment, or the process it runs in, failed. The message names which and when."""
+
+
+class RankLostError(RuntimeError):
+    """What was to be reduced over all ranks could not be: another one ended, or did not come in time."""
+
+
+class RanksDifferError(RuntimeError):
+    """Ranks that should have the same weights do not."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -15,7 +15,7 @@ import klrl
 from klrl.agents import registry
 from klrl.config import suggest
 from klrl.errors import UsageError
-from klrl.training.loop import RunConfig
+from klrl.training.options import RunConfig
 from klrl.training.run import pick_device, resolve
 
 

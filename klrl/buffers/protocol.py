@@ -16,6 +16,8 @@ class Buffer(Protocol):
     n_envs: int
     size: int = 0
     """Rows that it holds and that a checkpoint keeps in files of their own, as they are many."""
+    steps: int = 0
+    """Environment steps that it has taken."""
     written: int = 0
     """Such rows that were ever written; the last ``size`` are held."""
 
@@ -45,6 +47,10 @@ class Buffer(Protocol):
         """Store what ``rows`` gave. Raises ValueError where it is of other spaces."""
         if rows:
             raise ValueError("this buffer keeps no rows of its own")
+
+    def take_over(self, rows: dict[str, Tensor], which: slice) -> None:
+        """Append those rows of another buffer, as its ``rows`` gave them. Raises ValueError where it keeps none."""
+        raise ValueError("this buffer keeps no rows of its own")
 
 
 def numbers(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:

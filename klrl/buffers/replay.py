@@ -132,6 +132,12 @@ class ReplayBuffer(Buffer):
         for key, images in self._images.items():
             images[:, index] = rows[key].numpy()
 
+    def take_over(self, rows: dict[str, Tensor], which: slice) -> None:
+        part = {key: value[which] if key == "rows" else value[:, which] for key, value in rows.items()}
+        self.put_rows(self.written, part)
+        self.written += len(part["rows"])
+        self.size = min(self.written, self.capacity)
+
     def state_dict(self) -> dict[str, Any]:
         pending: dict[str, Any] = {}
         for env, steps in enumerate(self._pending):

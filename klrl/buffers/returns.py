@@ -4,6 +4,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from klrl.kl import ALONE
 
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
@@ -44,11 +47,11 @@ class RewardScale:
     """Divides rewards by the running standard deviation of the discounted return, as SB3's VecNormalize does.
 
     A policy does not depend on it, so unlike the observations' statistics it takes a rollout in before it scales it:
-    the critic never sees raw rewards.
+    the critic never sees raw rewards. The deviation is that of all ``ranks``.
     """
 
     def __init__(self, gamma: float, enabled: bool = True) -> None:
-        self.gamma, self.enabled = gamma, enabled
+        self.gamma, self.enabled, self.ranks = gamma, enabled, ALONE
         self.count, self.mean, self.var = 0.0, 0.0, 1.0
         self.running: npt.NDArray[np.float64] | None = None
 
@@ -66,12 +69,12 @@ class RewardScale:
             running = running * ~ended[t]
         self.running = running
         sample = discounted[valid]
-        if len(sample):
-            total, delta = self.count + len(sample), sample.mean() - self.mean
-            spread = self.var * self.count + sample.var() * len(sample)
-            self.var = float((spread + delta**2 * self.count * len(sample) / total) / total)
-            self.mean = float(self.mean + delta * len(sample) / total)
-            self.count = float(total)
+        mine = [[len(sample), sample.mean(), sample.var()]] if len(sample) else np.zeros((0, 3))
+        for count, mean, var in self.ranks.rows(torch.tensor(mine, dtype=torch.float64))[0].tolist():
+            total, delta = self.count + count, mean - self.mean  # Chan et al. (1983)
+            spread = self.var * self.count + var * count
+            self.var = (spread + delta**2 * self.count * count / total) / total
+            self.mean, self.count = self.mean + delta * count / total, total
         deviation = np.sqrt(self.var)
         if deviation <= 1e-4 * abs(self.mean):  # returns that do not vary have no scale to be divided by
             return reward

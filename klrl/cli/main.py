@@ -19,8 +19,19 @@ from typing import Annotated, Any
 from klrl import __version__
 from klrl.cli.options import parse, parse_command, wants_help
 from klrl.config import convert, suggest
-from klrl.console import keep_standard_files, printable, say
-from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, UsageError, needs, one_line, refusals
+from klrl.console import fail, keep_standard_files, printable, rank, say
+from klrl.errors import (
+    LOST,
+    EnvironmentFailedError,
+    Interrupted,
+    NonFiniteError,
+    RankLostError,
+    RanksDifferError,
+    UsageError,
+    needs,
+    one_line,
+    refusals,
+)
 
 # What NumPy and torch say, as ValueError or RuntimeError, of sizes that no machine has.
 _OUT_OF_MEMORY = ("memory", "array is too big", "Maximum allowed dimension", "calculation overflowed")
@@ -63,12 +74,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (UsageError, NonFiniteError, EnvironmentFailedError, OSError) as problem:
         if debug:
             say(_traceback(problem), "stderr")
-        say(f"klrl: {' '.join(str(problem).split())}", "stderr")
+        fail(" ".join(str(problem).split()))
         sys.exit(2 if isinstance(problem, UsageError) else 1)
+    except (RankLostError, RanksDifferError) as problem:
+        fail(str(problem))
+        sys.exit(LOST if isinstance(problem, RankLostError) else 1)
     except (MemoryError, RuntimeError, ValueError) as problem:
         if not (isinstance(problem, MemoryError) or any(word in str(problem) for word in _OUT_OF_MEMORY)):
             raise
-        say(f"klrl: there is not enough memory for these options: {one_line(problem)}", "stderr")
+        fail(f"there is not enough memory for these options: {one_line(problem)}")
         sys.exit(2)
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
@@ -108,7 +122,8 @@ def _train(arguments: list[str]) -> None:
         raise UsageError("train needs an agent and an env: klrl train ppo CartPole-v1")
 
     from klrl.envs.make import check, check_imported, import_module, import_packages, module_of
-    from klrl.training.loop import RunConfig
+    from klrl.training.launch import launch
+    from klrl.training.options import RunConfig
     from klrl.training.run import resolve, run_training
 
     agent, env, options = names[0], (names[1] if len(names) == 2 else None), arguments[len(names) :]
@@ -139,14 +154,19 @@ def _train(arguments: list[str]) -> None:
 
     about = f"Agents: {', '.join(registry.names())}, and those that --import brings. These are the options of {agent}."
     given = parse(TrainOptions, options, f"klrl train {agent} {env or 'ENV'}", about)
+    if given.run.processes > 1 and rank() is None:
+        launch(["train", *arguments], given.run.processes)
     run_training(agent_class, env or "", given.run, given.agent)
 
 
 def _resume(arguments: list[str]) -> None:
-    from klrl.training.run import ResumeConfig, resume
+    from klrl.training.launch import launch
+    from klrl.training.run import ResumeConfig, processes_of, resume
 
     example = "resume needs a run folder: klrl resume runs/ppo-CartPole-v1-0-..."
     (run,), given = parse_command(ResumeConfig, arguments, "resume RUN", 1, 1, example)
+    if rank() is None and (processes := given.processes or processes_of(run)) > 1:
+        launch(["resume", *arguments], processes)
     resume(run, **vars(given))
 
 

@@ -10,10 +10,12 @@ from klrl.kl.hold import hold_states
 from klrl.kl.limit import KLLimit, Move
 from klrl.kl.measure import Direction, KLReport, measure, state_mean
 from klrl.kl.projection import geometric_mean, project_states
+from klrl.kl.ranks import ALONE, Ranks
 from klrl.kl.rules import PENALTIES, RATIO_RULES, SPO, STATE_RULES, Clip, Gate, Project, Reverse, StateRule
 from klrl.kl.tracking import track
 
 __all__ = [
+    "ALONE",
     "PENALTIES",
     "RATIO_RULES",
     "SPO",
@@ -35,6 +37,7 @@ __all__ = [
     "Penalty",
     "Product",
     "Project",
+    "Ranks",
     "Reverse",
     "StateEstimates",
     "StateRule",

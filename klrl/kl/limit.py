@@ -15,6 +15,7 @@ from torch import distributions as td
 from klrl.kl.control import Bound, Coefficient, Fixed, Penalty, at_most
 from klrl.kl.divergence import NoClosedFormError, freeze, kl, reverse_kl
 from klrl.kl.measure import Direction, KLReport, Of, fraction, measure, states
+from klrl.kl.ranks import ALONE, Ranks
 from klrl.kl.rules import PENALTIES, PenaltyRule, Start, StateRule, check_rules, weigh
 from klrl.kl.trust_region import project
 
@@ -54,7 +55,8 @@ class KLLimit:
       "adaptive" one doubles above 1.5 limits, or above 1 where overshoots are taken back, and halves below 1/1.5.
 
     Where no rule answers a rollback, the next may be the same, and so on. Beyond ``influence`` limits a state's KL
-    pulls no harder (Huber 1964); 0 sets no bound. ``device``: where ``beta`` lies.
+    pulls no harder (Huber 1964); 0 sets no bound. ``device``: where ``beta`` lies. ``ranks``: processes that train the
+    policy together, each on states of its own; the KL is that of all, and so is what it decides.
 
         with limit.update(lambda: policy(obs), weights=list(policy.parameters())) as move:
             for epoch in range(10):
@@ -81,6 +83,7 @@ class KLLimit:
         check: Check = "epoch",
         on_overshoot: Overshoot = "keep",
         device: torch.device | str = "cpu",
+        ranks: Ranks = ALONE,
     ) -> None:
         self.bound = at_most(math.inf) if bound is None else bound
         if not isinstance(self.bound, Bound):
@@ -92,7 +95,7 @@ class KLLimit:
         _check_numbers(coef=coef, stop=stop, max_limit=max_limit, influence=influence)
         check_rules(rules := list(rules))
         self.direction, self.of, self.max_limit, self.influence = direction, of, max_limit, influence
-        self.stop, self.check, self.on_overshoot, self.rules = stop, check, on_overshoot, rules
+        self.stop, self.check, self.on_overshoot, self.rules, self.ranks = stop, check, on_overshoot, rules, ranks
         answered = at_most(max_limit) if math.isinf(self.bound.limit) else self.bound
         if isinstance(penalty, str):
             penalty = PENALTIES[penalty](Start(coef, answered, on_overshoot == "keep"))
@@ -219,16 +222,15 @@ class Move:
 
         Infinite where the policy is not finite.
         """
-        limit, self.reached = self.limit, math.inf
+        limit = self.limit
         try:
-            new = self.policy() if new is None else new
-            divergence = limit.kl(self.old, new)
+            divergence = limit.kl(self.old, self.policy() if new is None else new)
         except NoClosedFormError:
             return self.check().excess
         except ValueError:
-            return math.inf
-        self.reached = states(divergence, limit.of, self.mask)
-        furthest = states(divergence, "max", self.mask) if limit.max_limit < math.inf else 0.0
+            divergence = torch.full(self.old.batch_shape, math.inf, device=limit.beta.device)  # so on every rank
+        self.reached = states(divergence, limit.of, self.mask, limit.ranks)
+        furthest = states(divergence, "max", self.mask, limit.ranks) if limit.max_limit < math.inf else 0.0
         return max(fraction(self.reached, limit.bound.limit), fraction(furthest, limit.max_limit))
 
     def exceeded(self, when: Check | None = None, at: int = 1) -> bool:
@@ -250,7 +252,7 @@ class Move:
         self.new, limit = self.policy(), self.limit
         if self.actions is not None and self.old_log_prob is not None:
             self.log_ratio = self.new.log_prob(self.actions) - self.old_log_prob
-        more: Any = {"direction": limit.direction, "of": limit.of, "max_limit": limit.max_limit}
+        more: Any = {"direction": limit.direction, "of": limit.of, "max_limit": limit.max_limit, "ranks": limit.ranks}
         return measure(self.old, self.new, limit.bound, log_ratio=self.log_ratio, mask=self.mask, **more)
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import distributions as td
 from klrl.kl.control import Bound
 from klrl.kl.divergence import NoClosedFormError, kl, parameters_of, reverse_kl
 from klrl.kl.estimators import Estimate, kl_estimate, mc_entropy, mc_kl
+from klrl.kl.ranks import ALONE, Ranks
 from klrl.kl.state import own_noise
 
 Direction = Literal["forward", "reverse"]
@@ -103,21 +104,23 @@ def fraction(reached: float, limit: float) -> float:
     return 0.0 if limit == math.inf else reached / limit
 
 
-def state_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
+def state_mean(values: Tensor, mask: Tensor | None = None, ranks: Ranks = ALONE) -> Tensor:
     """The mean over states of ``values`` [B], float64, of those in ``mask`` (bool [B]) alone where it is given.
 
-    Every mean that decides something about an update is taken here, as a sum over a count.
+    Every mean that decides something about an update is taken here, as a sum over a count, each over all ``ranks``.
     """
-    if mask is None:
-        return values.sum(dtype=torch.float64) / values.numel()
-    return torch.where(mask, values, 0.0).sum(dtype=torch.float64) / mask.sum()
+    total = (values if mask is None else torch.where(mask, values, 0.0)).sum(dtype=torch.float64)
+    count = total.new_tensor(values.numel()) if mask is None else mask.sum(dtype=torch.float64)
+    total, count = ranks.total(total, count)
+    return total / count
 
 
-def states(values: Tensor, of: Of, mask: Tensor | None = None) -> float:
-    """The mean, the 95th percentile (a state's, not interpolated) or the largest of ``values`` [B] in ``mask``."""
+def states(values: Tensor, of: Of, mask: Tensor | None = None, ranks: Ranks = ALONE) -> float:
+    """The mean, the 95th percentile (a state's, not interpolated) or the largest of ``values`` [B] in ``mask``, over
+    the states of all ``ranks``."""
     if of == "mean":
-        return float(state_mean(values, mask))
-    values = values if mask is None else values[mask]
+        return float(state_mean(values, mask, ranks))
+    (values,) = ranks.rows(values if mask is None else values[mask])
     if values.numel() == 0:
         return math.nan
     return float(values.max() if of == "max" else values.kthvalue(1 + _rank(0.95, values.numel())).values)
@@ -138,39 +141,39 @@ def measure(
     of: Of = "mean",
     max_limit: float = math.inf,
     samples: int = 256,
+    ranks: Ranks = ALONE,
 ) -> KLReport:
     """Compare two policies on the same B states and return the report of the move from ``old`` to ``new``.
 
     ``log_ratio``: log new(a) - log old(a), [B], of actions drawn from ``old``, for the estimates k1 and k3.
     ``samples``: how many per state where there is no closed form (mixtures); the report is then ``estimated``.
     ``mask``: bool [B], the states that count (False on rows that only reset an environment); all by default.
-    ``bound`` is about the states' mean KL, or what ``of`` says, and ``max_limit`` about each state's.
+    ``bound`` is about the states' mean KL, or what ``of`` says, and ``max_limit`` about each state's. With several
+    ``ranks`` the report is of the states of all, and the same on each.
 
     Raises ValueError where the result is not one value per state (use ``joint``) or no state counts.
     """
     device = next((parameter.device for parameter in parameters_of(old)), None)
     with torch.no_grad(), own_noise(device=device):  # a report follows from the policies, and disturbs nobody
-        estimated = False
+        problem, found = None, None
         try:
-            forward, backward = kl(old, new), reverse_kl(old, new)
-        except NoClosedFormError:
-            estimated = True
-            forward, backward = mc_kl(old, new, samples).value, mc_kl(new, old, samples).value
-        if forward.dim() != 1:
-            raise ValueError(
-                f"KL has shape {tuple(forward.shape)}, but a report needs one value per state, shape [B]: "
-                "wrap the distributions in joint(...)"
-            )
-        before, after = (_entropy(dist, samples) for dist in (old, new))
-        means = torch.stack([state_mean(x, mask) for x in (forward, backward, before, after)])
-        if mask is not None:
-            forward, backward = forward[mask], backward[mask]
-            log_ratio = None if log_ratio is None else log_ratio[mask]
+            found = _compare(old, new, samples)
+        except ValueError as its:
+            problem = its
+        if ranks.any(found is None):  # so that no rank goes on alone
+            raise problem or ValueError("another rank's policy has no KL")
+        assert found is not None
+        estimated, *figures = found
+        means = torch.stack([state_mean(x, mask, ranks) for x in figures])
+        columns = [*figures[:2], *([] if log_ratio is None else [log_ratio])]
+        columns = columns if mask is None else [column[mask] for column in columns]
+        forward, backward, *sampled = ranks.rows(*columns)
+        log_ratio = sampled[0] if sampled else None
         if forward.numel() == 0:
             raise ValueError("no valid state to measure the KL on")
         ordered = forward.sort().values
-        ranks = [_rank(share, ordered.numel()) for share in (0.5, 0.95, 0.99, 1.0)]
-        p50, p95, p99, largest = ordered[torch.tensor(ranks, device=ordered.device)].tolist()
+        places = [_rank(share, ordered.numel()) for share in (0.5, 0.95, 0.99, 1.0)]
+        p50, p95, p99, largest = ordered[torch.tensor(places, device=ordered.device)].tolist()
         mean, reverse, entropy_before, entropy = means.tolist()
         if direction == "forward":
             limited, furthest = {"mean": mean, "p95": p95, "max": largest}[of], largest
@@ -197,6 +200,22 @@ def measure(
         k1=None if log_ratio is None else kl_estimate(log_ratio, "k1"),
         k3=None if log_ratio is None else kl_estimate(log_ratio, "k3"),
     )
+
+
+def _compare(old: td.Distribution, new: td.Distribution, samples: int) -> tuple[bool, Tensor, Tensor, Tensor, Tensor]:
+    """Whether the KLs are estimates, KL(old || new) and KL(new || old), and both entropies, each [B]."""
+    estimated = False
+    try:
+        forward, backward = kl(old, new), reverse_kl(old, new)
+    except NoClosedFormError:
+        estimated = True
+        forward, backward = mc_kl(old, new, samples).value, mc_kl(new, old, samples).value
+    if forward.dim() != 1:
+        raise ValueError(
+            f"KL has shape {tuple(forward.shape)}, but a report needs one value per state, shape [B]: "
+            "wrap the distributions in joint(...)"
+        )
+    return estimated, forward, backward, _entropy(old, samples), _entropy(new, samples)
 
 
 def _entropy(dist: td.Distribution, samples: int) -> Tensor:

@@ -8,6 +8,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from klrl.errors import UsageError
+from klrl.kl import ALONE
 from klrl.policies.observations import Layout, Observation
 from klrl.policies.spaces import category_sizes
 
@@ -21,11 +22,11 @@ class ObservationEncoder:
     """Turns observations of one space into network inputs, with a running normalisation of Box vectors.
 
     The statistics move only when ``update`` is called: the agent does so once its KL has been measured, so that
-    within a rollout and its update the policy depends on nothing but its weights.
+    within a rollout and its update the policy depends on nothing but its weights. They are those of all ``ranks``.
     """
 
     def __init__(self, space: spaces.Space[Any], device: torch.device, normalize: bool) -> None:
-        self.layout = Layout(space)
+        self.layout, self.ranks = Layout(space), ALONE
         self.space, self.device = space, device
         self.parts, self.images = self.layout.parts, self.layout.images
         scaled: list[bool] = []
@@ -75,18 +76,21 @@ class ObservationEncoder:
         if not self.normalize:
             return
         batch = self._encode(obs)["vector"][mask].double()
-        count = float(len(batch))
-        if count == 0:
-            return
-        # Chan et al. (1983): merge two sets' means and variances.
-        mean, var, total = batch.mean(0), batch.var(0, correction=0), self.count + count
+        count = torch.full_like(batch[:1], len(batch))  # of no rows there is nothing to take in
+        mine = torch.stack([count, batch.mean(0, True), batch.var(0, correction=0, keepdim=True)], 1)[: len(batch)]
+        for rows, mean, var in self.ranks.rows(mine)[0]:
+            self._merge(float(rows[0]), mean, var)
+        self._refresh()
+
+    def _merge(self, count: float, mean: Tensor, var: Tensor) -> None:
+        """Take in the mean and variance [F] of ``count`` rows. Source: Chan et al. (1983)."""
+        total = self.count + count
         delta = mean - self.mean.double()
         merged_mean = self.mean.double() + delta * (count / total)
         merged_var = (self.var.double() * self.count + var * count + delta**2 * (self.count * count / total)) / total
         self.mean = torch.where(self._scaled, merged_mean, 0.0).float()
         self.var = torch.where(self._scaled, merged_var, 1.0).float()
         self.count = total
-        self._refresh()
 
     def state_dict(self) -> dict[str, Tensor | float]:
         return {"mean": self.mean.clone(), "var": self.var.clone(), "count": self.count}

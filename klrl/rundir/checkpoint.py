@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from klrl.console import warn
 from klrl.errors import EnvironmentFailedError, UsageError, refusals
 from klrl.rundir.folder import new_file, open_file
+from klrl.rundir.trees import join, split
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -60,16 +61,20 @@ def save(
     step: int,
     state: dict[str, Any],
     score: float | None = None,
-    rows: Rows | None = None,
+    rows: Sequence[Rows] = (),
     saved_rows: list[dict[str, Any]] | None = None,
 ) -> Path:
     """Write ``state`` (nested dicts of tensors and JSON values) to ``folder/step-N`` and return its path.
 
     ``score``: the evaluation's mean return at this step, by which the best checkpoint is known. An existing
-    checkpoint of the same step is replaced. ``saved_rows``: the entries of the files that already hold some of
-    ``rows``; brought up to date. Raises OSError where the disk does not take it; others stay valid.
+    checkpoint of the same step is replaced. ``rows``: those of each rank. ``saved_rows``: the entries of the files that
+    already hold some of them; brought up to date. Raises OSError where the disk does not take it; others stay valid.
     """
-    entries = [] if rows is None else _save_rows(folder, rows, saved_rows or [])
+    entries = [
+        {**entry, "rank": rank}
+        for rank, part in enumerate(rows)
+        for entry in _save_rows(folder, part, rows_of(rank, saved_rows or []))
+    ]
     target = folder / f"step-{step:012d}"
     _write_folder(target, {"step": step, "score": score, "state": state}, entries)
     if saved_rows is not None:
@@ -89,7 +94,7 @@ def _write_folder(target: Path, content: dict[str, Any], entries: list[dict[str,
     """Write a checkpoint's files beside ``target`` and rename them into place; where what was there was set aside."""
     temporary, aside = (target.with_name(f"{_TEMPORARY}{old}{target.name}-{os.getpid()}") for old in ("", "old-"))
     tensors: dict[str, Tensor] = {}
-    plain = {**content, "state": _split(content["state"], "", tensors)}
+    plain = {**content, "state": split(content["state"], "", tensors)}
     files = {_TENSORS: save_tensors(tensors), _STATE: json.dumps(plain).encode()}
     sums = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()}
     files[_MANIFEST] = _sealed({"format": _FORMAT, "files": sums, "rows": entries})
@@ -108,11 +113,20 @@ def _write_folder(target: Path, content: dict[str, Any], entries: list[dict[str,
     return aside
 
 
+def rows_of(rank: int, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of the files that hold a rank's rows."""
+    return [entry for entry in entries if entry.get("rank", 0) == rank]
+
+
+def first_unsaved(rows: Rows, saved: list[dict[str, Any]]) -> int:
+    """The first of the rows that no file of ``saved`` holds."""
+    return max([rows.written - rows.size, *(entry["end"] for entry in saved)])
+
+
 def _save_rows(folder: Path, rows: Rows, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Entries of the files that hold the rows: those of ``saved`` that are still needed, and one for what is new."""
-    oldest = rows.written - rows.size
-    entries = [entry for entry in saved if entry["end"] > oldest]
-    start = entries[-1]["end"] if entries else oldest
+    entries = [entry for entry in saved if entry["end"] > rows.written - rows.size]
+    start = first_unsaved(rows, entries)
     if start == rows.written:
         return entries
     data = save_tensors(rows.rows(start))
@@ -147,7 +161,7 @@ def load(path: Path, with_rows: bool = False) -> dict[str, Any]:
             raise UsageError(f"checkpoint {path} is damaged: {_STATE} is said to have {sums[_STATE]['bytes']} bytes")
         data = {name: _verified(path / name, entry) for name, entry in sums.items()}
         content = json.loads(data[_STATE])
-        content["state"] = _join(content["state"], load_tensors(data[_TENSORS]))
+        content["state"] = join(content["state"], load_tensors(data[_TENSORS]))
         content["rows"] = manifest["rows"]
         if with_rows:
             for _ in load_rows(path, content["rows"]):
@@ -328,21 +342,3 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` with every tensor moved to ``tensors`` and replaced by a reference to it."""
-    if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().contiguous()
-        return {"$tensor": path}
-    if isinstance(value, dict):
-        return {key: _split(part, f"{path}.{key}" if path else key, tensors) for key, part in value.items()}
-    return value
-
-
-def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, dict):
-        if set(value) == {"$tensor"}:
-            return tensors[value["$tensor"]]
-        return {key: _join(part, tensors) for key, part in value.items()}
-    return value

@@ -1,6 +1,6 @@
 """What the loop remembers of the training episodes: their returns, and how each environment came to where it stands."""
 
-import statistics
+import math
 from collections import deque
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 
 from klrl.agents.base import State
 from klrl.envs.wrappers import EpisodePosition
+from klrl.kl import Ranks
 
 _SPENT = 4096  # steps that no running episode needs any more, before they are forgotten together
 
@@ -47,17 +48,21 @@ class Episodes:
             self._returns[rows] = 0.0
             self._lengths[rows] = -1  # the row that resets brings it to 0
 
-    def figures(self) -> dict[str, float]:
-        """Means over the last 100 episodes; empty before the first has ended."""
-        if not self.done:
-            return {}
-        returns, lengths = zip(*self.done, strict=True)
-        return {"rollout/ep_rew_mean": statistics.fmean(returns), "rollout/ep_len_mean": statistics.fmean(lengths)}
+    def figures(self, ranks: Ranks) -> dict[str, float]:
+        """Means over the last 100 episodes of each of the ranks; empty before the first has ended."""
+        returns, lengths = zip(*self.done, strict=True) if self.done else ((), ())
+        total, length, count = ranks.sum(math.fsum(returns), math.fsum(lengths), len(self.done))
+        return {"rollout/ep_rew_mean": total / count, "rollout/ep_len_mean": length / count} if count else {}
 
     def forget_unfinished(self) -> None:
         """Where the environments begin anew."""
         self._returns[:], self._lengths[:], self._begin[:] = 0.0, 0, 0
         self._resetting, self._actions = np.zeros(0, np.int64), []
+
+    def count(self, state: State, steps: int) -> None:
+        """Begin episodes anew, after so many ``steps`` and those that a state_dict's had done."""
+        self.steps = steps
+        self.done.extend((float(total), int(length)) for total, length in state["done"])
 
     def state_dict(self) -> State:
         first = int(self._begin.min())

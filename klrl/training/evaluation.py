@@ -1,7 +1,7 @@
 """Whole episodes with an agent that does not learn: during training, at its end, and whenever one asks."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -71,8 +71,10 @@ def run_episodes(
     watch: Callable[[Observation, Any, Any, int, int], None] = lambda *_: None,
     max_steps: int = 0,
     episodes: int = 0,
+    begin: int = 0,
 ) -> Evaluation:
-    """``episodes`` in rounds of one in each environment, by default one round; short ones therefore count no more.
+    """``episodes`` in rounds of one in each environment, by default one round; short ones therefore count no more. They
+    are numbered from ``begin``.
 
     With the most likely actions, an episode is the same however many run side by side, where its environment was made
     and seeded by itself.
@@ -88,7 +90,8 @@ def run_episodes(
     for first in range(0, count, width):
         here = slice(first, first + width)
         rows = len(returns[here])
-        obs, _ = envs.reset(seed=seed + first, options=counted_from(first) if can_replay(envs) else None)
+        number = begin + first
+        obs, _ = envs.reset(seed=seed + number, options=counted_from(number) if can_replay(envs) else None)
         running, total = np.arange(width) < rows, np.zeros(width)
         watch(obs, running, total, 0, first)
         for step in range(1, 1 + (max_steps or _MOST_EVAL_STEPS)):
@@ -101,4 +104,11 @@ def run_episodes(
             if not running.any():
                 break
         returns[here] = total[:rows]
-    return Evaluation(float(returns.mean()), float(returns.std()), returns.tolist(), lengths.tolist(), itself.tolist())
+    return joint_score([Evaluation(0.0, 0.0, returns.tolist(), lengths.tolist(), itself.tolist())])
+
+
+def joint_score(parts: Sequence[Evaluation]) -> Evaluation:
+    """The evaluation of all their episodes."""
+    returns = [x for part in parts for x in part.returns]
+    lengths, itself = [x for part in parts for x in part.lengths], [x for part in parts for x in part.terminated]
+    return Evaluation(float(np.mean(returns)), float(np.std(returns)), returns, lengths, itself)

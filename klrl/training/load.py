@@ -11,7 +11,8 @@ from klrl.envs.make import check_imported, import_packages, make_vector, module_
 from klrl.errors import UsageError
 from klrl.policies.networks import OwnNetwork
 from klrl.rundir import checkpoint
-from klrl.training.loop import Envs, RunConfig
+from klrl.training.loop import Envs
+from klrl.training.options import RunConfig
 from klrl.training.run import config_of
 
 

@@ -4,78 +4,45 @@ import statistics
 import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from gymnasium.vector import VectorEnv
 
 from klrl.agents.base import Agent, UpdateResult
-from klrl.config import MOST_ENVS, Checked, Count, EnvCount, Form, PositiveInt, Range, Reads, Seed, flatten
+from klrl.config import flatten
 from klrl.console import warn
-from klrl.envs.make import EnvConfig, EnvFactory, Imports, can_replay, make_vector
+from klrl.envs.make import EnvFactory, can_replay
 from klrl.envs.native import TorchVectorEnv
-from klrl.envs.wrappers import RESTARTED
-from klrl.errors import EnvironmentFailedError, Interrupted, NonFiniteError, SkippedUpdateError, UsageError
+from klrl.envs.wrappers import RESTARTED, counted_from
+from klrl.errors import (
+    EnvironmentFailedError,
+    Interrupted,
+    NonFiniteError,
+    SkippedUpdateError,
+    UsageError,
+)
+from klrl.kl import Ranks
 from klrl.policies import spaces
 from klrl.rundir import checkpoint
 from klrl.rundir.logger import Console, Logger
 from klrl.training.compiled import compiled
 from klrl.training.episodes import Episodes
-from klrl.training.evaluation import NO_EPISODES, Evaluation, evaluation_seed, run_episodes
+from klrl.training.evaluation import NO_EPISODES, Evaluation, evaluation_seed
+from klrl.training.evaluations import Evaluations
+from klrl.training.meeting import Meetings, compare_weights
+from klrl.training.options import RunConfig
 from klrl.training.profile import Profile
-from klrl.training.randomness import random_state, random_state_kept, restore_random_state
+from klrl.training.randomness import derived_seed, random_state, restore_random_state
+from klrl.training.saving import deal_rows, of_rank, put_rows, save, saved_processes
 from klrl.training.signals import Signals
 
 _MOST_SKIPPED = 10
 _SAVE_SECONDS = 60.0
 Envs = VectorEnv[Any, Any, Any]
-DeviceName = Annotated[str, Reads(str), tyro.conf.arg(metavar="{auto,cpu,cuda,cuda:N}")]  # or a torch.device
-DEVICES = Form("auto|cpu|cuda(:[0-9]+)?", "auto, cpu, cuda or cuda:N")
-
-
-@dataclass(frozen=True)
-class RunConfig(Checked):
-    total_timesteps: PositiveInt = 1_000_000
-    """Environment steps to train for; an on-policy run ends with the first whole rollout at or beyond this."""
-    seed: Seed = 0
-    """Seed of weights, environments and sampling."""
-    n_envs: EnvCount = 8
-    """Environments stepped side by side."""
-    device: Annotated[DeviceName, DEVICES] = "auto"
-    """Where the networks live; auto takes CUDA for image observations where there is one, else the CPU."""
-    threads: Annotated[int, Range(1, 1024)] = 1
-    """CPU threads of torch, at most this machine's cores; small networks are fastest with one."""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """Of float32 products; medium rounds to bfloat16, which is faster where the processor has units for it."""
-    run_dir: str = "runs"
-    """The folder in which the run's own folder is made."""
-    eval_every: Count = 20
-    """Updates (off-policy: windows of kl.every steps) between two evaluations on separate environments; 0 never."""
-    eval_episodes: EnvCount = 5
-    """Episodes of each of those evaluations."""
-    final_episodes: Annotated[int, Range(0, MOST_ENVS)] = 20
-    """Episodes of the final evaluation, once everything is saved and the training environments are closed; 0 none."""
-    save_every: Count = 0
-    """Steps between two checkpoints; 0 saves about once a minute. The last two and the best are kept."""
-    histogram_every: Count = 10
-    """Updates (off-policy: windows) between two TensorBoard histograms of log10 KL over states; 0 none."""
-    quiet: bool = False
-    """Print only the final evaluation and where the run lies."""
-    verbose: bool = False
-    """Print a line for each update, not only for each tenth of the run."""
-    profile: bool = False
-    """Print at the end where the time went, part by part, and write a trace for Chrome or Perfetto, profile.json."""
-    compile: bool = False
-    """Learn by compiled gradients, of SAC and of PPO with a network of one's own: some seconds at first, then less time
-    a step."""
-    imports: Imports = ()
-    network: str = ""
-    """A network of one's own in place of hidden layers, module:Class: an nn.Module from inputs to features [B, F] that
-    is made with the observation space."""
-    env: EnvConfig = field(default_factory=EnvConfig)
 
 
 @dataclass
@@ -108,18 +75,25 @@ class Loop:
     config: RunConfig
     options: dict[str, Any]
     """The run's ``config.toml``."""
+    ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
+        self.leads = self.ranks.rank == 0
+        """Whether this rank writes, prints and decides by the clock."""
         self.progress = Progress()
         self.buffer = self.agent.new_buffer(self.config.n_envs)
         self.obs: Any = None
         self.signals = Signals()
+        self.meetings = Meetings(
+            self.ranks, self.signals, self.episodes, self.config.n_envs, self.config.total_timesteps
+        )
+        self.env_seed = self.config.seed
         self.resumed_at: int | None = None  # the step from which a restored loop logs
         self.saved_rows: list[dict[str, Any]] = []
         self.per_state: torch.Tensor | None = None  # KL of the last update, until it is logged
         self.provisional = False  # the figures are of an update that goes on if the run does
         self._saved_at, self._saved_time = 0, time.monotonic()
-        self._evaluators: Envs | None = None
+        self.evaluations = Evaluations(self.agent, self.env, self.config, self.meetings)
 
     def restore(self, source: Path, content: dict[str, Any]) -> None:
         """Go on from a checkpoint that ``_save`` wrote; ``episodes`` is restored, and ``envs`` made with its places.
@@ -131,22 +105,50 @@ class Loop:
             theirs, mine = spaces.from_json(saved[key]), getattr(self.agent, key)
             if theirs != mine:
                 raise UsageError(f"checkpoint {source} is of a run with {key} {theirs}, but the environment has {mine}")
+        anew = saved_processes(saved) != self.ranks.size
+        saved = of_rank(saved, 0 if anew else self.ranks.rank)
         self.agent.load_state_dict(saved["agent"])
-        for start, rows in checkpoint.load_rows(source, content["rows"]):
-            self.buffer.put_rows(start, rows)
         self.saved_rows, state = content["rows"], saved["loop"]
-        self.progress, self.per_state = Progress(**state["progress"]), state["per_state"]
-        self.buffer.load_state_dict(state["buffer"])
-        self.obs, _ = self.envs.reset(seed=self.config.seed)
-        if isinstance(self.envs.unwrapped, TorchVectorEnv) and state.get("envs"):
+        self.progress, self.per_state, self.env_seed = (
+            Progress(**state["progress"]),
+            state["per_state"],
+            state["env_seed"],
+        )
+        if anew:
+            self._begin_anew(source, content)
+        else:
+            put_rows(self.buffer, source, content["rows"], self.ranks)
+            self.buffer.load_state_dict(state["buffer"])
+        self.obs = self._reset()
+        if isinstance(self.envs.unwrapped, TorchVectorEnv) and state.get("envs") and not anew:
             self.obs = self.envs.unwrapped.load_state_dict(state["envs"])
-        elif not can_replay(self.envs):
-            warn("this environment's episodes cannot be replayed: they begin anew")
+        elif not (anew or can_replay(self.envs)):
+            if self.leads:
+                warn("this environment's episodes cannot be replayed: they begin anew")
             self.buffer.forget_unfinished()
             self.episodes.forget_unfinished()
-        self._saved_at = self.episodes.steps
-        self.resumed_at = self.progress.logged + 1 if self.progress.figures is None else self.episodes.steps
-        restore_random_state(state["random"])
+        self.meetings.meet()
+        self._saved_at = self.steps
+        self.resumed_at = self.progress.logged + 1 if self.progress.figures is None else self.steps
+        if not (anew and self.ranks.rank):
+            restore_random_state(state["random"])
+
+    def _begin_anew(self, source: Path, content: dict[str, Any]) -> None:
+        """Go on with another number of ranks than saved the run, which have other environments."""
+        saved = saved_processes(content["state"])
+        if self.leads:
+            warn(f"this run had {saved} ranks, and goes on with {self.ranks.size}: its episodes begin anew")
+        deal_rows(self.buffer, source, content["state"], content["rows"], self.ranks)
+        self.saved_rows = []
+        self.agent.join(self.ranks)  # with noise of its own again, not rank 0's
+        self.env_seed = derived_seed(self.config.seed, self.episodes.steps)
+
+    def _reset(self) -> Any:
+        """Begin the episodes of this rank's environments, which are numbered, and seeded, from those before it."""
+        first = self.ranks.rank * self.config.n_envs
+        if can_replay(self.envs):
+            return self.envs.reset(seed=self.env_seed, options=counted_from(first))[0]
+        return self.envs.reset(seed=derived_seed(self.env_seed, first) if first else self.env_seed)[0]
 
     def run(self, folder: Path) -> Evaluation:
         """Train until the steps are done, logging and saving in ``folder``; the final evaluation.
@@ -154,11 +156,17 @@ class Loop:
         Raises Interrupted after a signal, once saved.
         """
         config, progress, self.checkpoints = self.config, self.progress, folder / "checkpoints"
-        logger = Logger(folder, flatten(self.options), self.resumed_at)
-        self.console = Console(config.total_timesteps, config.quiet, config.verbose)
-        with closing(self.console), closing(logger) as self.logger, self.signals, ExitStack() as self.opened:
+        self.console = Console(config.total_timesteps, config.quiet or not self.leads, config.verbose)
+        logger: Any = Logger(folder, flatten(self.options), self.resumed_at) if self.leads else ExitStack()
+        with (
+            closing(self.console),
+            closing(logger) as self.logger,
+            closing(self.evaluations),
+            self.signals,
+            ExitStack() as self.opened,
+        ):
             if self.obs is None:
-                self.obs, _ = self.envs.reset(seed=config.seed)
+                self.obs = self._reset()
             if config.compile:
                 self.opened.enter_context(compiled(self.agent, config.quiet))
             if config.profile:
@@ -170,43 +178,57 @@ class Loop:
                     score = self._assess(progress.figures)
                     if self.finished:
                         return NO_EPISODES if score is None else score
-                    progress.figures, progress.began = None, self.episodes.steps
+                    progress.figures, progress.began = None, self.steps
             except (Interrupted, EnvironmentFailedError) as problem:
+                if isinstance(problem, EnvironmentFailedError) and self.ranks.size > 1:  # the others are not here
+                    raise EnvironmentFailedError(f"{problem}{self._kept()}") from None
                 self._save(None)
                 self.signals.check()  # which may have reached the workers, too
-                done = f"saved after {self.episodes.steps:,} steps in {folder}, for klrl resume"
+                done = f"saved after {self.steps:,} steps in {folder}, for klrl resume"
                 raise EnvironmentFailedError(f"{problem}; {done}") from None
             except NonFiniteError as problem:
-                saved = checkpoint.steps(self.checkpoints)
-                kept = f"; the last checkpoint is {saved[-1]}" if saved else ""
-                raise NonFiniteError(f"{problem}, {self.episodes.steps} steps into the run{kept}") from None
+                raise NonFiniteError(f"{problem}, {self.steps} steps into the run{self._kept()}") from None
+
+    def _kept(self) -> str:
+        saved = checkpoint.steps(self.checkpoints)
+        return f"; the last checkpoint is {saved[-1]}" if saved else ""
+
+    @property
+    def steps(self) -> int:
+        """Environment steps, of all ranks."""
+        return self.meetings.steps
 
     @property
     def finished(self) -> bool:
-        return self.episodes.steps >= self.config.total_timesteps
+        return self.steps >= self.config.total_timesteps
 
     def _learn(self) -> dict[str, float]:
         """Step the environments and update the agent until it reports; the report's figures."""
-        progress, start = self.progress, time.perf_counter()
+        progress, start, waited = self.progress, time.perf_counter(), self.ranks.seconds
         try:
             report, learning = self._until_report()
+            self.meetings.meet()
+            compare_weights(self.ranks, self.agent.policy, progress.updates + 1)
         finally:
             seconds = time.perf_counter() - start
             progress.training_time += seconds
         self.per_state = report.kl.per_state
         progress.updates += 1
-        figures = self.episodes.figures()
+        figures = self.episodes.figures(self.ranks)
         report.write(figures.__setitem__)
-        if progress.skipped or self.episodes.restarted:
-            figures["health/restarted_episodes"] = float(self.episodes.restarted)
+        (restarted,) = self.ranks.sum(self.episodes.restarted)
+        if progress.skipped or restarted:
+            figures["health/restarted_episodes"] = float(restarted)
             figures["health/skipped_updates"] = float(progress.skipped)
         progress.skipped = 0
         if not self.provisional:  # that update may yet be taken back
             progress.undone = progress.undone + 1 if report.kl.rolled_back == 1 else 0
         if progress.undone > 1 and report.kl.rolled_back == 1:
             figures["health/undone_in_a_row"] = float(progress.undone)
-        figures["time/fps"] = self.episodes.steps / progress.training_time
+        figures["time/fps"] = self.steps / progress.training_time
         figures["time/collect_share"] = 1 - learning / seconds
+        if self.ranks.size > 1:
+            figures["time/reduce_share"] = (self.ranks.seconds - waited) / seconds
         return figures
 
     def _until_report(self) -> tuple[UpdateResult, float]:
@@ -215,7 +237,7 @@ class Loop:
         report: UpdateResult | None = None
         silent = False
         while report is None:
-            self.signals.check()
+            self.meetings.step()
             if self.finished and (report := self.agent.finish_window(self.buffer)) is not None:
                 self.provisional = report.kl.rolled_back == 0
                 break
@@ -252,60 +274,47 @@ class Loop:
 
     def _assess(self, learned: dict[str, float]) -> Evaluation | None:
         """Evaluate where it is time, log, and save; the score of the final evaluation."""
-        config, progress, steps = self.config, self.progress, self.episodes.steps
+        config, progress, steps = self.config, self.progress, self.steps
         figures, score = dict(learned), None
         final = self.finished and config.final_episodes > 0
         self._find_folder()
         if final:
             self._save(None)  # an evaluation may fail, or take longer than anyone waits
             self.envs.close()  # of some tasks no two instances may exist
-            if self._evaluators is not None:
-                self._evaluators.close()
-                self._evaluators = None
-            score = self._evaluate(config.final_episodes, evaluation_seed("final", config.seed))
+            self.evaluations.close()
+            show = partial(self.console.evaluating, total=config.final_episodes)
+            score = self.evaluations.run(config.final_episodes, evaluation_seed("final", config.seed), show)
         elif config.eval_every and progress.updates % config.eval_every == 0:
-            score = self._evaluate(config.eval_episodes, evaluation_seed("during", config.seed))
+            score = self.evaluations.run(config.eval_episodes, evaluation_seed("during", config.seed))
         if score is not None:
             figures["eval/mean_reward"], figures["eval/std_reward"] = score.mean, score.std
             figures["eval/mean_ep_length"] = statistics.fmean(score.lengths)
             if final:
                 figures["eval/final_return"] = score.mean
-        self.logger.write(steps, figures)
-        if self.per_state is not None and config.histogram_every and progress.updates % config.histogram_every == 0:
-            # In logarithms: KLs spread over decades, and on a plain axis all but the largest are one bar.
-            magnitudes = self.per_state.double().clamp(1e-12, 1e12).log10().cpu().numpy()
-            self.logger.write_histogram(steps, "kl/log10_per_state", magnitudes)
-        self.console.update(steps, figures)
+        if self.leads:
+            self._log(steps, figures)
         improved = score is not None and score.mean > progress.best
         by_steps = 0 < config.save_every <= steps - self._saved_at
         by_time = config.save_every == 0 and time.monotonic() - self._saved_time >= _SAVE_SECONDS
-        if self.finished or improved or by_steps or by_time:
+        if self.ranks.any(self.finished or improved or by_steps or (by_time and self.leads)):
             self._save(score)
         progress.best = max(progress.best, score.mean) if score is not None else progress.best
         progress.logged = steps
         return score if final else None
 
-    def _evaluate(self, episodes: int, seed: int) -> Evaluation:
-        """Episodes that leave the global generators as they were, so that training does not depend on them."""
-        with random_state_kept():
-            width = min(episodes, self.config.n_envs)
-            if self._evaluators is None or self._evaluators.num_envs != width:
-                if self._evaluators is not None:
-                    self._evaluators.close()
-                envs = make_vector(self.env, width, self.config.env)
-                self._evaluators = self.opened.enter_context(closing(envs))
-
-            def watch(obs: Any, running: Any, returns: Any, step: int, first: int) -> None:
-                self.signals.check()
-                if self.finished:
-                    self.console.evaluating(min(first + len(running), episodes) - int(running.sum()), episodes)
-
-            return run_episodes(self.agent, self._evaluators, seed, watch=watch, episodes=episodes)
+    def _log(self, steps: int, figures: dict[str, float]) -> None:
+        every = self.config.histogram_every
+        self.logger.write(steps, figures)
+        if self.per_state is not None and every and self.progress.updates % every == 0:
+            # In logarithms: KLs spread over decades, and on a plain axis all but the largest are one bar.
+            magnitudes = self.per_state.double().clamp(1e-12, 1e12).log10().cpu().numpy()
+            self.logger.write_histogram(steps, "kl/log10_per_state", magnitudes)
+        self.console.update(steps, figures)
 
     def _find_folder(self) -> None:
         """Raise OSError where the run's folder is gone, which saving would make again with nothing else in it."""
-        if not (folder := self.checkpoints.parent).is_dir():
-            raise OSError(f"{folder} was moved or removed while the run trained, {self.episodes.steps} steps into it")
+        if self.leads and not (folder := self.checkpoints.parent).is_dir():
+            raise OSError(f"{folder} was moved or removed while the run trained, {self.steps} steps into it")
 
     def _save(self, score: Evaluation | None) -> None:
         """Save everything, as it is between two updates or in the middle of collecting."""
@@ -321,6 +330,7 @@ class Loop:
             "agent": self.agent.state_dict(),
             "loop": {
                 "progress": progress,
+                "env_seed": self.env_seed,
                 "episodes": self.episodes.state_dict(),
                 "buffer": self.buffer.state_dict(),
                 "obs": {key: torch.from_numpy(np.array(part)) for key, part in parts.items()},
@@ -331,6 +341,5 @@ class Loop:
             },
         }
         mean = None if score is None else score.mean
-        checkpoint.save(self.checkpoints, self.episodes.steps, state, mean, self.buffer, self.saved_rows)
-        checkpoint.prune(self.checkpoints)
-        self._saved_at, self._saved_time = self.episodes.steps, time.monotonic()
+        save(self.checkpoints, self.steps, state, mean, self.buffer, self.saved_rows, self.ranks)
+        self._saved_at, self._saved_time = self.steps, time.monotonic()

@@ -46,14 +46,18 @@ from klrl.envs.make import (
     settled,
 )
 from klrl.errors import Interrupted, UsageError
+from klrl.kl import Ranks
 from klrl.policies import spaces
 from klrl.policies.networks import OwnNetwork, name_of_network, named_network
 from klrl.rundir import checkpoint
 from klrl.rundir.folder import locked, make_folder, replace_file
 from klrl.training.episodes import Episodes
 from klrl.training.evaluation import Evaluation, evaluation_seed, run_episodes, summary
-from klrl.training.loop import DEVICES, DeviceName, Loop, RunConfig
-from klrl.training.randomness import random_state_kept
+from klrl.training.launch import interrupted, joined, mark
+from klrl.training.loop import Loop
+from klrl.training.options import DEVICES, DeviceName, RunConfig
+from klrl.training.randomness import random_state_kept, scatter_random_state
+from klrl.training.saving import of_rank, saved_processes
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class ResumeConfig(Checked):
     """Where the networks live; by default as before. Another device may round otherwise."""
     threads: Annotated[int, Range(0, 1024)] = 0
     """CPU threads of torch; 0 keeps the run's own. Another number may round otherwise."""
+    processes: Annotated[int, Range(0, 256)] = 0
+    """Processes that go on; 0 keeps the run's own number. With another number the episodes begin anew."""
     quiet: bool = False
     """Print only the final evaluation and where the run lies. Without this and --verbose, as the run was begun."""
     verbose: bool = False
@@ -148,35 +154,65 @@ def resume(
     """
     given = build(ResumeConfig, {"total_timesteps": total_timesteps, **options})
     import_packages(given.imports)
-    folder, total_timesteps = Path(path).absolute(), given.total_timesteps
-    checkpoint.resolve(folder)
-    if (folder / "manifest.json").exists():
-        raise UsageError(f"resume takes a run's folder, not one of its checkpoints: {folder.parent.parent}")
-    with locked(folder):
-        checkpoint.clean(folder / "checkpoints")
-        source, content = checkpoint.newest(folder, with_rows=True)
+    folder = Path(path).absolute()
+    with joined(given.device) as ranks, contextlib.ExitStack() as stack:
+        where, content = ranks.first(_saved(stack, folder) if ranks.rank == 0 else ("", {}))
+        source = Path(where)
         with checkpoint.refusing_misfits(source):
             begun, state = content["state"]["options"], content["state"]["loop"]
-            target, done = env or begun["env_id"], state["episodes"]["steps"]
+            target, done = env or begun["env_id"], content["step"]
             check_imported([*begun["imports"], module_of(target) if isinstance(target, str) else ""], str(path))
             agent_class = agent or registry.find(begun["agent"])
             config, agent_config = config_of(agent_class, begun)
             check_widths(begun, content["state"]["agent"])
         if isinstance(target, str) and not registered(target):
             raise UsageError(f"{path} was trained on {target!r}, which is no env id here: give klrl.resume its factory")
-        if total_timesteps:
-            if total_timesteps <= done:
-                raise UsageError(f"--total-timesteps {total_timesteps}: {path} has {done:,} steps already")
-            config = replace(config, total_timesteps=total_timesteps)
+        if total := given.total_timesteps:
+            if total <= done:
+                raise UsageError(f"--total-timesteps {total}: {path} has {done:,} steps already")
+            config = replace(config, total_timesteps=total)
         config = replace(config, device=given.device or config.device, threads=given.threads or config.threads)
         if given.quiet or given.verbose:
             config = replace(config, quiet=given.quiet, verbose=given.verbose)
         if state["complete"] and config.total_timesteps <= done:
             raise UsageError(f"{path} has its {config.total_timesteps:,} steps; --total-timesteps N trains it further")
-        return run_training(agent_class, target, config, agent_config, network, folder, (source, content))
+        return _run(ranks, agent_class, target, config, agent_config, network, folder, (source, content))
+
+
+def processes_of(path: str | Path) -> int:
+    """How many processes trained the run in a folder."""
+    return saved_processes(checkpoint.newest(Path(path))[1]["state"])
+
+
+def _saved(stack: contextlib.ExitStack, folder: Path) -> tuple[str, dict[str, Any]]:
+    """The newest whole checkpoint in a run's folder, whose lock the stack then holds."""
+    checkpoint.resolve(folder)
+    if (folder / "manifest.json").exists():
+        raise UsageError(f"resume takes a run's folder, not one of its checkpoints: {folder.parent.parent}")
+    stack.enter_context(locked(folder))
+    checkpoint.clean(folder / "checkpoints")
+    source, content = checkpoint.newest(folder, with_rows=True)
+    return str(source), content
 
 
 def run_training(
+    agent_class: type[Agent],
+    env: str | EnvFactory,
+    config: RunConfig,
+    agent_config: Any,
+    network: OwnNetwork | None = None,
+) -> Run:
+    """Train in a new folder, with the ranks that this process was started as one of."""
+    with joined(config.device) as ranks:
+        if config.processes > 1 and ranks.size == 1:
+            raise UsageError("processes: from Python, start the script by torchrun --nproc-per-node N")
+        if before := ranks.first(interrupted(config.run_dir) if ranks.rank == 0 else ""):
+            return resume(before, env if callable(env) else None, 0, agent_class, network, imports=config.imports)
+        return _run(ranks, agent_class, env, config, agent_config, network)
+
+
+def _run(
+    ranks: Ranks,
     agent_class: type[Agent],
     env: str | EnvFactory,
     config: RunConfig,
@@ -186,13 +222,17 @@ def run_training(
     saved: tuple[Path, dict[str, Any]] | None = None,
 ) -> Run:
     """Train in a new folder, or go on in ``folder``, whose lock is held, from the checkpoint and content ``saved``."""
+    ranks.timeout = config.rank_timeout
     if config.quiet and config.verbose:
         raise UsageError("--quiet and --verbose contradict each other: give one of them")
     name, here = agent_class.name(), Path.cwd()  # which an environment may leave
     if network is None and config.network:
         network = named_network(config.network)
-    config = replace(config, env=settled(env, config.n_envs, config.env))  # a run says what it took
+    took = ranks.first(to_dict(settled(env, config.n_envs, config.env)) if ranks.rank == 0 else {})
+    config = replace(config, env=build(EnvConfig, took), processes=ranks.size)  # a run says what it took
     device = pick_device(config.device, lambda: images_of(env, config.env))
+    if device.startswith("cuda") and ranks.size > 1:
+        device = f"cuda:{ranks.rank % torch.cuda.device_count()}"
     # A resumed run keeps its name, whatever the factory that it is given is called.
     env_id = env_name(env) if saved is None else saved[1]["state"]["options"]["env_id"]
     try:
@@ -206,34 +246,53 @@ def run_training(
         stack.enter_context(random_state_kept(config.seed))
         if saved is not None:
             with checkpoint.refusing_misfits(saved[0]):
-                state = saved[1]["state"]["loop"]
+                state = _own_loop(saved[1]["state"], ranks)
                 shown = {key: part.numpy() for key, part in state["obs"].items()}
                 keyed = isinstance(spaces.from_json(saved[1]["state"]["observation_space"]), gym.spaces.Dict)
-                positions = episodes.load_state_dict(state["episodes"], shown if keyed else shown[""])
+                if saved_processes(saved[1]["state"]) == ranks.size:
+                    positions = episodes.load_state_dict(state["episodes"], shown if keyed else shown[""])
+                else:
+                    episodes.count(state["episodes"], saved[1]["step"] if ranks.rank == 0 else 0)
         envs = stack.enter_context(contextlib.closing(make_vector(env, config.n_envs, config.env, positions)))
         stack.enter_context(_process_settings(config))
         spaces.check_observation_space(envs.single_observation_space)
         spaces_of = envs.single_observation_space, envs.single_action_space
         agent = agent_class(*spaces_of, agent_config, device, config.seed, network)
-        loop = Loop(agent, env, envs, episodes, config, options)
+        agent.join(ranks)
+        if ranks.rank:
+            scatter_random_state(config.seed, ranks.rank)
+        loop = Loop(agent, env, envs, episodes, config, options, ranks)
         if saved is not None:
             with checkpoint.refusing_misfits(saved[0]):
                 loop.restore(*saved)
         if folder is None:
-            folder = make_folder(config.run_dir, f"{name}-{env_id}-{config.seed}", here)
-            stack.enter_context(locked(folder))
-        replace_file(folder / "config.toml", toml)
+            if ranks.rank == 0:
+                folder = make_folder(config.run_dir, f"{name}-{env_id}-{config.seed}", here)
+                stack.enter_context(locked(folder))
+            folder = Path(ranks.first(str(folder)))
+        if ranks.rank == 0:
+            replace_file(folder / "config.toml", toml)
+            mark(folder)
         named = folder.relative_to(here) if folder.is_relative_to(here) else folder
         try:
             score = loop.run(folder)
         except Interrupted:
-            say(f"stopped after {episodes.steps:,} steps; go on with: klrl resume {named}", "stderr")
+            if ranks.rank == 0:
+                say(f"stopped after {loop.steps:,} steps; go on with: klrl resume {named}", "stderr")
             raise
+    if ranks.rank:
+        return Run(agent, folder, env, config, score)
     if score.returns:
         say(f"evaluation  {summary(score)}")
     say(f"run         {named}")
     say(f"watch       tensorboard --logdir {config.run_dir}")
     return Run(agent, folder, env, config, score)
+
+
+def _own_loop(state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """The saved loop that this rank goes on from: its own, or rank 0's where another number of ranks saved it."""
+    loop: dict[str, Any] = of_rank(state, ranks.rank if saved_processes(state) == ranks.size else 0)["loop"]
+    return loop
 
 
 @contextlib.contextmanager

@@ -1,0 +1,115 @@
+"""The ranks of a run: started by torch's launcher, and joined to each other."""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from klrl.console import SILENT, rank, say
+from klrl.errors import LOST, STOP_SIGNALS, Interrupted, RankLostError, one_line
+from klrl.kl import Ranks
+from klrl.rundir import checkpoint
+from klrl.rundir.folder import open_file, replace_file
+from klrl.training.host import OVERDUE, HostRanks
+
+_RESTARTS, _MARK = "TORCHELASTIC_RESTART_COUNT", "launcher"
+_SAVING = 60  # seconds that ranks have to end by themselves
+
+
+@contextlib.contextmanager
+def joined(device: str = "cpu") -> Iterator[Ranks]:
+    """The ranks that this process was started as one of, or this process alone.
+
+    On one machine they reduce through its memory; otherwise by gloo, and what lies on CUDA devices by NCCL.
+    """
+    if rank() is None and not dist.is_initialized():
+        yield Ranks()
+        return
+    mine = not dist.is_initialized()
+    near = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if mine:
+        try:
+            address: Any = _restarted() if near and os.environ.get(_RESTARTS, "0") != "0" else {}
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", **address)
+        except RuntimeError as problem:
+            raise RankLostError(f"the ranks did not find each other: {one_line(problem)}") from None
+    try:
+        group, size = dist.group.WORLD, dist.get_world_size()
+        assert group is not None
+        near = near and HostRanks.suits(size)
+        yield Ranks() if size == 1 else HostRanks(group) if near else Ranks(group)
+    finally:
+        if mine:
+            dist.destroy_process_group()
+
+
+def _restarted() -> dict[str, Any]:
+    """Where ranks that torchrun restarted meet: torch 2.13 leaves there the addresses of those before, which gloo then
+    asks in vain."""
+    stores: Any = dist
+    size = int(os.environ["WORLD_SIZE"])
+    store = stores.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
+    apart = stores.PrefixStore(f"klrl {os.environ[_RESTARTS]}", store)
+    return {"store": apart, "rank": int(os.environ["RANK"]), "world_size": size}
+
+
+def mark(folder: Path) -> None:
+    """Write into a run's folder what its launcher is known by, for ``interrupted``."""
+    if _RESTARTS in os.environ:
+        replace_file(folder / _MARK, _launcher())
+
+
+def interrupted(run_dir: str) -> str:
+    """The folder of the run that torchrun restarted these ranks to go on with (``--max-restarts``), or nothing."""
+    if not int(os.environ.get(_RESTARTS, 0)):
+        return ""
+    for path in sorted(Path(run_dir).glob(f"*/{_MARK}"), key=lambda path: -path.stat().st_mtime):
+        with contextlib.suppress(OSError), open_file(path, 1000, links=False) as file:
+            if file.read().decode(errors="replace") == _launcher() and checkpoint.steps(path.parent / "checkpoints"):
+                return str(path.parent)
+    return ""
+
+
+def _launcher() -> str:
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {socket.gethostname()} {os.getppid()}\n"
+
+
+def launch(arguments: Sequence[str], processes: int) -> NoReturn:
+    """Run ``klrl`` with these arguments as so many ranks on this machine, and exit as they did.
+
+    One that fails ends the others, and a line says which and why. A stop signal goes to all.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):  # which has many words for an end
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ[SILENT] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # which the ranks set themselves, as --threads says
+    here: Any = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
+    config = LaunchConfig(1, 1, processes, max_restarts=0, run_id="klrl", shutdown_timeout=_SAVING, **here)
+    try:
+        elastic_launch(config, sys.executable)("-m", "klrl", *arguments)
+    except SignalException as stop:
+        raise Interrupted(int(stop.sigval)) from None
+    except ChildFailedError as problem:
+        place, failure = min(problem.failures.items(), key=lambda item: (item[1].exitcode == LOST, item[1].timestamp))
+        if failure.exitcode - 128 in STOP_SIGNALS:
+            raise Interrupted(failure.exitcode - 128) from None
+        if failure.exitcode == -OVERDUE:
+            say(f"klrl: rank {place} did not come to where the others waited for it, and was ended", "stderr")
+        elif failure.exitcode < 0:
+            say(f"klrl: rank {place} was ended by {signal.Signals(-failure.exitcode).name}", "stderr")
+        else:
+            say(f"klrl: rank {place}: {failure.message}", "stderr")
+        sys.exit(max(failure.exitcode, 1))
+    sys.exit(0)

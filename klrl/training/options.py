@@ -1,0 +1,59 @@
+"""The options of a run that are not its agent's."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from klrl.config import MOST_ENVS, Checked, Count, EnvCount, Form, PositiveInt, Range, Reads, Seed
+from klrl.envs.make import EnvConfig, Imports
+
+DeviceName = Annotated[str, Reads(str), tyro.conf.arg(metavar="{auto,cpu,cuda,cuda:N}")]  # or a torch.device
+DEVICES = Form("auto|cpu|cuda(:[0-9]+)?", "auto, cpu, cuda or cuda:N")
+
+
+@dataclass(frozen=True)
+class RunConfig(Checked):
+    total_timesteps: PositiveInt = 1_000_000
+    """Environment steps to train for; an on-policy run ends with the first whole rollout at or beyond this."""
+    seed: Seed = 0
+    """Seed of weights, environments and sampling."""
+    n_envs: EnvCount = 8
+    """Environments stepped side by side."""
+    device: Annotated[DeviceName, DEVICES] = "auto"
+    """Where the networks live; auto takes CUDA for image observations where there is one, else the CPU."""
+    threads: Annotated[int, Range(1, 1024)] = 1
+    """CPU threads of torch, at most this machine's cores; small networks are fastest with one."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Of float32 products; medium rounds to bfloat16, which is faster where the processor has units for it."""
+    run_dir: str = "runs"
+    """The folder in which the run's own folder is made."""
+    eval_every: Count = 20
+    """Updates (off-policy: windows of kl.every steps) between two evaluations on separate environments; 0 never."""
+    eval_episodes: EnvCount = 5
+    """Episodes of each of those evaluations."""
+    final_episodes: Annotated[int, Range(0, MOST_ENVS)] = 20
+    """Episodes of the final evaluation, once everything is saved and the training environments are closed; 0 none."""
+    save_every: Count = 0
+    """Steps between two checkpoints; 0 saves about once a minute. The last two and the best are kept."""
+    histogram_every: Count = 10
+    """Updates (off-policy: windows) between two TensorBoard histograms of log10 KL over states; 0 none."""
+    quiet: bool = False
+    """Print only the final evaluation and where the run lies."""
+    verbose: bool = False
+    """Print a line for each update, not only for each tenth of the run."""
+    processes: Annotated[int, Range(1, 256)] = 1
+    """Processes that train the policy together, each with n_envs environments and minibatches of its own; several are
+    started on this machine. Under torchrun there are as many as it started."""
+    rank_timeout: Annotated[float, Range(0, 86_400, above=True)] = 25.0
+    """Seconds that such a process waits for another before the run ends: longer than any one step of an environment."""
+    profile: bool = False
+    """Print at the end where the time went, part by part, and write a trace for Chrome or Perfetto, profile.json."""
+    compile: bool = False
+    """Learn by compiled gradients, of SAC and of PPO with a network of one's own: some seconds at first, then less time
+    a step."""
+    imports: Imports = ()
+    network: str = ""
+    """A network of one's own in place of hidden layers, module:Class: an nn.Module from inputs to features [B, F] that
+    is made with the observation space."""
+    env: EnvConfig = field(default_factory=EnvConfig)
