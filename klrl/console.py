@@ -9,6 +9,10 @@ from collections.abc import Callable
 from typing import Literal
 
 Stream = Literal["stdout", "stderr"]
+LAUNCH = "KLRL_LAUNCH"
+"""What a launch is known by whose ranks may be started again."""
+FOLLOW = "KLRL_FOLLOW_PARENT"
+"""Set for a run that is to save and end where the process that started it is gone."""
 SILENT = "KLRL_SILENT_RANKS"
 """Set for ranks whose last words their launcher prints."""
 

@@ -70,9 +70,9 @@ def start(*arguments: str, **more: Any) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 
-def klrl(*arguments: str) -> tuple[int, str, str]:
+def klrl(*arguments: str, timeout: float = 120) -> tuple[int, str, str]:
     process = start(*arguments)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from klrl import __version__
 from klrl.cli.options import parse, parse_command, wants_help
@@ -123,7 +123,7 @@ def _train(arguments: list[str]) -> None:
 
     from klrl.envs.make import check, check_imported, import_module, import_packages, module_of
     from klrl.training.launch import launch
-    from klrl.training.options import RunConfig
+    from klrl.training.options import RayConfig, RunConfig
     from klrl.training.run import resolve, run_training
 
     agent, env, options = names[0], (names[1] if len(names) == 2 else None), arguments[len(names) :]
@@ -149,11 +149,19 @@ def _train(arguments: list[str]) -> None:
     @dataclass(frozen=True)
     class TrainOptions:  # made here, because the agent decides the options and the preset their defaults
         config: Annotated[str, tyro.conf.arg(help="TOML file of options, such as a run's config.toml.")] = ""
+        on: Literal["here", "ray"] = "here"
+        """Start the processes on this machine, or as workers of Ray (the extra ray)."""
+        ray: Annotated[RayConfig, tyro.conf.arg(name="ray")] = RayConfig()  # noqa: RUF009 (frozen)
         run: Annotated[RunConfig, tyro.conf.arg(name="")] = run_config
         agent: Annotated[config_class, tyro.conf.arg(name="")] = agent_config  # type: ignore[valid-type]
 
     about = f"Agents: {', '.join(registry.names())}, and those that --import brings. These are the options of {agent}."
     given = parse(TrainOptions, options, f"klrl train {agent} {env or 'ENV'}", about)
+    if given.on == "ray":
+        from klrl.training.on_ray import train_on_ray
+
+        train_on_ray(agent, env or "", given.run, given.agent, given.ray)
+        return
     if given.run.processes > 1 and rank() is None:
         launch(["train", *arguments], given.run.processes)
     run_training(agent_class, env or "", given.run, given.agent)

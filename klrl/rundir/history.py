@@ -18,7 +18,7 @@ from klrl.errors import UsageError
 from klrl.rundir.folder import in_use, open_file
 
 Column = npt.NDArray[np.float64]
-_WATCHING = ("eval_every", "eval_episodes", "save_every", "histogram_every", "quiet", "verbose")
+_WATCHING = ("eval_every", "eval_episodes", "save_every", "histogram_every", "quiet", "verbose", "rank_timeout")
 _NOT_A_SETTING = ("seed", "run_dir", "device", "threads", "final_episodes", *_WATCHING)
 # Beyond what any run writes, and little enough to be read: a folder may be anyone's.
 _MOST_CONFIG, _MOST_METRICS, _LONGEST_LINE = 1 << 18, 1 << 31, 1 << 20  # bytes
@@ -69,7 +69,8 @@ class History:
 
 def setting_of(options: dict[str, Any]) -> dict[str, Any]:
     """The options that define a run's setting: runs that agree in them differ by their seeds alone."""
-    return {key: value for key, value in flatten(options).items() if key not in _NOT_A_SETTING}
+    flat = {key: value for key, value in flatten(options).items() if key not in _NOT_A_SETTING}
+    return {key: value for key, value in flat.items() if key != "processes" or value != 1}
 
 
 def read_history(path: str | Path) -> History:

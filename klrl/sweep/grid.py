@@ -6,7 +6,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -56,9 +56,18 @@ def parse_values(text: str) -> list[Any]:
 
 
 def expand(
-    agent: str, env: str, choices: Mapping[str, Sequence[Any]], imports: Sequence[str] = (), network: str = ""
+    agent: str,
+    env: str,
+    choices: Mapping[str, Sequence[Any]],
+    imports: Sequence[str] = (),
+    network: str = "",
+    *,
+    named: Collection[str] = (),
 ) -> list[Setting]:
-    """Every combination of the choices' values, complete. Raises UsageError where ``klrl train`` would refuse one."""
+    """Every combination of the choices' values, complete. Raises UsageError where ``klrl train`` would refuse one.
+
+    ``named``: the options that settings' labels name even where they have one value.
+    """
     settings: list[Setting] = []
     if (count := math.prod(map(len, choices.values()))) > _MOST_SETTINGS:
         raise UsageError(f"--set gives {count:,} combinations: at most {_MOST_SETTINGS:,}")
@@ -71,7 +80,7 @@ def expand(
         options = {"agent": agent.lower(), "env_id": env, **to_dict(run), **to_dict(own)}
         texts = {key: f"{key}={_text(flatten(options).get(key, chosen[key]))}" for key in sorted(choices)}
         name = file_name(",".join(texts.values()) or "default")
-        label = " ".join(text for key, text in texts.items() if len(choices[key]) > 1) or env
+        label = " ".join(text for key, text in texts.items() if key in named or len(choices[key]) > 1) or env
         settings.append(Setting(name, label, options))
     return list({json.dumps(setting.options, sort_keys=True): setting for setting in reversed(settings)}.values())[::-1]
 

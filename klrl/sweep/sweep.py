@@ -7,7 +7,8 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -22,13 +23,16 @@ from klrl.agents import registry
 from klrl.analysis import tables
 from klrl.analysis.report import ReportConfig, report
 from klrl.analysis.scores import score_of
-from klrl.config import Checked, Count, Range, cores
+from klrl.config import Checked, Count, PositiveInt, Range, cores
 from klrl.console import attempt, is_terminal, printable, say, warn
 from klrl.envs.make import EnvConfig, Imports, check, import_module, import_packages, make_vector, module_of
-from klrl.errors import Interrupted, refusals
+from klrl.errors import Interrupted, UsageError, refusals
 from klrl.policies.networks import named_network
-from klrl.sweep.grid import expand, file_name, parse_choices
+from klrl.sweep.grid import Setting, expand, file_name, parse_choices
+from klrl.sweep.on_ray import run_on_ray
+from klrl.sweep.search import Proposals, ranges_in
 from klrl.sweep.trial import Status, Trial
+from klrl.training.options import RayConfig
 from klrl.training.signals import Signals
 
 _POLL, _REDRAW = 0.1, 1.0  # seconds
@@ -54,6 +58,16 @@ class SweepConfig(Checked):
     imports: Imports = ()
     network: str = ""
     """A network of one's own for all runs, module:Class, as for klrl train; --set network=a:A,b:B compares some."""
+    search: Literal["grid", "optuna"] = "grid"
+    """Every combination, or such as Optuna proposes (the extra optuna), where a --set may be a range:
+    learning_rate=log:1e-4..1e-2 batch_size=32..512"""
+    trials: PositiveInt = 20
+    """How many settings optuna proposes, each with all seeds."""
+    on: Literal["here", "ray"] = "here"
+    """Work in this machine's processes, or on Ray (the extra ray), whose machines all see --run-dir."""
+    scheduler: Literal["none", "asha"] = "none"
+    """On Ray: stop trials early whose evaluations are among the poorer (asha)."""
+    ray: RayConfig = field(default_factory=RayConfig)
 
 
 def sweep(agent: str, env: str, config: SweepConfig) -> None:
@@ -67,8 +81,14 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
     import_packages(config.imports)
     registry.find(agent, env)
     check(env)
-    choices = parse_choices(word for words in config.set for word in words or [""])
-    settings = expand(agent, env, choices, config.imports, config.network)
+    words = [word for words in config.set for word in words or [""]]
+    ranges = ranges_in(words) if config.search == "optuna" else {}
+    choices = parse_choices(word for word in words if word.partition("=")[0] not in ranges)
+    if config.scheduler != "none" and config.on != "ray":
+        raise UsageError(f"--scheduler {config.scheduler} is Ray's: give --on ray, too")
+    made = partial(expand, agent, env, imports=config.imports, network=config.network)
+    propose = Proposals(made, choices, ranges) if config.search == "optuna" else None
+    settings = made(choices) if propose is None else [propose.example()]
     for network in {str(setting.options["network"]): None for setting in settings}:
         if module_of(network):
             import_module(module_of(network), f"--network {network}")
@@ -79,13 +99,28 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
     folder = Path(config.run_dir) / file_name(config.name or f"sweep-{agent.lower()}-{env}")
     with refusals(f"--run-dir {config.run_dir}"):
         folder.mkdir(parents=True, exist_ok=True)
-    trials = [Trial(setting, seed, folder / setting.name) for setting in settings for seed in range(config.seeds)]
-    for trial in trials:
-        trial.read()
+    trials: list[Trial] = []
+
+    def run(settings: Sequence[Setting]) -> list[Trial]:
+        new = [Trial(one, seed, folder.absolute() / one.name) for one in settings for seed in range(config.seeds)]
+        known = {(trial.folder, trial.seed): trial for trial in trials}  # what is proposed again is not run again
+        trials.extend(trial for trial in new if (trial.folder, trial.seed) not in known)
+        new = [known.get((trial.folder, trial.seed), trial) for trial in new]
+        for trial in new:
+            trial.read()
+        if config.on == "ray":
+            run_on_ray(new, config.ray, config.scheduler, show)
+        else:
+            run_trials(new, config.jobs or cores(), signals, show)
+        return new
+
     with Signals() as signals:
         try:
             with _display(trials, config.quiet) as show:
-                run_trials(trials, config.jobs or cores(), signals, show)
+                if propose is None:
+                    run(settings)
+                else:
+                    propose.search(folder, config.trials, run)
         except BaseException as problem:
             stop_trials(trials, problem.signum if isinstance(problem, Interrupted) else signal.SIGTERM)
             raise
@@ -105,7 +140,7 @@ def run_trials(trials: list[Trial], jobs: int, signals: Signals, show: Callable[
                 free -= trial.begin()
         show()
         signals.check()
-        if all(trial.status in ("finished", "failed") for trial in trials):
+        if all(trial.status in ("finished", "stopped", "failed") for trial in trials):
             return
         time.sleep(_POLL)
 

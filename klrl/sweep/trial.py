@@ -24,7 +24,7 @@ from klrl.rundir.folder import in_use, replace_file, try_lock
 from klrl.rundir.history import History, read_history, setting_of
 from klrl.sweep.grid import Setting, file_name
 
-Status = Literal["running", "elsewhere", "failed", "waiting", "finished"]
+Status = Literal["running", "elsewhere", "failed", "waiting", "stopped", "finished"]
 
 
 class Trial:
@@ -34,6 +34,8 @@ class Trial:
         """``folder``: the setting's, in which the run's own folder lies or will lie."""
         self.setting, self.seed, self.folder = setting, seed, folder
         self.stem = file_name(f"{setting.options['agent']}-{setting.options['env_id']}-{seed}")
+        self.stopped = folder / f".{self.stem}.stopped"
+        """A file that says why a scheduler stopped the trial early."""
         self.status: Status = "waiting"
         self.history: History | None = None
         self.problem = ""
@@ -55,7 +57,15 @@ class Trial:
         whole = last is not None and last.state == "finished" and _saved_at(last) >= last.steps
         if whole and self.process is None:
             self.status = "finished"
+        elif self.stopped.exists():
+            self.status, self.problem = "stopped", self.stopped.read_text(errors="replace")[:200].strip()
         return whole
+
+    def look(self) -> None:
+        """Update the status of a trial that another process may work on."""
+        self.read()
+        if self.status in ("waiting", "running"):
+            self.status = "running" if any(map(in_use, self._runs())) else "waiting"
 
     def begin(self) -> bool:
         """Start the trial's process. It resumes the run, or begins it anew where there is no checkpoint yet.

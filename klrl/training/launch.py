@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from klrl.console import SILENT, rank, say
+from klrl.console import LAUNCH, SILENT, rank, say
 from klrl.errors import LOST, STOP_SIGNALS, Interrupted, RankLostError, one_line
 from klrl.kl import Ranks
 from klrl.rundir import checkpoint
@@ -62,13 +62,13 @@ def _restarted() -> dict[str, Any]:
 
 def mark(folder: Path) -> None:
     """Write into a run's folder what its launcher is known by, for ``interrupted``."""
-    if _RESTARTS in os.environ:
+    if _RESTARTS in os.environ or LAUNCH in os.environ:
         replace_file(folder / _MARK, _launcher())
 
 
 def interrupted(run_dir: str) -> str:
-    """The folder of the run that torchrun restarted these ranks to go on with (``--max-restarts``), or nothing."""
-    if not int(os.environ.get(_RESTARTS, 0)):
+    """The folder of the run that torchrun (``--max-restarts``) or Ray restarted these ranks to go on with, or ""."""
+    if not int(os.environ.get(_RESTARTS, LAUNCH in os.environ)):
         return ""
     for path in sorted(Path(run_dir).glob(f"*/{_MARK}"), key=lambda path: -path.stat().st_mtime):
         with contextlib.suppress(OSError), open_file(path, 1000, links=False) as file:
@@ -78,7 +78,7 @@ def interrupted(run_dir: str) -> str:
 
 
 def _launcher() -> str:
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {socket.gethostname()} {os.getppid()}\n"
+    return os.environ.get(LAUNCH) or f"{os.environ.get('TORCHELASTIC_RUN_ID')} {socket.gethostname()} {os.getppid()}"
 
 
 def launch(arguments: Sequence[str], processes: int) -> NoReturn:

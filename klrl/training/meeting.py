@@ -9,6 +9,7 @@ import zlib
 import torch
 from torch import nn
 
+from klrl.console import FOLLOW
 from klrl.errors import RanksDifferError
 from klrl.kl import Ranks
 from klrl.training.episodes import Episodes
@@ -30,6 +31,7 @@ class Meetings:
         self.n_envs, self.total_timesteps = n_envs * ranks.size, total_timesteps
         self.steps = 0
         """Environment steps of all ranks, as of the last meeting."""
+        self._follows = ranks.size > 1 or FOLLOW in os.environ
         self._parent, self._count, self._due, self._since = os.getppid(), 0, 1, time.monotonic()
 
     def step(self) -> None:
@@ -40,14 +42,14 @@ class Meetings:
 
     def meet(self, done: bool = False) -> bool:
         """Meet the others; whether all are ``done``. Raises Interrupted on all ranks where one has had a signal."""
+        if self._follows and os.getppid() != self._parent and not self.signals.signum:
+            self.signals.signum = signal.SIGTERM  # whoever started this is gone, and would have ended it
         if self.ranks.size == 1:
             self.steps = self.episodes.steps
             self.signals.check()
             return done
         pace = (time.monotonic() - self._since) / self._count if self._count else 0.0
-        orphaned = os.getppid() != self._parent  # whoever started the ranks is gone, and would have ended them
-        signum = self.signals.signum or (signal.SIGTERM if orphaned else 0)
-        found = self.ranks.numbers(self.episodes.steps, signum, pace, done)
+        found = self.ranks.numbers(self.episodes.steps, self.signals.signum, pace, done)
         everyone = list(zip(*found, strict=True))
         self.steps, slowest = int(sum(everyone[0])), max(everyone[2])
         self.signals.signum = int(max(everyone[1]))

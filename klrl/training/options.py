@@ -5,7 +5,19 @@ from typing import Annotated, Literal
 
 import tyro
 
-from klrl.config import MOST_ENVS, Checked, Count, EnvCount, Form, PositiveInt, Range, Reads, Seed
+from klrl.config import (
+    MOST_ENVS,
+    Checked,
+    Count,
+    EnvCount,
+    Form,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Range,
+    Reads,
+    Seed,
+)
 from klrl.envs.make import EnvConfig, Imports
 
 DeviceName = Annotated[str, Reads(str), tyro.conf.arg(metavar="{auto,cpu,cuda,cuda:N}")]  # or a torch.device
@@ -57,3 +69,21 @@ class RunConfig(Checked):
     """A network of one's own in place of hidden layers, module:Class: an nn.Module from inputs to features [B, F] that
     is made with the observation space."""
     env: EnvConfig = field(default_factory=EnvConfig)
+
+
+@dataclass(frozen=True)
+class RayConfig(Checked):
+    group = "ray."
+
+    address: str = ""
+    """The cluster's address, auto for the one that this machine is part of; by default this machine alone."""
+    cpus: Positive = 1.0
+    """Processor cores of each process."""
+    gpus: NonNegative = 0.0
+    """GPUs of each process; fractions share one."""
+    max_failures: Count = 3
+    """How often the processes of a run are begun again, from its last checkpoint, where one was lost."""
+
+    def resources(self) -> dict[str, float]:
+        """What Ray sets aside for each process."""
+        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
