@@ -169,7 +169,7 @@ class Loop:
                 self.obs = self._reset()
             if config.compile:
                 self.opened.enter_context(compiled(self.agent, config.quiet))
-            if config.profile:
+            if config.profile and self.leads:
                 self.opened.enter_context(Profile().of(self))
             try:
                 while True:

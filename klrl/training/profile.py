@@ -63,7 +63,8 @@ class Profile:
         watched = [(loop.envs, "step", "environment"), (loop.buffer, "add", "buffer")]
         own = [(name, part) for name, part in _OF_AGENT.items() if callable(getattr(loop.agent, name, None))]
         watched += [(loop.agent, name, part) for name, part in own]
-        watched += [(loop, "_save", "saving"), (loop, "_evaluate", "evaluation"), (loop, "_assess", "logging")]
+        watched += [(loop, "_save", "saving"), (loop.evaluations, "run", "evaluation"), (loop, "_assess", "logging")]
+        watched += [(loop.ranks, name, "between processes") for name in ("_reduced", "_gathered")]
         watched += [(Move, name, "KL") for name in _OF_KL]
         before = [(owner, name, vars(owner).get(name)) for owner, name, _ in watched]
         for owner, name, part in watched:

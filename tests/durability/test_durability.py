@@ -116,7 +116,7 @@ def saving(steps: int, tell: int = -1, again: bool = False) -> None:
     for step in range(first - again, first - again + steps):
         rows.written = 100 * step
         rows.size = min(rows.written, 1000)
-        checkpoint.save(Path("run"), step, {"x": torch.full((20_000,), float(step))}, float(-step), rows, saved)
+        checkpoint.save(Path("run"), step, {"x": torch.full((20_000,), float(step))}, float(-step), [rows], saved)
         if tell >= 0:
             os.write(tell, step.to_bytes(4, "big"))
         checkpoint.prune(Path("run"))
