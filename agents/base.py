@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from klrl.buffers.protocol import Buffer
 from klrl.config import Checked, NonNegative, Positive, PositiveInt, Seed, build, convert, field_types, to_dict
 from klrl.errors import UsageError, one_line
-from klrl.kl import ALONE, Direction, KLLimit, KLReport, Ranks, at_most, concatenate, freeze
+from klrl.kl import ALONE, Direction, KLLimit, KLReport, NoClosedFormError, Ranks, at_most, concatenate, freeze
 from klrl.kl.limit import Check, Overshoot
 from klrl.kl.measure import Of
 from klrl.kl.rules import PENALTIES, STATE_RULES, PenaltyRule, Start, StateRuleName
@@ -179,20 +179,22 @@ class Agent(ABC):
     def join(self, ranks: Ranks) -> None:
         """Learn together with agents made alike, on ``ranks``: with noise of its own, and the same updates."""
         self.ranks = self.encoder.ranks = ranks
-        if isinstance(limit := getattr(self, "limit", None), KLLimit):
+        for limit in [part for part in vars(self).values() if isinstance(part, KLLimit)]:
             limit.ranks = ranks
         if ranks.size > 1:
             words = [*self.rng.integers(2**32, size=4).tolist(), ranks.rank]
             self.rng.bit_generator.state = np.random.default_rng(words).bit_generator.state
 
     def total(self, compute: Callable[[], Tensors], losses: int, *groups: FlatParameters) -> Tensors:
-        """``compute``'s losses, and the gradient in the weights of ``groups``, summed over all ranks; all nan where the
-        policy of one has no KL (ValueError), as its outputs overflow."""
+        """``compute``'s losses, and the gradient in the weights of ``groups``, summed over all ranks; of several, all
+        nan where the policy of one has no KL (ValueError), as its outputs overflow."""
         try:
             return self.ranks.total(*compute())
-        except ValueError:
+        except ValueError as problem:
+            if self.ranks.size == 1 or isinstance(problem, UsageError | NoClosedFormError):
+                raise
             parts = [torch.full((losses,), math.nan, device=self.device), *(group.flat * math.nan for group in groups)]
-            flat = self.ranks.total(torch.cat(parts))[0]
+            (flat,) = self.ranks.total(torch.cat(parts))
             return *flat[:losses], *([flat[losses:]] if groups else [])
 
     @classmethod
@@ -334,10 +336,8 @@ def _usable(device: str | torch.device) -> torch.device:
 
 
 def check_widths(options: Mapping[str, Any], saved: State) -> None:
-    """Raise ValueError where the hidden layers that ``options`` ask for cannot be those whose weights are saved.
-
-    Said before they are made: what a prepared file asks for may take all memory, or hours.
-    """
+    """Raise ValueError where the hidden layers that ``options`` ask for cannot be those whose weights are saved, before
+    they are made: what a prepared file asks for may take all memory, or hours."""
     weights = sum(a * b for a, b in pairwise(options.get("hidden_sizes", ())))
     held = sum(part.numel() for part in tree_leaves(saved) if isinstance(part, Tensor))
     if weights > max(held, _SMALL):
@@ -346,5 +346,5 @@ def check_widths(options: Mapping[str, Any], saved: State) -> None:
 
 def chunks(inputs: Inputs) -> list[Inputs]:
     """Encoded observations in pieces of at most 2048 rows."""
-    rows = len(next(iter(inputs.values())))
-    return [{k: v[i : i + CHUNK] for k, v in inputs.items()} for i in range(0, rows, CHUNK)]
+    first = next(iter(inputs.values()))
+    return [{k: v[i : i + CHUNK] for k, v in inputs.items()} for i in range(0, len(first), CHUNK)]

@@ -200,7 +200,10 @@ class SAC(Agent):
         """Take one step of critics, policy, targets and temperature, and see whether the policy is to stop."""
         noise = self.actions.draw_noise(self.rng, len(batch.reward)).to(self.device)
         alpha = torch.tensor(self.alpha.value, device=self.device)
-        window.trace.append(self._step(batch, noise, alpha, moves=window.move.stopped_at == 0))
+        try:
+            window.trace.append(self._step(batch, noise, alpha, moves=window.move.stopped_at == 0))
+        except ValueError as problem:  # the policy has no KL, as its outputs overflow
+            raise self._given_up(window, str(problem)) from None
         *metrics, entropy, room, weights = window.trace[-1].tolist()
         if not math.isfinite(sum(metrics) + entropy + weights):
             found = dict(zip(_TRACED, [*metrics, entropy], strict=True))
@@ -232,8 +235,7 @@ class SAC(Agent):
 
         ``moves``: whether the policy is to move; the critics learn in any case.
         """
-        found = self.ranks.total(*self._critic_gradient(batch, noise[0], alpha))
-        loss_q, target, of_critic = (part / self.ranks.size for part in found)
+        loss_q, target, of_critic = self.ranks.average(*self._critic_gradient(batch, noise[0], alpha))
         adam_step(of_critic, self.learning_rate, self.critic_params)
         learn = partial(self._policy_gradient, batch, noise[1], alpha, moves)
         found = self.total(learn, 3, *([self.policy_params] if moves else []))

@@ -16,7 +16,8 @@ from klrl.agents import registry
 from klrl.config import suggest
 from klrl.errors import UsageError
 from klrl.training.options import RunConfig
-from klrl.training.run import pick_device, resolve
+from klrl.training.process import pick_device
+from klrl.training.run import resolve
 
 
 @pytest.mark.parametrize(

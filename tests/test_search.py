@@ -62,7 +62,9 @@ def test_proposals_climb_and_go_on_where_they_were_stopped(tmp_path: Path, monke
     assert len(made) == 32
     setting = proposals._setting({"learning_rate": 0.00123456, "hidden_sizes": 0, "n_steps": 0})
     assert isinstance(setting, Setting)
-    assert setting.label == "hidden_sizes=8 learning_rate=0.00123"
+    assert setting.label == "hidden_sizes=8 learning_rate=0.0012346"
+    edge = proposals._setting({"learning_rate": 0.09999999, "hidden_sizes": 0, "n_steps": 0})
+    assert edge.options["learning_rate"] == 0.1  # rounded, and within the range
 
 
 def test_a_search_by_the_command_and_its_refusals(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,8 @@ from klrl.rundir.folder import make_folder
 from klrl.rundir.history import read_history
 from klrl.rundir.logger import Console
 from klrl.training.episodes import Episodes
-from klrl.training.run import Run, pick_device, resolve
+from klrl.training.process import pick_device
+from klrl.training.run import Run, resolve
 
 SB3_TAGS = {
     "rollout/ep_rew_mean",

@@ -44,6 +44,10 @@ class Ranks:
         pieces = torch.split(flat, [part.numel() for part in parts])
         return tuple(piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True))
 
+    def average(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """The means over all ranks, as ``total``."""
+        return tuple(part / self.size for part in self.total(*parts)) if self.size > 1 else parts
+
     def sum(self, *numbers: float) -> tuple[float, ...]:
         """The sums over all ranks of numbers, in float64."""
         if self.size == 1:
@@ -93,7 +97,23 @@ class Ranks:
 
     def first(self, own: T) -> T:
         """Rank 0's object, as ``objects``."""
-        return self.objects(own if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        if self.size == 1:
+            return own
+        torch.save(own if self.rank == 0 else None, data := io.BytesIO())
+        sent = torch.frombuffer(data.getbuffer(), dtype=torch.uint8)
+        length = int(self.numbers(len(sent))[0][0])
+        flat = sent if self.rank == 0 else torch.zeros(length, dtype=torch.uint8)
+        (flat,) = self.total(flat)  # of which only rank 0's is not 0
+        return torch.load(io.BytesIO(flat.numpy().tobytes()), weights_only=True)
+
+    @contextmanager
+    def patient(self, seconds: float = 1800.0) -> Iterator[None]:
+        """Wait for the others that long in the block, where some read or write much and others nothing."""
+        before, self.timeout = self.timeout, max(seconds, self.timeout)
+        try:
+            yield
+        finally:
+            self.timeout = before
 
     def _reduced(self, flat: Tensor) -> Tensor:
         """The sum over all ranks of a vector that may be overwritten."""

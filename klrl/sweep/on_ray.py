@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from klrl.console import FOLLOW
+from klrl.errors import one_line
 from klrl.rundir.folder import replace_file
 from klrl.sweep.trial import Trial
 from klrl.training.on_ray import connected
@@ -51,7 +52,15 @@ def run_on_ray(trials: list[Trial], config: RayConfig, scheduler: str, show: Cal
             run_config=tune.RunConfig(storage_path=storage, name="klrl", verbose=0),
         )
         results: list[Any] = []
-        thread = threading.Thread(target=lambda: results.extend(tuner.fit()), daemon=True)
+        problems: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                results.extend(tuner.fit())
+            except BaseException as problem:
+                problems.append(problem)
+
+        thread = threading.Thread(target=fit, daemon=True)
         thread.start()
         while thread.is_alive():
             for trial in waiting:
@@ -59,6 +68,8 @@ def run_on_ray(trials: list[Trial], config: RayConfig, scheduler: str, show: Cal
             show()
             signals.check()  # what then ends Ray ends the trials' processes, which save
             time.sleep(_POLL)
+        if problems:
+            raise ChildProcessError(f"Ray could not run the sweep: {one_line(problems[0])}") from problems[0]
         for result in results:
             _settle(waiting[result.config["trial"]], result)
         show()

@@ -83,7 +83,14 @@ class Proposals:
 
     def _setting(self, values: Mapping[str, Any]) -> Setting:
         chosen = {name: self.choices[name][value] if name in self.choices else value for name, value in values.items()}
-        few = {name: [float(f"{value:.3g}") if isinstance(value, float) else value] for name, value in chosen.items()}
+        few = {name: [self._short(name, value)] for name, value in chosen.items()}
         varied = [name for name in few if len(self.choices.get(name, ())) != 1]
         (setting,) = self.expand(few, named=varied)
         return setting
+
+    def _short(self, name: str, value: Any) -> Any:
+        """A fraction out of a range with five digits, still within it."""
+        if not isinstance(value, float) or name in self.choices:
+            return value
+        ends = self.distributions[name]
+        return min(max(float(f"{value:.5g}"), ends.low), ends.high)

@@ -33,33 +33,17 @@ class HostRanks(Ranks):
     another still reads. A store is seen after those before it, which x86 processors promise.
     """
 
-    def __init__(self, group: dist.ProcessGroup, timeout: float = 1800.0) -> None:
-        super().__init__(group, timeout)
+    def __init__(self, group: dist.ProcessGroup, path: str) -> None:
+        """``path``: a file of ``size_of`` bytes that is zero, whose name may go once all ranks are made."""
+        super().__init__(group)
         self.turn, self.eager = 0, self.size <= cores()
-        size = _HEAD + 2 * self.size * _BYTES
-        path = ""
-        if self.rank == 0:
-            handle, path = tempfile.mkstemp(prefix="klrl-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
-            os.ftruncate(handle, size)
-            os.close(handle)
-        network = Ranks(group, timeout)
-        path = network.first(path)
         with open(path, "r+b") as file:
-            self._map = mmap.mmap(file.fileno(), size)
-        network.sum(1)  # all have it, so that its name may go; no kill leaves anything behind
-        if self.rank == 0:
-            os.unlink(path)
+            self._map = mmap.mmap(file.fileno(), size_of(self.size))
         self._came = np.frombuffer(self._map, np.int64, self.size)
         """The collective that each rank has come to."""
         self._pids = np.frombuffer(self._map, np.int64, self.size, 8 * self.size)
         self._pids[self.rank] = os.getpid()
         self._shares = np.frombuffer(self._map, np.uint8, offset=_HEAD).reshape(2, self.size, _BYTES)
-        network.sum(1)
-
-    @staticmethod
-    def suits(size: int) -> bool:
-        """Whether this machine's processor keeps the order of stores, and the ranks' numbers fit in."""
-        return platform.machine().lower() in ("x86_64", "amd64") and 16 * size <= _HEAD
 
     def _reduced(self, flat: Tensor) -> Tensor:
         if flat.device.type != "cpu" or flat.nbytes > _BYTES:
@@ -102,6 +86,32 @@ class HostRanks(Ranks):
                     for rank in late:
                         _end(int(self._pids[rank]))
                     raise RankLostError(f"{_named(late)} did not come within {self.timeout:g} s")
+
+
+def size_of(ranks: int) -> int:
+    """The bytes that so many ranks share."""
+    return _HEAD + 2 * ranks * _BYTES
+
+
+def on_one_machine(group: dist.ProcessGroup) -> Ranks:
+    """The ranks of a group on one machine: by its memory, where its processor keeps the order of stores and there is
+    room; else by torch.distributed."""
+    network, path = Ranks(group), ""
+    known = platform.machine().lower() in ("x86_64", "amd64") and 16 * network.size <= _HEAD
+    if network.rank == 0 and known:
+        handle, path = tempfile.mkstemp(prefix="klrl-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        try:
+            os.posix_fallocate(handle, 0, size_of(network.size))  # a write beyond what there is would end the process
+        except OSError:
+            os.unlink(path)
+            path = ""
+        os.close(handle)
+    path = network.first(path)
+    ranks = HostRanks(group, path) if path else network
+    network.sum(1)  # all have it, so that its name may go: no kill leaves anything behind
+    if network.rank == 0 and path:
+        os.unlink(path)
+    return ranks
 
 
 def _named(ranks: list[int]) -> str:

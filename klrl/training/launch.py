@@ -1,15 +1,18 @@
 """The ranks of a run: started by torch's launcher, and joined to each other."""
 
 import contextlib
+import json
 import logging
 import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 
 from klrl.console import LAUNCH, SILENT, rank, say
@@ -17,14 +20,14 @@ from klrl.errors import LOST, STOP_SIGNALS, Interrupted, RankLostError, one_line
 from klrl.kl import Ranks
 from klrl.rundir import checkpoint
 from klrl.rundir.folder import open_file, replace_file
-from klrl.training.host import OVERDUE, HostRanks
+from klrl.training.host import OVERDUE, on_one_machine
 
 _RESTARTS, _MARK = "TORCHELASTIC_RESTART_COUNT", "launcher"
 _SAVING = 60  # seconds that ranks have to end by themselves
 
 
 @contextlib.contextmanager
-def joined(device: str = "cpu") -> Iterator[Ranks]:
+def joined() -> Iterator[Ranks]:
     """The ranks that this process was started as one of, or this process alone.
 
     On one machine they reduce through its memory; otherwise by gloo, and what lies on CUDA devices by NCCL.
@@ -33,18 +36,17 @@ def joined(device: str = "cpu") -> Iterator[Ranks]:
         yield Ranks()
         return
     mine = not dist.is_initialized()
-    near = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    near = os.environ.get("LOCAL_WORLD_SIZE", "") == os.environ.get("WORLD_SIZE")
     if mine:
         try:
             address: Any = _restarted() if near and os.environ.get(_RESTARTS, "0") != "0" else {}
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", **address)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **address)
         except RuntimeError as problem:
             raise RankLostError(f"the ranks did not find each other: {one_line(problem)}") from None
     try:
         group, size = dist.group.WORLD, dist.get_world_size()
         assert group is not None
-        near = near and HostRanks.suits(size)
-        yield Ranks() if size == 1 else HostRanks(group) if near else Ranks(group)
+        yield Ranks() if size == 1 else on_one_machine(group) if near else Ranks(group)
     finally:
         if mine:
             dist.destroy_process_group()
@@ -78,7 +80,8 @@ def interrupted(run_dir: str) -> str:
 
 
 def _launcher() -> str:
-    return os.environ.get(LAUNCH) or f"{os.environ.get('TORCHELASTIC_RUN_ID')} {socket.gethostname()} {os.getppid()}"
+    run = os.environ.get(LAUNCH) or os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return f"{run} {socket.gethostname()} {os.getppid()}" if run == "none" else run
 
 
 def launch(arguments: Sequence[str], processes: int) -> NoReturn:
@@ -86,7 +89,7 @@ def launch(arguments: Sequence[str], processes: int) -> NoReturn:
 
     One that fails ends the others, and a line says which and why. A stop signal goes to all.
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -96,10 +99,17 @@ def launch(arguments: Sequence[str], processes: int) -> NoReturn:
     os.environ[SILENT] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # which the ranks set themselves, as --threads says
     here: Any = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
+    heard = [s for s in STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]  # nohup switches one off
+    here["signals_to_handle"] = ",".join(s.name for s in heard)
+    logs = tempfile.TemporaryDirectory(prefix="klrl-")
+    here["logs_specs"] = DefaultLogsSpecs(log_dir=logs.name)
     config = LaunchConfig(1, 1, processes, max_restarts=0, run_id="klrl", shutdown_timeout=_SAVING, **here)
     try:
         elastic_launch(config, sys.executable)("-m", "klrl", *arguments)
     except SignalException as stop:
+        for path in Path(logs.name).rglob("error.json"):  # of a rank that could not save
+            say(f"klrl: {json.loads(path.read_text())['message']}", "stderr")
+            sys.exit(1)
         raise Interrupted(int(stop.sigval)) from None
     except ChildFailedError as problem:
         place, failure = min(problem.failures.items(), key=lambda item: (item[1].exitcode == LOST, item[1].timestamp))

@@ -36,7 +36,7 @@ from klrl.training.evaluations import Evaluations
 from klrl.training.meeting import Meetings, compare_weights
 from klrl.training.options import RunConfig
 from klrl.training.profile import Profile
-from klrl.training.randomness import derived_seed, random_state, restore_random_state
+from klrl.training.randomness import derived_seed, random_state, restore_random_state, scatter_random_state
 from klrl.training.saving import deal_rows, of_rank, put_rows, save, saved_processes
 from klrl.training.signals import Signals
 
@@ -141,7 +141,9 @@ class Loop:
         deal_rows(self.buffer, source, content["state"], content["rows"], self.ranks)
         self.saved_rows = []
         self.agent.join(self.ranks)  # with noise of its own again, not rank 0's
-        self.env_seed = derived_seed(self.config.seed, self.episodes.steps)
+        self.env_seed = derived_seed(self.config.seed, content["step"])
+        if self.ranks.rank:
+            scatter_random_state(self.env_seed, self.ranks.rank)
 
     def _reset(self) -> Any:
         """Begin the episodes of this rank's environments, which are numbered, and seeded, from those before it."""
@@ -156,6 +158,7 @@ class Loop:
         Raises Interrupted after a signal, once saved.
         """
         config, progress, self.checkpoints = self.config, self.progress, folder / "checkpoints"
+        self.ranks.timeout = config.rank_timeout
         self.console = Console(config.total_timesteps, config.quiet or not self.leads, config.verbose)
         logger: Any = Logger(folder, flatten(self.options), self.resumed_at) if self.leads else ExitStack()
         with (
@@ -168,7 +171,7 @@ class Loop:
             if self.obs is None:
                 self.obs = self._reset()
             if config.compile:
-                self.opened.enter_context(compiled(self.agent, config.quiet))
+                self.opened.enter_context(compiled(self.agent, config.quiet or not self.leads))
             if config.profile and self.leads:
                 self.opened.enter_context(Profile().of(self))
             try:
@@ -207,8 +210,8 @@ class Loop:
         progress, start, waited = self.progress, time.perf_counter(), self.ranks.seconds
         try:
             report, learning = self._until_report()
-            self.meetings.meet()
-            compare_weights(self.ranks, self.agent.policy, progress.updates + 1)
+            self.meetings.meet(check=False)  # this update is first to be counted
+            compare_weights(self.ranks, self.agent, progress.updates + 1)
         finally:
             seconds = time.perf_counter() - start
             progress.training_time += seconds

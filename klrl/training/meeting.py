@@ -9,6 +9,7 @@ import zlib
 import torch
 from torch import nn
 
+from klrl.agents.base import Agent
 from klrl.console import FOLLOW
 from klrl.errors import RanksDifferError
 from klrl.kl import Ranks
@@ -32,38 +33,43 @@ class Meetings:
         self.steps = 0
         """Environment steps of all ranks, as of the last meeting."""
         self._follows = ranks.size > 1 or FOLLOW in os.environ
-        self._parent, self._count, self._due, self._since = os.getppid(), 0, 1, time.monotonic()
+        self._parent, self._count, self._due = os.getppid(), -1, 1
+        self._since, self._pace = time.monotonic(), 0.0
 
     def step(self) -> None:
-        """Count a vector step, and meet where it is time."""
+        """Be called before each vector step: meet where it is time."""
         self._count += 1
         if self._count >= self._due:
             self.meet()
+            self._count = 0
 
-    def meet(self, done: bool = False) -> bool:
-        """Meet the others; whether all are ``done``. Raises Interrupted on all ranks where one has had a signal."""
+    def meet(self, done: bool = False, check: bool = True) -> bool:
+        """Meet the others; whether all are ``done``. Raises Interrupted on all ranks where one has had a signal, unless
+        that is not to be checked: then the next step's meeting does."""
         if self._follows and os.getppid() != self._parent and not self.signals.signum:
             self.signals.signum = signal.SIGTERM  # whoever started this is gone, and would have ended it
-        if self.ranks.size == 1:
-            self.steps = self.episodes.steps
+        everyone = [[self.episodes.steps, self.signals.signum, 0.0, done]]
+        if self.ranks.size > 1:
+            if self._count > 0:
+                self._pace = (time.monotonic() - self._since) / self._count
+            everyone = self.ranks.numbers(self.episodes.steps, self.signals.signum, self._pace, done)
+        steps, signals, paces, ends = zip(*everyone, strict=True)
+        self.steps, self.signals.signum = int(sum(steps)), int(max(signals))
+        if check:
             self.signals.check()
-            return done
-        pace = (time.monotonic() - self._since) / self._count if self._count else 0.0
-        found = self.ranks.numbers(self.episodes.steps, self.signals.signum, pace, done)
-        everyone = list(zip(*found, strict=True))
-        self.steps, slowest = int(sum(everyone[0])), max(everyone[2])
-        self.signals.signum = int(max(everyone[1]))
-        self.signals.check()
-        left = math.ceil((self.total_timesteps - self.steps) / self.n_envs)
-        self._due = max(1, min(left, int(_SECONDS / max(slowest, 1e-6))))
-        self._count, self._since = 0, time.monotonic()
-        return all(everyone[3])
+        if self.ranks.size > 1:
+            left = math.ceil((self.total_timesteps - self.steps) / self.n_envs)
+            known = min(2 * self._due, int(_SECONDS / max(*paces, 1e-6)))  # at first, a step's time is not known
+            self._due = 1 if self.signals.signum else max(1, min(left, known))
+        self._count, self._since = -1, time.monotonic()  # the next call comes before a step, not after one
+        return all(ends)
 
 
-def compare_weights(ranks: Ranks, policy: nn.Module, update: int) -> None:
+def compare_weights(ranks: Ranks, agent: Agent, update: int) -> None:
     """Raise RanksDifferError where an update left other weights on a rank than on rank 0."""
     if ranks.size > 1:
-        weights = torch.cat([weight.detach().flatten() for weight in policy.parameters()]).cpu()
+        modules = [part for part in vars(agent).values() if isinstance(part, nn.Module)]
+        weights = torch.cat([weight.detach().flatten() for part in modules for weight in part.parameters()]).cpu()
         sums = [found for (found,) in ranks.numbers(zlib.crc32(weights.numpy().tobytes()))]
         if odd := [rank for rank, found in enumerate(sums) if found != sums[0]]:
             raise RanksDifferError(

@@ -1,9 +1,8 @@
 """Training runs: begun or gone on with, from options to a folder that holds the run."""
 
 import contextlib
-import gc
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from inspect import isabstract
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Annotated, Any
 
 import gymnasium as gym
 import tomli_w
-import torch
-from threadpoolctl import threadpool_limits
 
 from klrl.agents import registry
 from klrl.agents.base import Agent, check_widths
@@ -24,14 +21,13 @@ from klrl.config import (
     Seed,
     build,
     convert,
-    cores,
     field_types,
     merge,
     option_names,
     suggest,
     to_dict,
 )
-from klrl.console import say
+from klrl.console import rank, say
 from klrl.envs.make import (
     EnvConfig,
     EnvFactory,
@@ -56,6 +52,7 @@ from klrl.training.evaluation import Evaluation, evaluation_seed, run_episodes, 
 from klrl.training.launch import interrupted, joined, mark
 from klrl.training.loop import Loop
 from klrl.training.options import DEVICES, DeviceName, RunConfig
+from klrl.training.process import own_device, pick_device, process_settings
 from klrl.training.randomness import random_state_kept, scatter_random_state
 from klrl.training.saving import of_rank, saved_processes
 
@@ -155,7 +152,7 @@ def resume(
     given = build(ResumeConfig, {"total_timesteps": total_timesteps, **options})
     import_packages(given.imports)
     folder = Path(path).absolute()
-    with joined(given.device) as ranks, contextlib.ExitStack() as stack:
+    with joined() as ranks, contextlib.ExitStack() as stack:
         where, content = ranks.first(_saved(stack, folder) if ranks.rank == 0 else ("", {}))
         source = Path(where)
         with checkpoint.refusing_misfits(source):
@@ -174,6 +171,9 @@ def resume(
         config = replace(config, device=given.device or config.device, threads=given.threads or config.threads)
         if given.quiet or given.verbose:
             config = replace(config, quiet=given.quiet, verbose=given.verbose)
+        had = saved_processes(content["state"])
+        if ranks.size == 1 and rank() is None and (given.processes or had) > 1:
+            raise UsageError(f"{path} has {had} ranks: klrl resume, or this by torchrun, or processes=1 for this alone")
         if state["complete"] and config.total_timesteps <= done:
             raise UsageError(f"{path} has its {config.total_timesteps:,} steps; --total-timesteps N trains it further")
         return _run(ranks, agent_class, target, config, agent_config, network, folder, (source, content))
@@ -203,8 +203,8 @@ def run_training(
     network: OwnNetwork | None = None,
 ) -> Run:
     """Train in a new folder, with the ranks that this process was started as one of."""
-    with joined(config.device) as ranks:
-        if config.processes > 1 and ranks.size == 1:
+    with joined() as ranks:
+        if config.processes > 1 and ranks.size == 1 and rank() is None:
             raise UsageError("processes: from Python, start the script by torchrun --nproc-per-node N")
         if before := ranks.first(interrupted(config.run_dir) if ranks.rank == 0 else ""):
             return resume(before, env if callable(env) else None, 0, agent_class, network, imports=config.imports)
@@ -222,7 +222,6 @@ def _run(
     saved: tuple[Path, dict[str, Any]] | None = None,
 ) -> Run:
     """Train in a new folder, or go on in ``folder``, whose lock is held, from the checkpoint and content ``saved``."""
-    ranks.timeout = config.rank_timeout
     if config.quiet and config.verbose:
         raise UsageError("--quiet and --verbose contradict each other: give one of them")
     name, here = agent_class.name(), Path.cwd()  # which an environment may leave
@@ -232,7 +231,7 @@ def _run(
     config = replace(config, env=build(EnvConfig, took), processes=ranks.size)  # a run says what it took
     device = pick_device(config.device, lambda: images_of(env, config.env))
     if device.startswith("cuda") and ranks.size > 1:
-        device = f"cuda:{ranks.rank % torch.cuda.device_count()}"
+        device = own_device()
     # A resumed run keeps its name, whatever the factory that it is given is called.
     env_id = env_name(env) if saved is None else saved[1]["state"]["options"]["env_id"]
     try:
@@ -254,7 +253,7 @@ def _run(
                 else:
                     episodes.count(state["episodes"], saved[1]["step"] if ranks.rank == 0 else 0)
         envs = stack.enter_context(contextlib.closing(make_vector(env, config.n_envs, config.env, positions)))
-        stack.enter_context(_process_settings(config))
+        stack.enter_context(process_settings(config))
         spaces.check_observation_space(envs.single_observation_space)
         spaces_of = envs.single_observation_space, envs.single_action_space
         agent = agent_class(*spaces_of, agent_config, device, config.seed, network)
@@ -295,47 +294,9 @@ def _own_loop(state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     return loop
 
 
-@contextlib.contextmanager
-def _process_settings(config: RunConfig) -> Iterator[None]:
-    """What training sets for the whole process, as it was afterwards."""
-    threads, precision, frozen = torch.get_num_threads(), torch.get_float32_matmul_precision(), gc.get_freeze_count()
-    torch.set_num_threads(min(config.threads, cores()))
-    numpys = threadpool_limits(torch.get_num_threads(), user_api="blas")  # which does part of torch's work here
-    torch.set_float32_matmul_precision(config.matmul_precision)
-    # glibc gives freed memory back to the system beyond twice the largest array freed so far, and fetching it anew
-    # costs as much as the arithmetic on it. After one array of 30 MB, never touched, it keeps what an update frees.
-    torch.empty(30_000_000, dtype=torch.uint8)
-    # Adam's first moments of a dead unit's weights fade through the denormal numbers, which take many times as long.
-    flushed = bool(torch.tensor(1e-40) * 1 == 0)
-    torch.set_flush_denormal(True)
-    gc.freeze()  # what was imported until here lives as long as the process: the collector need not walk it
-    try:
-        yield
-    finally:
-        if not frozen:
-            gc.unfreeze()
-        torch.set_flush_denormal(flushed)
-        numpys.restore_original_limits()
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
-
-
 def config_of(agent_class: type[Agent], options: Mapping[str, Any]) -> tuple[RunConfig, Any]:
     """The run's and the agent's config from the options in a checkpoint."""
     return resolve(agent_class, None, {k: v for k, v in options.items() if k not in ("agent", "env_id")})
-
-
-def pick_device(wanted: str, has_images: Any) -> str:
-    """The device to use. Raises UsageError for CUDA where there is none."""
-    if wanted.startswith("cuda"):
-        count, index = torch.cuda.device_count() if torch.cuda.is_available() else 0, int(wanted[5:] or 0)
-        if not count:
-            raise UsageError(f"--device {wanted}: no CUDA device is available to this torch; use --device cpu")
-        if index >= count:
-            raise UsageError(f"--device {wanted}: the last CUDA device here is cuda:{count - 1}")
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() and has_images() else "cpu"
-    return wanted
 
 
 def images_of(env: str | EnvFactory, config: EnvConfig) -> bool:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from klrl.agents.base import State
@@ -33,6 +34,19 @@ def save(
     ranks: Ranks,
 ) -> None:
     """Save the states of all ranks: rank 0 writes its own, and of the others what differs from it."""
+    with ranks.patient():
+        _save(folder, step, state, score, buffer, saved_rows, ranks)
+
+
+def _save(
+    folder: Path,
+    step: int,
+    state: State,
+    score: float | None,
+    buffer: Buffer,
+    saved_rows: list[dict[str, Any]],
+    ranks: Ranks,
+) -> None:
     rows: list[Any] = [buffer]
     if ranks.size > 1:
         start = checkpoint.first_unsaved(buffer, checkpoint.rows_of(ranks.rank, saved_rows))
@@ -63,18 +77,41 @@ def put_rows(buffer: Buffer, source: Path, entries: list[dict[str, Any]], ranks:
     """Give each rank its own replay rows, which rank 0 reads."""
     for rank in range(ranks.size):
         mine = checkpoint.rows_of(rank, entries)
-        read = list(checkpoint.load_rows(source, mine)) if ranks.rank == 0 and mine else []
-        for start, rows in ranks.first(read) if mine else ():
-            if rank == ranks.rank:
-                buffer.put_rows(start, rows)
+        for entry in mine:
+            read = list(checkpoint.load_rows(source, [entry])) if ranks.rank == 0 else []
+            for start, rows in ranks.first(read):
+                if rank == ranks.rank:
+                    buffer.put_rows(start, rows)
 
 
 def deal_rows(buffer: Buffer, source: Path, state: State, entries: list[dict[str, Any]], ranks: Ranks) -> None:
-    """Deal all replay rows of a run out to another number of ranks, a row to each in turn."""
+    """Deal all replay rows of a run out to another number of ranks, oldest first, a row to each in turn."""
     if not entries:
         return
-    steps = sum(of_rank(state, rank)["loop"]["buffer"]["steps"] for rank in range(saved_processes(state)))
-    parts = ranks.first([part for _, part in checkpoint.load_rows(source, entries)] if ranks.rank == 0 else [])
-    for part in parts:
-        buffer.take_over(part, slice(ranks.rank, None, ranks.size))
-    buffer.steps = steps // ranks.size
+    buffers = [of_rank(state, rank)["loop"]["buffer"] for rank in range(saved_processes(state))]
+    dealt: dict[str, Tensor] = {}
+    if ranks.rank == 0:
+        of_ranks: list[dict[str, Tensor]] = []
+        for rank, saved in enumerate(buffers):
+            parts = [part for _, part in checkpoint.load_rows(source, checkpoint.rows_of(rank, entries))]
+            of_ranks.append({name: _joined(name, parts) for name in parts[0]})
+            of_ranks[-1] = {name: _last(name, rows, saved["size"]) for name, rows in of_ranks[-1].items()}
+        ages = torch.cat([torch.arange(-saved["size"], 0) for saved in buffers])
+        order = ages.argsort(stable=True)  # what each rank wrote last comes last
+        dealt = {name: _joined(name, of_ranks).index_select(_axis(name), order) for name in of_ranks[0]}
+    buffer.take_over(ranks.first(dealt), slice(ranks.rank, None, ranks.size))
+    buffer.steps = sum(saved["steps"] for saved in buffers) // ranks.size
+
+
+def _axis(name: str) -> int:
+    """Along which of a replay buffer's arrays its rows lie: images have one for before and after."""
+    return 0 if name == "rows" else 1
+
+
+def _joined(name: str, parts: list[dict[str, Tensor]]) -> Tensor:
+    return torch.cat([part[name] for part in parts], _axis(name))
+
+
+def _last(name: str, rows: Tensor, count: int) -> Tensor:
+    """The last ``count`` rows: a file may still hold some that were overwritten since."""
+    return rows.narrow(_axis(name), rows.shape[_axis(name)] - count, count)
