@@ -60,7 +60,13 @@ def train_on_ray(agent: str, env: str, config: RunConfig, agent_config: Any, ray
                     failure_config=train.FailureConfig(max_failures=ray.max_failures),
                 ),
             )
-            trainer.fit()
+            try:
+                trainer.fit()
+            except Exception as problem:  # Ray's own, with the workers' tracebacks in it
+                words = [line.strip() for line in str(problem).splitlines() if line.strip()]
+                raise ChildProcessError(
+                    f"the run on Ray failed: {(words or [type(problem).__name__])[-1]}"
+                ) from problem
 
 
 def _rank(told: dict[str, Any]) -> None:
