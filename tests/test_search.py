@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,15 @@ def test_a_search_by_the_command_and_its_refusals(capsys: pytest.CaptureFixture[
             main([*command, *words])
         assert stop.value.code == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is installed")
+@pytest.mark.parametrize("command", [["train", "ppo", "CartPole-v1"], ["sweep", "ppo", "CartPole-v1"]])
+def test_ray_is_asked_for_by_name_before_anything_is_written(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--on", "ray"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == 'klrl: this needs ray: pip install "klrl[ray]"\n'
+    assert not Path("runs").exists()

@@ -12,7 +12,7 @@ import tomllib
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -151,7 +151,7 @@ def _train(arguments: list[str]) -> None:
         config: Annotated[str, tyro.conf.arg(help="TOML file of options, such as a run's config.toml.")] = ""
         on: Literal["here", "ray"] = "here"
         """Start the processes on this machine, or as workers of Ray (the extra ray)."""
-        ray: Annotated[RayConfig, tyro.conf.arg(name="ray")] = RayConfig()  # noqa: RUF009 (frozen)
+        ray: RayConfig = field(default_factory=RayConfig)
         run: Annotated[RunConfig, tyro.conf.arg(name="")] = run_config
         agent: Annotated[config_class, tyro.conf.arg(name="")] = agent_config  # type: ignore[valid-type]
 

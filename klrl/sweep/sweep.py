@@ -87,6 +87,8 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
     if config.scheduler != "none" and config.on != "ray":
         raise UsageError(f"--scheduler {config.scheduler} is Ray's: give --on ray, too")
     made = partial(expand, agent, env, imports=config.imports, network=config.network)
+    if config.on == "ray" and find_spec("ray") is None:
+        raise UsageError('this needs ray: pip install "klrl[ray]"')
     propose = Proposals(made, choices, ranges) if config.search == "optuna" else None
     settings = made(choices) if propose is None else [propose.example()]
     for network in {str(setting.options["network"]): None for setting in settings}:

@@ -73,6 +73,8 @@ class RunConfig(Checked):
 
 @dataclass(frozen=True)
 class RayConfig(Checked):
+    """Where Ray runs the processes, and what each of them takes."""
+
     group = "ray."
 
     address: str = ""
