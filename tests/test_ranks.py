@@ -132,6 +132,8 @@ def test_a_rank_that_is_over_the_limit_alone_leaves_no_loop_that_the_other_stays
             "rows": [1.0, 2.0, 6.0, 11.0, 90.0],
             "objects": [11.0, 90.0],
             "first": 5,
+            "none": [0, 3],
+            "few": [[0.0, 0.0]],
             "large": 6_000_000.0,
         }
 

@@ -18,7 +18,7 @@ from klrl.config import cores
 from klrl.errors import RankLostError
 from klrl.kl import Ranks
 
-OVERDUE = signal.SIGXCPU
+OVERDUE: Any = getattr(signal, "SIGXCPU", signal.SIGTERM)  # Windows has none
 """What ends a rank that the others waited for in vain; whoever started it can tell that from other ends."""
 _BYTES = 2**21  # of a rank's share in one collective; what is longer goes by torch.distributed
 _HEAD = 4096
@@ -102,7 +102,7 @@ def on_one_machine(group: dist.ProcessGroup) -> Ranks:
         handle, path = tempfile.mkstemp(prefix="klrl-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
         try:
             os.posix_fallocate(handle, 0, size_of(network.size))  # a write beyond what there is would end the process
-        except OSError:
+        except (OSError, AttributeError):  # AttributeError: macOS and Windows cannot set room aside
             os.unlink(path)
             path = ""
         os.close(handle)
@@ -120,7 +120,7 @@ def _named(ranks: list[int]) -> str:
 
 def _end(pid: int) -> None:
     """End a process that may be beyond asking, as it is stopped or in a library's code."""
-    for signum in (OVERDUE, signal.SIGCONT):
+    for signum in (OVERDUE, getattr(signal, "SIGCONT", OVERDUE)):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signum)
 

@@ -64,6 +64,8 @@ def uneven(ranks: Ranks) -> dict[str, Any]:
         "rows": ranks.rows(values)[0].tolist(),
         "objects": ranks.objects({"rank": ranks.rank, "values": values})[1]["values"].tolist(),
         "first": ranks.first(ranks.rank + 5),
+        "none": list(ranks.rows(torch.zeros(0, 3))[0].shape),
+        "few": ranks.rows(torch.zeros(1 - ranks.rank, 2))[0].tolist(),
         "large": float(ranks.total(torch.ones(3_000_000))[0].sum()),
     }
 
