@@ -96,21 +96,22 @@ def launch(arguments: Sequence[str], processes: int) -> NoReturn:
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):  # which has many words for an end
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ[SILENT] = "1"
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # which the ranks set themselves, as --threads says
     here: Any = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
     heard = [s for s in STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]  # nohup switches one off
     here["signals_to_handle"] = ",".join(s.name for s in heard)
-    logs = tempfile.TemporaryDirectory(prefix="klrl-")
-    here["logs_specs"] = DefaultLogsSpecs(log_dir=logs.name)
-    config = LaunchConfig(1, 1, processes, max_restarts=0, run_id="klrl", shutdown_timeout=_SAVING, **here)
+    # Threads: the ranks set them themselves, as --threads says.
+    told = {SILENT: "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     try:
-        elastic_launch(config, sys.executable)("-m", "klrl", *arguments)
-    except SignalException as stop:
-        for path in Path(logs.name).rglob("error.json"):  # of a rank that could not save
-            say(f"klrl: {json.loads(path.read_text())['message']}", "stderr")
-            sys.exit(1)
-        raise Interrupted(int(stop.sigval)) from None
+        with tempfile.TemporaryDirectory(prefix="klrl-") as logs, _process_as_it_was(told):
+            here["logs_specs"] = DefaultLogsSpecs(log_dir=logs)
+            config = LaunchConfig(1, 1, processes, max_restarts=0, run_id="klrl", shutdown_timeout=_SAVING, **here)
+            try:
+                elastic_launch(config, sys.executable)("-m", "klrl", *arguments)
+            except SignalException as stop:
+                for path in Path(logs).rglob("error.json"):  # of a rank that could not save
+                    say(f"klrl: {json.loads(path.read_text())['message']}", "stderr")
+                    sys.exit(1)
+                raise Interrupted(int(stop.sigval)) from None
     except ChildFailedError as problem:
         place, failure = min(problem.failures.items(), key=lambda item: (item[1].exitcode == LOST, item[1].timestamp))
         if failure.exitcode - 128 in STOP_SIGNALS:
@@ -123,3 +124,18 @@ def launch(arguments: Sequence[str], processes: int) -> NoReturn:
             say(f"klrl: rank {place}: {failure.message}", "stderr")
         sys.exit(max(failure.exitcode, 1))
     sys.exit(0)
+
+
+@contextlib.contextmanager
+def _process_as_it_was(variables: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for processes begun in the block, and put back these and the signals' handlers."""
+    before, handlers = dict(os.environ), {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        for signum, handler in handlers.items():
+            if signal.getsignal(signum) is not handler:
+                signal.signal(signum, handler)
