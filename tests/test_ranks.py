@@ -134,6 +134,7 @@ def test_a_rank_that_is_over_the_limit_alone_leaves_no_loop_that_the_other_stays
             "first": 5,
             "none": [0, 3],
             "few": [[0.0, 0.0]],
+            "copied": [1, 1],
             "large": 6_000_000.0,
         }
 

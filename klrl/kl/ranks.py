@@ -34,6 +34,10 @@ class Ranks:
         self.seconds = 0.0
         """The time spent in collectives so far, waiting included."""
 
+    def __reduce__(self) -> Any:
+        """What is copied or pickled goes on alone: a group belongs to the processes that formed it."""
+        return Ranks, ()
+
     def total(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """The sums over all ranks of tensors of one dtype and device: one all-reduce of all of them."""
         if self.size == 1:

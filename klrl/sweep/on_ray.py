@@ -71,16 +71,19 @@ def run_on_ray(trials: list[Trial], config: RayConfig, scheduler: str, show: Cal
         if problems:
             raise ChildProcessError(f"Ray could not run the sweep: {one_line(problems[0])}") from problems[0]
         for result in results:
-            _settle(waiting[result.config["trial"]], result)
+            _settle(waiting[result.config["trial"]], result, scheduler)
         show()
 
 
-def _settle(trial: Trial, result: Any) -> None:
+def _settle(trial: Trial, result: Any, scheduler: str) -> None:
     """Note how a trial ended that Ray is done with."""
     if trial.read():
         return
     if result.error is not None:
         trial.status, trial.problem = "failed", str(result.error).strip().splitlines()[-1]
+        return
+    if scheduler == "none":
+        trial.status, trial.problem = "failed", "Ray ended it before it was done"
         return
     reached = result.metrics.get(_METRIC, float("nan"))
     replace_file(trial.stopped, f"stopped early at {reached:.1f} after {result.metrics.get('steps', 0):,} steps\n")

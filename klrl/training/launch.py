@@ -72,7 +72,7 @@ def interrupted(run_dir: str) -> str:
     """The folder of the run that torchrun (``--max-restarts``) or Ray restarted these ranks to go on with, or ""."""
     if not int(os.environ.get(_RESTARTS, LAUNCH in os.environ)):
         return ""
-    for path in sorted(Path(run_dir).glob(f"*/{_MARK}"), key=lambda path: -path.stat().st_mtime):
+    for path in sorted(Path(run_dir).glob(f"*/{_MARK}"), key=lambda path: -path.lstat().st_mtime):
         with contextlib.suppress(OSError), open_file(path, 1000, links=False) as file:
             if file.read().decode(errors="replace") == _launcher() and checkpoint.steps(path.parent / "checkpoints"):
                 return str(path.parent)

@@ -109,11 +109,8 @@ class Loop:
         saved = of_rank(saved, 0 if anew else self.ranks.rank)
         self.agent.load_state_dict(saved["agent"])
         self.saved_rows, state = content["rows"], saved["loop"]
-        self.progress, self.per_state, self.env_seed = (
-            Progress(**state["progress"]),
-            state["per_state"],
-            state["env_seed"],
-        )
+        self.progress, self.per_state = Progress(**state["progress"]), state["per_state"]
+        self.env_seed = state.get("env_seed", self.config.seed)
         if anew:
             self._begin_anew(source, content)
         else:

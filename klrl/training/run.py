@@ -42,7 +42,7 @@ from klrl.envs.make import (
     settled,
 )
 from klrl.errors import Interrupted, UsageError
-from klrl.kl import Ranks
+from klrl.kl import ALONE, Ranks
 from klrl.policies import spaces
 from klrl.policies.networks import OwnNetwork, name_of_network, named_network
 from klrl.rundir import checkpoint
@@ -258,6 +258,7 @@ def _run(
         spaces_of = envs.single_observation_space, envs.single_action_space
         agent = agent_class(*spaces_of, agent_config, device, config.seed, network)
         agent.join(ranks)
+        stack.callback(agent.join, ALONE)  # whoever has it afterwards trains it without the others
         if ranks.rank:
             scatter_random_state(config.seed, ranks.rank)
         loop = Loop(agent, env, envs, episodes, config, options, ranks)

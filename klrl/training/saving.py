@@ -35,30 +35,18 @@ def save(
 ) -> None:
     """Save the states of all ranks: rank 0 writes its own, and of the others what differs from it."""
     with ranks.patient():
-        _save(folder, step, state, score, buffer, saved_rows, ranks)
-
-
-def _save(
-    folder: Path,
-    step: int,
-    state: State,
-    score: float | None,
-    buffer: Buffer,
-    saved_rows: list[dict[str, Any]],
-    ranks: Ranks,
-) -> None:
-    rows: list[Any] = [buffer]
-    if ranks.size > 1:
-        start = checkpoint.first_unsaved(buffer, checkpoint.rows_of(ranks.rank, saved_rows))
-        new = buffer.rows(start) if ranks.rank and start < buffer.written else {}
-        own = difference(state, ranks.first(state))
-        found: list[Any] = ranks.objects((own, buffer.size, buffer.written, new))[1:]
-        state = {**state, "ranks": {str(rank): theirs for rank, (theirs, *_) in enumerate(found, 1)}}
-        rows += [Sent(*sent) for _, *sent in found]
-    if ranks.rank == 0:
-        checkpoint.save(folder, step, state, score, rows, saved_rows)
-        checkpoint.prune(folder)
-    saved_rows[:] = ranks.first(saved_rows)
+        rows: list[Any] = [buffer]
+        if ranks.size > 1:
+            start = checkpoint.first_unsaved(buffer, checkpoint.rows_of(ranks.rank, saved_rows))
+            new = buffer.rows(start) if ranks.rank and start < buffer.written else {}
+            own = difference(state, ranks.first(state))
+            found: list[Any] = ranks.objects((own, buffer.size, buffer.written, new))[1:]
+            state = {**state, "ranks": {str(rank): theirs for rank, (theirs, *_) in enumerate(found, 1)}}
+            rows += [Sent(*sent) for _, *sent in found]
+        if ranks.rank == 0:
+            checkpoint.save(folder, step, state, score, rows, saved_rows)
+            checkpoint.prune(folder)
+        saved_rows[:] = ranks.first(saved_rows)
 
 
 def saved_processes(state: State) -> int:

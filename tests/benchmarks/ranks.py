@@ -9,6 +9,8 @@ of so many GB/s and its latency, beside the measured time of one process's step.
 
 import argparse
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 
 from klrl import PPO, PPOConfig
 from klrl.rundir.history import read_history
@@ -27,9 +30,6 @@ NETWORKS = {"gloo over 10 Gb/s": (1.1, 50e-6), "NCCL in one machine": (50.0, 10e
 
 def measured(env: str, processes: int) -> tuple[float, float]:
     """Steps per second of a run without evaluations, and its reductions' share of the time."""
-    import subprocess
-    import sys
-
     with tempfile.TemporaryDirectory() as folder:
         steps = WORK[env] * processes
         words = ["--total-timesteps", str(steps), "--processes", str(processes), "--run-dir", folder, "--quiet"]
@@ -57,8 +57,6 @@ def projected() -> None:
 
 def step_seconds(width: int) -> tuple[float, int]:
     """The time of a minibatch step of 256 rows of HalfCheetah's size, and the number of weights."""
-    from gymnasium import spaces
-
     box, action = spaces.Box(-np.inf, np.inf, (17,)), spaces.Box(-1, 1, (6,))
     with random_state_kept(0):
         agent = PPO(box, action, PPOConfig(n_steps=64, batch_size=256, n_epochs=10, hidden_sizes=(width, width)))

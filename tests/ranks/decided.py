@@ -1,6 +1,8 @@
 """Run by torchrun: what two ranks decide about states of which only one's moved far, as JSON."""
 
+import copy
 import json
+import pickle
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -66,6 +68,7 @@ def uneven(ranks: Ranks) -> dict[str, Any]:
         "first": ranks.first(ranks.rank + 5),
         "none": list(ranks.rows(torch.zeros(0, 3))[0].shape),
         "few": ranks.rows(torch.zeros(1 - ranks.rank, 2))[0].tolist(),
+        "copied": [copy.deepcopy(ranks).size, pickle.loads(pickle.dumps(ranks)).size],
         "large": float(ranks.total(torch.ones(3_000_000))[0].sum()),
     }
 
