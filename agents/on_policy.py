@@ -13,7 +13,8 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from klrl.agents.base import Agent, KLTarget, State, chunks
+from klrl.agents.base import Agent, State, chunks
+from klrl.agents.limits import KLTarget
 from klrl.buffers.returns import RewardScale, gae
 from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import Checked, Fraction, Range, Widths

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from klrl.agents.base import KLConfig, State, UpdateResult
+from klrl.agents.base import State, UpdateResult
 from klrl.agents.fused import FusedCritic, FusedPolicy, Rows, applies, suits
+from klrl.agents.limits import KLConfig
 from klrl.agents.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_loss
 from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import NonNegative, Positive, PositiveInt

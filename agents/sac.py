@@ -15,7 +15,8 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from klrl.agents.base import Actions, Agent, OffPolicyKLConfig, State, UpdateResult
+from klrl.agents.base import Actions, Agent, State, UpdateResult
+from klrl.agents.limits import OffPolicyKLConfig
 from klrl.agents.sac_continuous import SampledActions
 from klrl.agents.sac_discrete import EnumeratedActions
 from klrl.buffers.replay import ReplayBuffer, Transitions

@@ -8,8 +8,9 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from klrl.agents.base import CHUNK, KLTarget, UpdateResult
+from klrl.agents.base import CHUNK, UpdateResult
 from klrl.agents.fused import FusedCritic, FusedPolicy, Rows, applies, suits
+from klrl.agents.limits import KLTarget
 from klrl.agents.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_loss
 from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import NonNegative, Positive, PositiveInt, Range

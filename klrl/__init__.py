@@ -10,10 +10,10 @@ __version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:
     from klrl.agents.base import Agent as Agent
-    from klrl.agents.base import KLConfig as KLConfig
-    from klrl.agents.base import KLTarget as KLTarget
-    from klrl.agents.base import OffPolicyKLConfig as OffPolicyKLConfig
     from klrl.agents.base import UpdateResult as UpdateResult
+    from klrl.agents.limits import KLConfig as KLConfig
+    from klrl.agents.limits import KLTarget as KLTarget
+    from klrl.agents.limits import OffPolicyKLConfig as OffPolicyKLConfig
     from klrl.agents.on_policy import OnPolicyAgent as OnPolicyAgent
     from klrl.agents.on_policy import OnPolicyConfig as OnPolicyConfig
     from klrl.agents.ppo import PPO as PPO
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from klrl.training.run import train as train
 
 _NAMES = {
-    "klrl.agents.base": ["Agent", "KLConfig", "KLTarget", "OffPolicyKLConfig", "UpdateResult"],
+    "klrl.agents.base": ["Agent", "UpdateResult"],
+    "klrl.agents.limits": ["KLConfig", "KLTarget", "OffPolicyKLConfig"],
     "klrl.agents.on_policy": ["OnPolicyAgent", "OnPolicyConfig"],
     "klrl.agents.ppo": ["PPO", "PPOConfig"],
     "klrl.agents.sac": ["SAC", "SACConfig"],

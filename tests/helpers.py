@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from klrl.agents.base import OffPolicyKLConfig, UpdateResult
+from klrl.agents.base import UpdateResult
+from klrl.agents.limits import OffPolicyKLConfig
 from klrl.agents.on_policy import OnPolicyAgent, OnPolicyConfig
 from klrl.agents.ppo import PPO, PPOConfig
 from klrl.agents.sac import SAC, SACConfig

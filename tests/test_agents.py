@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import collect, train
 
-from klrl.agents.base import KLConfig
+from klrl.agents.limits import KLConfig
 from klrl.agents.on_policy import OnPolicyConfig
 from klrl.agents.ppo import PPO, PPOConfig
 from klrl.agents.trpo import TRPO, TRPOConfig

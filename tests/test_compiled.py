@@ -12,7 +12,8 @@ from helpers import QUICK, collect
 
 import klrl
 from klrl import PPO, SAC, PPOConfig, SACConfig
-from klrl.agents.base import Agent, KLConfig, OffPolicyKLConfig
+from klrl.agents.base import Agent
+from klrl.agents.limits import KLConfig, OffPolicyKLConfig
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.training.compiled import compiled
 

@@ -14,7 +14,7 @@ from test_sac import one_step, still
 from torch import Tensor
 from torch import distributions as td
 
-from klrl.agents.base import OffPolicyKLConfig
+from klrl.agents.limits import OffPolicyKLConfig
 from klrl.agents.sac import SAC
 from klrl.buffers.replay import Transitions
 from klrl.kl import Clip, Gate, Product, Project, Reverse, StateRule, freeze, hold_states, joint, kl, reverse_kl

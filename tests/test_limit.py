@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from klrl.agents.base import KLConfig, KLTarget, OffPolicyKLConfig
+from klrl.agents.limits import KLConfig, KLTarget, OffPolicyKLConfig
 from klrl.kl import (
     PENALTIES,
     RATIO_RULES,

@@ -10,7 +10,7 @@ import torch
 from gymnasium import spaces
 from helpers import collect, train
 
-from klrl.agents.base import KLConfig
+from klrl.agents.limits import KLConfig
 from klrl.agents.on_policy import Batch, value_loss
 from klrl.agents.ppo import PPO, PPOConfig, policy_loss, reach
 from klrl.buffers.rollout import RolloutBuffer

@@ -9,7 +9,7 @@ import torch
 from helpers import train
 from torch import distributions as td
 
-from klrl.agents.base import KLConfig, KLTarget
+from klrl.agents.limits import KLConfig, KLTarget
 from klrl.agents.ppo import PPOConfig
 from klrl.errors import UsageError
 from klrl.kl import (

@@ -13,7 +13,7 @@ from helpers import SMALL_SAC, train_sac
 from torch import Tensor
 from torch import distributions as td
 
-from klrl.agents.base import OffPolicyKLConfig
+from klrl.agents.limits import OffPolicyKLConfig
 from klrl.agents.sac import SAC, SACConfig
 from klrl.buffers.replay import Transitions
 from klrl.errors import UsageError

@@ -15,7 +15,7 @@ from gymnasium import spaces
 from helpers import SMALL_SAC, train_sac, within_a_window
 
 import klrl
-from klrl.agents.base import OffPolicyKLConfig
+from klrl.agents.limits import OffPolicyKLConfig
 from klrl.agents.sac import SAC, SACConfig
 from klrl.errors import NonFiniteError
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from klrl.agents import trpo
-from klrl.agents.base import KLTarget
+from klrl.agents.limits import KLTarget
 from klrl.agents.on_policy import Batch
 from klrl.agents.trpo import TRPO, TRPOConfig
 from klrl.config import build

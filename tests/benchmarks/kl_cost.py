@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from klrl import PPO, PPOConfig
-from klrl.agents.base import KLConfig
+from klrl.agents.limits import KLConfig
 from klrl.kl import Move
 
 
