@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, is_dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -13,13 +13,14 @@ import numpy.typing as npt
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from klrl.buffers.protocol import Buffer
 from klrl.config import Seed, build, convert, field_types, to_dict
 from klrl.errors import UsageError, one_line
 from klrl.kl import ALONE, KLLimit, KLReport, NoClosedFormError, Ranks, concatenate, freeze
+from klrl.kl.divergence import parameters_of
 from klrl.policies.encoder import Inputs, ObservationEncoder
 from klrl.policies.networks import OwnNetwork, name_of_network, named_network
 from klrl.policies.observations import Observation
@@ -92,8 +93,10 @@ class Agent(ABC):
     def join(self, ranks: Ranks) -> None:
         """Learn together with agents made alike, on ``ranks``: with noise of its own, and the same updates."""
         self.ranks = self.encoder.ranks = ranks
-        for limit in [part for part in vars(self).values() if isinstance(part, KLLimit)]:
-            limit.ranks = ranks
+        for part in vars(self).values():
+            limit = part if isinstance(part, KLLimit) else getattr(part, "limit", None)
+            if isinstance(limit, KLLimit):
+                limit.ranks = ranks
         if ranks.size > 1:
             words = [*self.rng.integers(2**32, size=4).tolist(), ranks.rank]
             self.rng.bit_generator.state = np.random.default_rng(words).bit_generator.state
@@ -114,6 +117,9 @@ class Agent(ABC):
     def name(cls) -> str:
         """What runs and the command line call this agent: its class in lower case."""
         return cls.__name__.lower()
+
+    def prepare(self) -> None:  # noqa: B027 (most have nothing to read)
+        """Read what the options name, before a new run begins; by default nothing."""
 
     @abstractmethod
     def setup(self, init: torch.Generator, network: OwnNetwork | None) -> None:
@@ -192,6 +198,37 @@ class Agent(ABC):
     def load_state_dict(self, state: State) -> None:
         """Continue from ``state_dict``'s result. Raises ValueError where it does not fit this agent."""
 
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks that ``load_policy`` takes over, by name: "policy" first."""
+        return {"policy": self.policy}
+
+    @torch.no_grad()
+    def load_policy(self, other: "Agent") -> list[str]:
+        """Take over another agent's policy, its statistics of observations, and its critics where their form is the
+        same; what else an agent has stays as it is. The names of what was taken.
+
+        Raises UsageError where the spaces or the policies' networks differ, or one alone normalises observations.
+        """
+        for part in ("observation_space", "action_space"):
+            mine, theirs = getattr(self, part), getattr(other, part)
+            if mine != theirs:
+                raise UsageError(f"the policy's {part.replace('_', ' ')} is {theirs}, not {mine}")
+        if self.encoder.normalize != other.encoder.normalize:
+            seen = "normalised observations" if other.encoder.normalize else "observations as they are"
+            raise UsageError(f"the policy takes {seen}, and this agent's does not")
+        taken, mine = [], self.modules()
+        for name, theirs in other.modules().items():
+            if name in mine and _shapes(mine[name]) == _shapes(theirs):
+                for into, source in zip(mine[name].parameters(), theirs.parameters(), strict=True):
+                    into.copy_(source)
+                taken.append(name)
+        if "policy" not in taken or not _equal(*(agent.policy(agent.encoder.probe()) for agent in (self, other))):
+            raise UsageError(
+                "the policy has another network, or other actions: --hidden-sizes, --activation, --network"
+            )
+        self.encoder.load_state_dict(other.encoder.state_dict())
+        return [*taken, *(["statistics of observations"] if self.encoder.normalize else [])]
+
     def description(self) -> State:
         """What it takes to make this agent again, beside ``state_dict``: its name, options and spaces, as JSON."""
         return {
@@ -225,18 +262,33 @@ class Agent(ABC):
             return cls.from_state(content["state"], device, network)
 
     @classmethod
-    def from_state(
-        cls, state: Mapping[str, Any], device: str | torch.device = "cpu", network: OwnNetwork | None = None
-    ) -> Self:
+    def from_state(cls, state: State, device: str | torch.device = "cpu", network: OwnNetwork | None = None) -> Self:
         """The agent of a checkpoint's state, as ``load``."""
-        if network is None and state["options"]["network"]:
-            network = named_network(state["options"]["network"])
-        options = {key: value for key, value in state["options"].items() if key in field_types(cls.Config)}
-        check_widths(options, state["agent"])
-        observation_space, action_space = (from_json(state[key]) for key in ("observation_space", "action_space"))
-        agent = cls(observation_space, action_space, build(cls.Config, options), device, 0, network)
+        agent = cls.from_description(state, state["agent"], device, network)
         agent.load_state_dict(state["agent"])
         return agent
+
+    @classmethod
+    def from_description(
+        cls, about: State, saved: State, device: str | torch.device = "cpu", network: OwnNetwork | None = None
+    ) -> Self:
+        """An agent as ``description`` has it, with new weights: of the form that ``saved`` tensors have."""
+        if network is None and about["options"]["network"]:
+            network = named_network(about["options"]["network"])
+        options = {key: value for key, value in about["options"].items() if key in field_types(cls.Config)}
+        check_widths(options, saved)
+        observation_space, action_space = (from_json(about[key]) for key in ("observation_space", "action_space"))
+        return cls(observation_space, action_space, build(cls.Config, options), device, 0, network)
+
+
+def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(name, parameter.shape) for name, parameter in module.named_parameters()]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two distributions are the same, parameter by parameter."""
+    pairs = zip_longest(parameters_of(one), parameters_of(other))
+    return type(one) is type(other) and all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
 
 
 def _usable(device: str | torch.device) -> torch.device:

@@ -6,7 +6,7 @@ one's own, frozen weights, CUDA) the agents use autograd.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce, wraps
 from typing import Any, TypeVar
 
@@ -77,26 +77,34 @@ def suits(policy: Policy, *groups: FlatParameters) -> bool:
 class Rows(Batch):
     """A batch as NumPy arrays, views of its tensors.
 
-    ``old`` is a pair: means and log standard deviations [B, d], or log-probabilities and probabilities [B, k, n].
+    ``old`` is a pair: means and log standard deviations [B, d], or log-probabilities and probabilities [B, k, n]. So is
+    ``reference``, where there is one.
     """
 
     @classmethod
     def of(cls, batch: Batch) -> "Rows":
-        if isinstance(batch.old, DiagonalNormal):
-            old = batch.old.loc.numpy(), batch.old.log_std.numpy()
-        else:
-            old = batch.old.log_probs.numpy(), batch.old.probs.numpy()
         inputs: Any = {"vector": batch.inputs["vector"].numpy()}
         parts = (batch.action, batch.log_prob, batch.value, batch.advantage, batch.returns, batch.weight)
-        return cls(inputs, old, *(part.numpy() for part in parts))  # type: ignore[arg-type]
+        old, reference = _arrays(batch.old), _arrays(batch.reference)
+        return cls(inputs, old, *(part.numpy() for part in parts), reference=reference)  # type: ignore[arg-type, misc]
 
     def take(self, index: Any, scale: float = 1.0) -> "Rows":
         inputs: Any = {"vector": self.inputs["vector"][index]}
-        old, weight = (self.old[0][index], self.old[1][index]), self.weight[index]
+        old, reference = (pair and (pair[0][index], pair[1][index]) for pair in (self.old, self.reference))
+        weight = self.weight[index]
         parts: Any = (self.action, self.log_prob, self.value, self.advantage, self.returns)
         action, log_prob, value, advantage, returns = (part[index] for part in parts)
         weight = weight if scale == 1 else weight * scale
-        return Rows(inputs, old, action, log_prob, value, advantage, returns, weight)
+        return Rows(inputs, old, action, log_prob, value, advantage, returns, weight, reference)
+
+
+def _arrays(policy: Any) -> tuple[Array, Array] | None:
+    """A policy's parameters as ``Rows`` has them."""
+    if policy is None:
+        return None
+    normal = isinstance(policy, DiagonalNormal)
+    pair = (policy.loc, policy.log_std) if normal else (policy.log_probs, policy.probs)
+    return pair[0].numpy(), pair[1].numpy()
 
 
 class FusedMLP:
@@ -190,11 +198,14 @@ class FusedPolicy(FusedMLP):
 
     @_in_pieces
     @_quiet
-    def gradient(self, batch: Batch, limit: KLLimit, ent_coef: float) -> tuple[Tensor, Tensor]:
+    def gradient(
+        self, batch: Batch, limit: KLLimit, ent_coef: float, reference: KLLimit | None = None
+    ) -> tuple[Tensor, Tensor]:
         """-E[ratio A], and the gradient of the whole policy loss in the policy's parameters, as ``backward`` has it."""
         rows: Any = batch
         new = self.family
-        ratio = new.move(self.forward(rows.inputs["vector"]), rows)
+        output = self.forward(rows.inputs["vector"])
+        ratio = new.move(output, rows)
         ratio -= rows.log_prob
         np.exp(ratio, out=ratio)
         surrogate = ratio * rows.advantage
@@ -205,7 +216,14 @@ class FusedPolicy(FusedMLP):
         to_log_prob *= weights(limit, ratio, rows.advantage, known)
         to_kl = rows.weight * strength(limit, known) if limit.penalises else None
         to_entropy = rows.weight * -ent_coef if ent_coef > 0 else None
-        return torch.tensor(loss), self.backward(new.gradient(to_log_prob, to_kl, to_entropy, limit.direction))
+        to_output = new.gradient(to_log_prob, to_kl, to_entropy, limit.direction)
+        if reference is not None:
+            so_far = self.rest.copy()
+            new.move(output, replace(rows, old=rows.reference))
+            to_kl = rows.weight * reference.beta.item()
+            to_output += new.gradient(np.zeros_like(to_log_prob), to_kl, None, reference.direction)
+            self.rest += so_far
+        return torch.tensor(loss), self.backward(to_output)
 
     @_quiet
     def linearize(self, inputs: Inputs, params: FlatParameters) -> tuple[Any, Push, Pull]:

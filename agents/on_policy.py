@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gymnasium.vector import AutoresetMode
-from torch import Tensor
+from torch import Tensor, nn
 
 from klrl.agents.base import Agent, State, chunks
 from klrl.agents.limits import KLTarget
+from klrl.agents.reference import Reference, ReferenceConfig
 from klrl.buffers.returns import RewardScale, gae
 from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import Checked, Fraction, Range, Widths
@@ -66,6 +67,8 @@ class Batch:
     weight: Tensor
     """[B]: 0 for rows that only reset an environment, equal for the others; sums to 1 over the batches of all ranks, so
     that ``weight @ x``, summed over them, is x's mean over states. A minibatch's is scaled to estimate that mean."""
+    reference: Any = None
+    """A second policy that the new one is held to, where there is one."""
 
     @property
     def mask(self) -> Tensor:
@@ -80,7 +83,8 @@ class Batch:
         inputs = {key: rows[index] for key, rows in self.inputs.items()}
         weight = self.weight[index] if scale == 1 else self.weight[index] * scale
         action, log_prob, value, advantage, returns = (part[index] for part in parts)
-        return Batch(inputs, select(self.old, index), action, log_prob, value, advantage, returns, weight)
+        old, reference = (dist if dist is None else select(dist, index) for dist in (self.old, self.reference))
+        return Batch(inputs, old, action, log_prob, value, advantage, returns, weight, reference)
 
     def minibatches(self, size: int, rng: np.random.Generator) -> list["Batch"]:
         """All rows in random order, ``size`` at a time; the last minibatch has what is left."""
@@ -118,10 +122,24 @@ class OnPolicyAgent(Agent):
         self.critic_params = FlatParameters(self.critic, "critic")
         self.reward_scale = RewardScale(config.gamma, config.normalize_reward)
         self.limit = config.kl.make_limit(self.device)
+        self.reference = Reference(getattr(config, "reference", ReferenceConfig()), self)
+
+    def prepare(self) -> None:
+        self.reference.read()
 
     def join(self, ranks: Ranks) -> None:
         super().join(ranks)
         self.reward_scale.ranks = ranks
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"policy": self.policy, "critic": self.critic}
+
+    def load_policy(self, other: Agent) -> list[str]:
+        taken = super().load_policy(other)
+        if "critic" in taken and isinstance(other, OnPolicyAgent):  # whose values are of rewards as it scales them
+            self.reward_scale.load_state_dict({**other.reward_scale.state_dict(), "running": []})
+            taken.append("scale of rewards")
+        return taken
 
     def new_buffer(self, n_envs: int, autoreset: AutoresetMode | str = AutoresetMode.NEXT_STEP) -> RolloutBuffer:
         """An empty buffer for one rollout. Raises UsageError where it does not fit into memory."""
@@ -167,7 +185,8 @@ class OnPolicyAgent(Agent):
         weight = (rollout.valid / max(self.ranks.sum(float(rollout.valid.sum()))[0], 1)).astype(np.float32)
         parts = (rollout.action, advantage, returns, weight)
         action, advantages, targets, weights = (torch.as_tensor(x, device=self.device).flatten(0, 1) for x in parts)
-        return Batch(inputs, old, action, old.log_prob(action), value[:rows], advantages, targets, weights)
+        reference = self.reference.seen(rollout.obs_before_steps(), old)
+        return Batch(inputs, old, action, old.log_prob(action), value[:rows], advantages, targets, weights, reference)
 
     def hold(self, batch: Batch) -> Any:
         """A context in which the policy is updated under ``self.limit``, measured on the batch."""
@@ -219,11 +238,13 @@ class OnPolicyAgent(Agent):
 
     def state_dict(self) -> State:
         state = {**self.snapshot(), "limit": self.limit.state_dict(), "encoder": self.encoder.state_dict()}
+        state["reference"] = self.reference.state_dict()
         return {**state, "rng": self.rng.bit_generator.state, "n_updates": self.n_updates}
 
     def load_state_dict(self, state: State) -> None:
         self.undo(state)
         self.limit.load_state_dict(state["limit"])
         self.encoder.load_state_dict(state["encoder"])
+        self.reference.load_state_dict(state.get("reference", {}))
         self.rng.bit_generator.state = state["rng"]
         self.n_updates = int(state["n_updates"])

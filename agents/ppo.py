@@ -12,6 +12,7 @@ from klrl.agents.base import State, UpdateResult
 from klrl.agents.fused import FusedCritic, FusedPolicy, Rows, applies, suits
 from klrl.agents.limits import KLConfig
 from klrl.agents.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_loss
+from klrl.agents.reference import ReferenceConfig
 from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import NonNegative, Positive, PositiveInt
 from klrl.errors import NonFiniteError, SkippedUpdateError, UsageError
@@ -47,10 +48,13 @@ class PPOConfig(OnPolicyConfig):
     clip_grads_apart: bool = False
     """Scale the gradients of policy and critic down each by itself."""
     kl: KLConfig = field(default_factory=KLConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
 
-def policy_loss(new: Any, batch: Batch, limit: KLLimit, ent_coef: float = 0.0) -> tuple[Tensor, Tensor]:
-    """-E[w ratio A] + E[beta KL(old||new)] - c E[H], and -E[ratio A].
+def policy_loss(
+    new: Any, batch: Batch, limit: KLLimit, ent_coef: float = 0.0, reference: KLLimit | None = None
+) -> tuple[Tensor, Tensor]:
+    """-E[w ratio A] + E[beta KL(old||new)] - c E[H] + E[b KL(new||reference)], and -E[ratio A].
 
     w, constant in the gradient, is what the rules leave of each state's surrogate: 0 where clipping drops it, for one.
     Source: Schulman et al. (2017), equations 7 and 8.
@@ -61,6 +65,8 @@ def policy_loss(new: Any, batch: Batch, limit: KLLimit, ent_coef: float = 0.0) -
     loss = limit.term(batch.old, new, within) - limit.weight(ratio, batch.advantage, batch.old, new) * surrogate
     if ent_coef > 0:
         loss = loss - ent_coef * new.entropy()
+    if reference is not None:
+        loss = loss + reference.term(batch.reference, new)
     return batch.weight @ loss, -(batch.weight @ surrogate)
 
 
@@ -125,6 +131,7 @@ class PPO(OnPolicyAgent):
             raise SkippedUpdateError(str(problem)) from None
         if config.lr_schedule == "kl" and config.kl.target > 0:
             self.learning_rate.adapt(move.report.attempted, at_most(config.kl.target))
+        metrics |= self.reference.end(partial(self.policy_at, batch.inputs), batch.reference, batch.mask)
         self.end_update(rollout)
         metrics |= {"train/learning_rate": rate, "train/ent_coef": config.ent_coef}
         return UpdateResult(move.report, metrics | reach(batch, move, config.clip_range) | self.diagnostics(batch))
@@ -170,7 +177,7 @@ class PPO(OnPolicyAgent):
         """Both losses on a minibatch, and the gradient of policy loss + vf_coef * value loss in all weights."""
         config = self.config
         if self.fused is not None:
-            loss_pi, of_policy = self.fused[0].gradient(minibatch, self.limit, config.ent_coef)
+            loss_pi, of_policy = self.fused[0].gradient(minibatch, self.limit, config.ent_coef, self.reference.held)
             loss_v, of_critic = self.fused[1].gradient(minibatch, config.clip_range_vf, config.vf_coef)
             return loss_pi, loss_v, torch.cat([of_policy, of_critic])
         return self._gradient_by_autograd(minibatch)
@@ -179,7 +186,8 @@ class PPO(OnPolicyAgent):
         """``_gradient`` of networks of any kind, and of rules of any kind."""
         config = self.config
         with torch.enable_grad():
-            loss, surrogate = policy_loss(self.policy(minibatch.inputs), minibatch, self.limit, config.ent_coef)
+            new, held = self.policy(minibatch.inputs), self.reference.held
+            loss, surrogate = policy_loss(new, minibatch, self.limit, config.ent_coef, held)
             loss_v = value_loss(self.critic(minibatch.inputs), minibatch, config.clip_range_vf)
             gradient = self.gradient_of(loss + config.vf_coef * loss_v)
         return surrogate.detach(), loss_v.detach(), gradient

@@ -5,10 +5,13 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from inspect import isabstract
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from klrl.agents.base import Agent
 from klrl.config import suggest
 from klrl.errors import UsageError
+from klrl.policies.networks import OwnNetwork
+from klrl.rundir import checkpoint
 
 BUILT_IN = {"ppo": "klrl.agents.ppo:PPO", "sac": "klrl.agents.sac:SAC", "trpo": "klrl.agents.trpo:TRPO"}
 
@@ -41,6 +44,32 @@ def find(name: str, env: object = None) -> type[Agent]:
     known = ", ".join(names())
     near = suggest(name, [*names(), *(c.name() for c in _subclasses(Agent))])  # type: ignore[type-abstract]
     raise UsageError(f"unknown agent {given!r}{near}; known: {known}, and those that --import brings")
+
+
+class SavedAgent(NamedTuple):
+    """An agent as a checkpoint holds it."""
+
+    source: Path
+    """The checkpoint."""
+    step: int
+    options: dict[str, Any]
+    """The run's, or the agent's alone where ``Agent.save`` wrote it."""
+    agent: Agent
+
+
+def read(
+    path: str | Path, which: str = "last", agent: type[Agent] | None = None, network: OwnNetwork | None = None
+) -> SavedAgent:
+    """The agent of a run's folder or checkpoint, or one that ``Agent.save`` wrote, on the CPU.
+
+    ``agent``, ``network``: the class and network of one that was given such, where they are not imported already.
+    Raises UsageError where there is none, and where a file is damaged.
+    """
+    source, content = checkpoint.newest(Path(path), which)
+    with checkpoint.refusing_misfits(source):
+        options = content["state"]["options"]
+        found = (agent or find(options["agent"])).from_state(content["state"], network=network)
+        return SavedAgent(source, content["step"], options, found)
 
 
 def names() -> list[str]:

@@ -8,69 +8,29 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
-from torch import Tensor
+from torch import Tensor, nn
 
 from klrl.agents.base import Actions, Agent, State, UpdateResult
-from klrl.agents.limits import OffPolicyKLConfig
+from klrl.agents.reference import Reference
 from klrl.agents.sac_continuous import SampledActions
 from klrl.agents.sac_discrete import EnumeratedActions
+from klrl.agents.sac_options import SACConfig
 from klrl.buffers.replay import ReplayBuffer, Transitions
-from klrl.config import Checked, Fraction, Positive, PositiveInt, Range, Widths
 from klrl.errors import SkippedUpdateError, UsageError
 from klrl.kl import Dual, Move, Penalty, at_least, hold_states
 from klrl.policies.encoder import Inputs, ObservationEncoder
-from klrl.policies.networks import Activation, OwnNetwork, TwinCritic, make_network
+from klrl.policies.networks import OwnNetwork, TwinCritic, make_network
 from klrl.policies.observations import Observation
 from klrl.policies.parameters import FlatParameters, adam_step, gradients
 from klrl.policies.policy import Policy
 from klrl.policies.squashed import CorrelatedNoise
 
 _STATES = 1024  # of the replay buffer, on which a window's KL is measured
-
-
-@dataclass(frozen=True)
-class SACConfig(Checked):
-    buffer_size: PositiveInt = 1_000_000
-    """Transitions kept for replay."""
-    buffer_folder: str = ""
-    """A folder for a replay buffer that is larger than memory: mapped from a file there."""
-    learning_starts: PositiveInt = 1000
-    """Steps with random actions, of all processes together, before the first update."""
-    train_freq: PositiveInt = 1
-    """Steps of each environment between two updates."""
-    gradient_steps: Annotated[int, Range(-1)] = -1
-    """Gradient steps of an update, at most kl.every; -1 takes as many as environment steps were made, by each process
-    where several train."""
-    batch_size: Annotated[int, Range(1, 1_000_000)] = 256
-    """Transitions of a gradient step."""
-    n_step: PositiveInt = 1
-    """Rewards summed before a value is bootstrapped."""
-    learning_rate: Positive = 3e-4
-    """Adam's step size, for the policy and the critics."""
-    gamma: Fraction = 0.99
-    """Discount factor."""
-    tau: Fraction = 0.005
-    """How far the target critics follow the critics at each gradient step."""
-    ent_coef: Annotated[float, Range(1e-6, 1e6)] = 1.0
-    """The temperature alpha at the start; it then holds the entropy at its target."""
-    ent_coef_lr: Positive = 3e-3
-    """Step of log alpha per gradient step, for each nat that the entropy is off its target, per action dimension."""
-    target_entropy: Annotated[float, Range(high=0.69)] = -1.0
-    """Continuous actions: the least entropy for each dimension, in nats; uniform on -1 to 1 has 0.69."""
-    target_entropy_fraction: Annotated[float, Range(0, 0.99)] = 0.3
-    """Discrete actions: the least entropy as a fraction of the largest, log n."""
-    noise_correlation: Annotated[float, Range(0, 0.999)] = 0.0
-    """Continuous actions: correlation of an environment's noise from step to step, where white noise averages out."""
-    hidden_sizes: Widths = (256, 256)
-    """Widths of the hidden layers, of the policy and of the critics."""
-    activation: Activation = "relu"
-    """Activation of the policy's hidden layers; the critics' are relu."""
-    kl: OffPolicyKLConfig = field(default_factory=OffPolicyKLConfig)
 
 
 _TRACED = ("train/critic_loss", "train/q_mean", "train/actor_loss", "entropy/sampled")
@@ -131,11 +91,21 @@ class SAC(Agent):
         self.learning_rate = torch.tensor(config.learning_rate, device=self.device)
         self.noise = CorrelatedNoise(self.rng, config.noise_correlation)
         self.limit = config.kl.make_limit(self.device)
+        self.reference = Reference(config.reference, self)
+        self.informed = False  # by another agent's policy, which is then no worse than random actions
         self._window: Window | None = None
 
+    def prepare(self) -> None:
+        self.reference.read()
+
+    def load_policy(self, other: Agent) -> list[str]:
+        taken = super().load_policy(other)
+        self.informed = True
+        return taken
+
     def act(self, obs: Observation, deterministic: bool = False, rng: Any = None) -> Actions:
-        """Actions [N, d] in [-1, 1], or joint actions [N, 1]; at random until the first update."""
-        if self.n_updates > 0 or deterministic or rng is not None:
+        """Actions [N, d] in [-1, 1], or joint actions [N, 1]; at random until the first update of a new policy."""
+        if self.n_updates > 0 or self.informed or deterministic or rng is not None:
             return super().act(obs, deterministic, self.noise if rng is None else rng)
         batch = self.encoder.layout.batch(obs)
         rows = len(next(iter(batch.values())) if isinstance(batch, dict) else batch)
@@ -146,6 +116,9 @@ class SAC(Agent):
         """What the lower critic expects, [B]: of the mode of continuous actions, over all of discrete ones."""
         inputs, alpha = self.encoder(obs), torch.tensor(self.alpha.value)
         return self.actions.value(self.policy(inputs), self.critic, inputs, alpha)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"policy": self.policy, "critic": self.critic, "target_critic": self.target_critic}
 
     def new_buffer(self, n_envs: int, autoreset: AutoresetMode | str = AutoresetMode.NEXT_STEP) -> ReplayBuffer:
         """A replay buffer for ``n_envs`` environments. Raises UsageError where an update would outlast a window."""
@@ -226,7 +199,8 @@ class SAC(Agent):
         scale, or in logits. Half of beta counts, as the penalty begins to pull only once the policy has moved. States
         with a limit of their own answer only within the ``room`` that they have left.
         """
-        alpha, beta = self.alpha.value, self.limit.penalty.coefficient.value
+        alpha, limits = self.alpha.value, [self.limit, *([self.reference.held] if self.reference.held else [])]
+        beta = sum(limit.penalty.coefficient.value for limit in limits)
         share = 0.0 if move.stopped_at else room * alpha / (alpha + 0.5 * beta)
         target = self.temperature.bound.limit
         self.temperature.adapt(target + share * (entropy - target))
@@ -276,6 +250,10 @@ class SAC(Agent):
             loss = loss_pi = -value.mean()
             if held:  # beta * E[KL(old || policy)], and what draws the policy to a projected one
                 loss = loss + torch.as_tensor(self.limit.term(old, policy, within)).mean()
+            if self.reference.held and moves:
+                loss = (
+                    loss + torch.as_tensor(self.reference.term(self.reference.at(batch.inputs, policy), policy)).mean()
+                )
             gradient = [gradients(loss, self.policy_params)] if moves else []
         return loss_pi.detach(), entropy.mean().detach(), room, *gradient
 
@@ -300,13 +278,15 @@ class SAC(Agent):
             report = window.move.end()
         except ValueError as problem:
             raise self._given_up(window, str(problem)) from None
+        at = self.reference.at(window.inputs, window.move.new)
+        distance = self.reference.end(partial(self.policy_at, window.inputs), at)
         if report.rolled_back:  # alpha goes back with the policy that it answered
             self.alpha.retrace(window.before["alpha"], 1 - report.rolled_back)
         self._window = None
         means = torch.stack(window.trace).double().mean(0).tolist() if window.trace else []
         metrics = dict(zip(_TRACED, means, strict=False))
         alpha, target = self.alpha.value, self.temperature.bound.limit
-        return UpdateResult(report, metrics | {"train/ent_coef": alpha, "entropy/target": target})
+        return UpdateResult(report, metrics | distance | {"train/ent_coef": alpha, "entropy/target": target})
 
     def _weights(self) -> State:
         return {
@@ -331,6 +311,8 @@ class SAC(Agent):
         return {
             **self._weights(),
             "limit": self.limit.state_dict(),
+            "reference": self.reference.state_dict(),
+            "informed": self.informed,
             "rng": self.rng.bit_generator.state,
             "noise": self.noise.state_dict(),
             "n_updates": self.n_updates,
@@ -346,6 +328,8 @@ class SAC(Agent):
             window.trace = [] if saved["trace"] is None else list(saved["trace"].to(self.device))
         self._load_weights(state)
         self.limit.load_state_dict(state["limit"])
+        self.reference.load_state_dict(state.get("reference", {}))
+        self.informed = state.get("informed", False)
         self.rng.bit_generator.state = state["rng"]
         self.noise.load_state_dict(state["noise"])
         self.n_updates = int(state["n_updates"])

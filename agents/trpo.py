@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -12,11 +13,13 @@ from klrl.agents.base import CHUNK, UpdateResult
 from klrl.agents.fused import FusedCritic, FusedPolicy, Rows, applies, suits
 from klrl.agents.limits import KLTarget
 from klrl.agents.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_loss
+from klrl.agents.reference import Reference, ReferenceConfig
 from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import NonNegative, Positive, PositiveInt, Range
 from klrl.errors import SkippedUpdateError, UsageError
 from klrl.kl import Move, fisher_vector_product
 from klrl.kl.divergence import parameters_of
+from klrl.kl.measure import fraction
 from klrl.kl.trust_region import LineSearch, NaturalStep, line_search, natural_step
 from klrl.policies.jacobian import Pull, Push, jacobian
 from klrl.policies.networks import OwnNetwork
@@ -40,6 +43,7 @@ class TRPOConfig(OnPolicyConfig):
     fisher_fraction: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Fraction of the states that the Fisher matrix is averaged over; KL and improvement are measured on all."""
     kl: KLTarget = field(default_factory=lambda: KLTarget(target=0.01))
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
 
 Piece = tuple[Batch, Any, Push, Pull]
@@ -54,11 +58,18 @@ def improvement(new: Any, batch: Batch) -> Tensor:
     return batch.weight @ (torch.expm1(new.log_prob(batch.action) - batch.log_prob) * batch.advantage)
 
 
+def objective(new: Any, batch: Batch, reference: Reference) -> Tensor:
+    """``improvement`` less b E[KL(new||reference)], where there is a reference."""
+    distance = reference.term(batch.reference, new)
+    return improvement(new, batch) - (batch.weight @ distance if isinstance(distance, Tensor) else 0.0)
+
+
 class TRPO(OnPolicyAgent):
     """Trust region policy optimisation for Box, Discrete, MultiDiscrete and MultiBinary actions.
 
     KL of old and new policy, summed over action dimensions and averaged over states, is at most ``kl.target`` after
-    every update: an update that cannot improve within that leaves the policy as it was, bit for bit, and says why.
+    every update: an update that cannot improve within that leaves the policy as it was, bit for bit, and says why. The
+    KL to a reference is a second limit; above it, no update may increase it.
     """
 
     Config: ClassVar[type[OnPolicyConfig]] = TRPOConfig
@@ -94,10 +105,11 @@ class TRPO(OnPolicyAgent):
         if not (math.isfinite(loss) and bool(self.critic_params.flat.isfinite().all())):
             self.undo(before)
             raise SkippedUpdateError(f"value_loss is {loss} in update {self.n_updates + 1}")
+        distance = self.reference.end(partial(self.policy_at, batch.inputs), batch.reference, batch.mask)
         self.end_update(rollout)
         report = replace(move.report, attempted=attempted, rolled_back=float(searched.rejected != ""))
         metrics = self._metrics(step, searched) | {"train/value_loss": loss}
-        return UpdateResult(report, metrics | self.diagnostics(batch))
+        return UpdateResult(report, metrics | distance | self.diagnostics(batch))
 
     def _linearize(self, batch: Batch) -> list[Piece]:
         """The policy at the batch's states, with its Jacobian in the weights, chunk by chunk."""
@@ -112,12 +124,12 @@ class TRPO(OnPolicyAgent):
         return pieces
 
     def _gradient(self, pieces: list[Piece]) -> Tensor:
-        """The gradient of ``improvement`` at the old policy, float64 [P]."""
+        """The gradient of ``objective`` at the old policy, float64 [P]."""
         total = torch.zeros_like(self.policy_params.flat)
         for part, policy, _, pull in pieces:
             with torch.enable_grad():
                 leaf = policy.map_parameters(lambda parameter: parameter.detach().requires_grad_())
-                slopes = torch.autograd.grad(improvement(leaf, part), parameters_of(leaf))
+                slopes = torch.autograd.grad(objective(leaf, part, self.reference), parameters_of(leaf))
             total += pull(slopes)
         return self.ranks.total(total.double())[0]
 
@@ -147,17 +159,22 @@ class TRPO(OnPolicyAgent):
         return product
 
     def _search(self, batch: Batch, step: NaturalStep, move: Move) -> tuple[LineSearch, float]:
-        """Backtrack along the step, by improvement and by the KL as a fraction of its limit, both of the whole batch.
+        """Backtrack along the step, by the objective and by the KLs as fractions of their limits, of the whole batch.
 
         Returns the KL of the whole step beside it, in nats.
         """
         reached = []
+        held = self.reference
+        at_first = objective(batch.old, batch, held)
+        allowed = max(held.limit.bound.limit, held.distance(batch.reference, batch.old, batch.mask))
 
         def measure() -> tuple[float, float]:
             new = self.policy_at(batch.inputs)
             excess = move.excess(new)
+            if math.isfinite(excess):
+                excess = max(excess, fraction(held.distance(batch.reference, new, batch.mask), allowed))
             reached.append(move.reached)
-            return self.ranks.sum(float(improvement(new, batch)))[0], excess
+            return self.ranks.sum(float(objective(new, batch, held) - at_first))[0], excess
 
         found = line_search(self.policy_params.flat, step.step, measure, 1.0, self.config.line_search_max_iter)
         return found, reached[0]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from klrl.agents.ppo import PPO as PPO
     from klrl.agents.ppo import PPOConfig as PPOConfig
     from klrl.agents.sac import SAC as SAC
-    from klrl.agents.sac import SACConfig as SACConfig
+    from klrl.agents.sac_options import SACConfig as SACConfig
     from klrl.agents.trpo import TRPO as TRPO
     from klrl.agents.trpo import TRPOConfig as TRPOConfig
     from klrl.buffers.replay import ReplayBuffer as ReplayBuffer
@@ -38,7 +38,8 @@ _NAMES = {
     "klrl.agents.limits": ["KLConfig", "KLTarget", "OffPolicyKLConfig"],
     "klrl.agents.on_policy": ["OnPolicyAgent", "OnPolicyConfig"],
     "klrl.agents.ppo": ["PPO", "PPOConfig"],
-    "klrl.agents.sac": ["SAC", "SACConfig"],
+    "klrl.agents.sac": ["SAC"],
+    "klrl.agents.sac_options": ["SACConfig"],
     "klrl.agents.trpo": ["TRPO", "TRPOConfig"],
     "klrl.buffers.replay": ["ReplayBuffer"],
     "klrl.buffers.rollout": ["RolloutBuffer"],

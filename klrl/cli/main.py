@@ -128,10 +128,12 @@ def _train(arguments: list[str]) -> None:
 
     agent, env, options = names[0], (names[1] if len(names) == 2 else None), arguments[len(names) :]
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of what tyro's defaults depend on
-    for name in ("--config", "--import", "--network"):
+    for name in ("--config", "--import", "--network", "--from"):
         early.add_argument(name, dest=name, nargs="?", action="append", default=[])
     found = {name: [word for word in words if word] for name, words in vars(early.parse_known_args(options)[0]).items()}
     saved = _read_config(found["--config"][-1], agent) if found["--config"] else {}
+    if found["--from"]:
+        saved["init_from"] = found["--from"][-1]
     import_packages(found["--import"])
     for network in filter(module_of, found["--network"]):
         import_module(module_of(network), f"--network {network}")

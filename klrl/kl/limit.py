@@ -40,6 +40,22 @@ def _check_numbers(**given: float) -> None:
             raise ValueError(f"{name} must be at least 0, got {number}")
 
 
+def _checked(bound: Bound) -> Bound:
+    if not isinstance(bound, Bound):
+        raise ValueError(f"bound must be a Bound, such as at_most({bound!r}), got {bound!r}")
+    if bound.sign < 0 or bound.limit < 0:
+        raise ValueError(f"a KL is limited from above, at 0 or more: at_most(0.02), not {bound}")
+    return bound
+
+
+def _check_shapes(states: torch.Size, mask: Tensor | None, log_prob: Tensor | None) -> None:
+    if len(states) != 1:
+        raise ValueError(f"the policy has batch shape {tuple(states)}, not [B]: wrap it in joint(...)")
+    for name, given in (("mask", mask), ("log-probabilities of the actions", log_prob)):
+        if given is not None and given.shape != states:
+            raise ValueError(f"{name} must have one value per state: {tuple(given.shape)}, {states}")
+
+
 class KLLimit:
     """A bound on the KL of an update, in nats, and everything that enforces it.
 
@@ -85,11 +101,7 @@ class KLLimit:
         device: torch.device | str = "cpu",
         ranks: Ranks = ALONE,
     ) -> None:
-        self.bound = at_most(math.inf) if bound is None else bound
-        if not isinstance(self.bound, Bound):
-            raise ValueError(f"bound must be a Bound, such as at_most({bound!r}), got {bound!r}")
-        if self.bound.sign < 0 or self.bound.limit < 0:
-            raise ValueError(f"a KL is limited from above, at 0 or more: at_most(0.02), not {self.bound}")
+        self.bound = _checked(at_most(math.inf) if bound is None else bound)
         names = ((direction, Direction), (of, Of), (check, Check), (on_overshoot, Overshoot))
         _check_names(*names, (penalty, PenaltyRule))
         _check_numbers(coef=coef, stop=stop, max_limit=max_limit, influence=influence)
@@ -200,13 +212,7 @@ class Move:
         with torch.no_grad():
             self.old = self.new = freeze(policy()) if old is None else old
             self.old_log_prob = None if actions is None else self.old.log_prob(actions)
-        if len(self.old.batch_shape) != 1:
-            raise ValueError(
-                f"the policy has batch shape {tuple(self.old.batch_shape)}, not [B]: wrap it in joint(...)"
-            )
-        for name, given in (("mask", mask), ("log-probabilities of the actions", self.old_log_prob)):
-            if given is not None and given.shape != self.old.batch_shape:
-                raise ValueError(f"{name} must have one value per state: {tuple(given.shape)}, {self.old.batch_shape}")
+        _check_shapes(self.old.batch_shape, mask, self.old_log_prob)
         self.before = [] if limit.on_overshoot == "keep" else [tensor.detach().clone() for tensor in self.restored]
         self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
         self.optimizer_before = copy.deepcopy(self.optimizer.state_dict()) if self.optimizer and self.before else {}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
+from klrl.errors import UsageError
 from klrl.kl import categorical_kl, normal_kl
 from klrl.kl.closed_form import categorical_kl_of, log_probs_64
 from klrl.kl.fisher import softmax_fisher
@@ -145,3 +146,13 @@ def _kl_multi_categorical(old: MultiCategorical, new: MultiCategorical) -> Tenso
 @td.register_kl(DiagonalNormal, DiagonalNormal)  # type: ignore[no-untyped-call, untyped-decorator]
 def _kl_diagonal_normal(old: DiagonalNormal, new: DiagonalNormal) -> Tensor:
     return normal_kl(old.loc, old.log_std, new.loc, new.log_std).sum(-1)
+
+
+def uniform_like(policy: td.Distribution) -> td.Distribution:
+    """The policy of the same kind that takes all allowed actions alike; KL(policy||it) is log n less the entropy.
+
+    Raises UsageError for a policy over infinitely many actions.
+    """
+    if not isinstance(policy, MultiCategorical):
+        raise UsageError("only discrete actions can be uniform: a normal's KL to a uniform one is infinite")
+    return policy.map_parameters(lambda logits: torch.where(logits == -torch.inf, logits, 0.0))

@@ -48,11 +48,14 @@ class ObservationEncoder:
 
         Raises UsageError for those that are not of the space.
         """
-        inputs = self._encode(obs)
-        if self.normalize:
-            vector = inputs["vector"]
-            inputs["vector"] = ((vector - self.mean) * self._inverse_std).clamp_(-_LIMIT, _LIMIT)
-        return inputs
+        return self.scaled(self.unscaled(obs))
+
+    def scaled(self, inputs: Inputs) -> Inputs:
+        """The inputs that ``unscaled`` gave, normalised where this encoder does that."""
+        if not self.normalize:
+            return inputs
+        vector = ((inputs["vector"] - self.mean) * self._inverse_std).clamp_(-_LIMIT, _LIMIT)
+        return {**inputs, "vector": vector}
 
     def to_numpy(self, obs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Encode Box observations [B, *shape] as the "vector" alone, in NumPy, without torch's cost per call."""
@@ -71,11 +74,21 @@ class ObservationEncoder:
         shapes = {f"image {key}": shape for key, shape in self.images.items()}
         return vector | {k: torch.zeros(rows, *s, dtype=torch.uint8, device=self.device) for k, s in shapes.items()}
 
+    def probe(self) -> Inputs:
+        """Inputs of four random observations, always the same: two networks that agree on them are alike."""
+        rng = torch.Generator().manual_seed(0)
+
+        def random(part: Tensor) -> Tensor:
+            numbers = torch.randn(part.shape, generator=rng) if part.is_floating_point() else None
+            return torch.randint(256, part.shape, generator=rng, dtype=torch.uint8) if numbers is None else numbers
+
+        return {key: random(part).to(self.device) for key, part in self.zeros(4).items()}
+
     def update(self, obs: Observation, mask: Tensor) -> None:
         """Take the observations [..., *space.shape] for which ``mask`` [B] is true into the running statistics."""
         if not self.normalize:
             return
-        batch = self._encode(obs)["vector"][mask].double()
+        batch = self.unscaled(obs)["vector"][mask].double()
         count = torch.full_like(batch[:1], len(batch))  # of no rows there is nothing to take in
         mine = torch.stack([count, batch.mean(0, True), batch.var(0, correction=0, keepdim=True)], 1)[: len(batch)]
         for rows, mean, var in self.ranks.rows(mine)[0]:
@@ -104,7 +117,8 @@ class ObservationEncoder:
         self._inverse_std = torch.rsqrt(self.var + 1e-8)
         self._numpy = (self.mean.cpu().numpy(), self._inverse_std.cpu().numpy())
 
-    def _encode(self, obs: Observation) -> Inputs:
+    def unscaled(self, obs: Observation) -> Inputs:
+        """Encode observations without normalisation, for ``scaled``, of this encoder or another's of the space."""
         inputs: Inputs = {}
         vectors: list[Tensor] = []
         given = self.layout.arrays(obs)

@@ -78,10 +78,7 @@ def load_policy(
 ) -> LoadedPolicy:
     """The policy of a run folder or checkpoint, as ``load``, once ``imports`` are imported."""
     import_packages(imports)
-    source, content = checkpoint.newest(Path(path), which)
+    source, step, options, trained = registry.read(path, which, agent, network)
     with checkpoint.refusing_misfits(source):
-        options = content["state"]["options"]
-        agent_class = agent or registry.find(options["agent"])
-        config, _ = config_of(agent_class, options)
-        loaded = agent_class.from_state(content["state"], network=network)
-        return LoadedPolicy(str(path), source, content["step"], loaded, config, options.get("env_id", ""))
+        config, _ = config_of(type(trained), options)
+        return LoadedPolicy(str(path), source, step, trained, config, options.get("env_id", ""))

@@ -64,6 +64,9 @@ class RunConfig(Checked):
     compile: bool = False
     """Learn by compiled gradients, of SAC and of PPO with a network of one's own: some seconds at first, then less time
     a step."""
+    init_from: Annotated[str, tyro.conf.arg(name="from")] = ""
+    """A run or checkpoint to start from: its weights, statistics of observations and hidden layers; the rest begins
+    anew."""
     imports: Imports = ()
     network: str = ""
     """A network of one's own in place of hidden layers, module:Class: an nn.Module from inputs to features [B, F] that

@@ -55,6 +55,7 @@ from klrl.training.options import DEVICES, DeviceName, RunConfig
 from klrl.training.process import own_device, pick_device, process_settings
 from klrl.training.randomness import random_state_kept, scatter_random_state
 from klrl.training.saving import of_rank, saved_processes
+from klrl.training.start import form_of, start_from
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,15 @@ def train(
 def resolve(
     agent_class: type[Agent], env: str | EnvFactory | None, options: Mapping[str, Any]
 ) -> tuple[RunConfig, Any]:
-    """Defaults, then the preset, then ``options``: the run's config and the agent's."""
+    """Defaults, then the preset, then the form of the networks that a new run starts from, then ``options``: the run's
+    config and the agent's."""
     config_class = agent_class.Config
-    flat = merge({} if env is None else preset(agent_class.name(), env), options)
     mine, theirs = field_types(RunConfig), field_types(config_class)
+    flat = {} if env is None else preset(agent_class.name(), env)
+    if env is not None and options.get("init_from"):
+        form = form_of(convert(str, options["init_from"], "init_from"))
+        flat = merge(flat, {key: value for key, value in form.items() if key in mine or key in theirs})
+    flat = merge(flat, options)
     for key in flat:
         if key not in mine and key not in theirs:
             known = [*option_names(RunConfig), *option_names(config_class)]
@@ -257,6 +263,9 @@ def _run(
         spaces.check_observation_space(envs.single_observation_space)
         spaces_of = envs.single_observation_space, envs.single_action_space
         agent = agent_class(*spaces_of, agent_config, device, config.seed, network)
+        if saved is None:
+            agent.prepare()
+        began = start_from(agent, config.init_from) if config.init_from and saved is None else None
         agent.join(ranks)
         stack.callback(agent.join, ALONE)  # whoever has it afterwards trains it without the others
         if ranks.rank:
@@ -273,6 +282,9 @@ def _run(
         if ranks.rank == 0:
             replace_file(folder / "config.toml", toml)
             mark(folder)
+            if began is not None:
+                replace_file(folder / "from.toml", tomli_w.dumps(began))
+                say(f"from        {began['run']}: {', '.join(began['taken'])}; anew: {', '.join(began['anew'])}")
         named = folder.relative_to(here) if folder.is_relative_to(here) else folder
         try:
             score = loop.run(folder)

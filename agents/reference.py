@@ -1,0 +1,178 @@
+"""Another policy that an agent is held to: KL(policy||reference) in its loss, under a limit of its own."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from klrl.agents import registry
+from klrl.agents.base import Agent, State
+from klrl.config import Checked, NonNegative, PositiveInt
+from klrl.errors import UsageError
+from klrl.kl import Direction, KLLimit, Move, at_most, state_mean
+from klrl.kl.rules import PENALTIES, Start
+from klrl.policies.distributions import uniform_like
+from klrl.policies.encoder import Inputs
+from klrl.policies.observations import Observation
+
+UNIFORM = "uniform"
+
+
+@dataclass(frozen=True)
+class ReferenceConfig(Checked):
+    """Which policy the agent's is held to besides, and how far it may be from it."""
+
+    group = "reference."
+
+    run: str = ""
+    """A run or checkpoint whose policy is the reference, or uniform: all discrete actions alike; by default none."""
+    target: NonNegative = 0.0
+    """Limit on the mean KL to the reference, in nats, action dimensions summed; 0 sets none."""
+    rule: Literal["adaptive", "lagrange", "fixed", "annealed"] = "adaptive"
+    """How the coefficient of the KL in the loss moves, as with kl.penalty; the first two need a target."""
+    coef: NonNegative = 1.0
+    """That coefficient at the start."""
+    anneal_to: NonNegative = 0.0
+    """An annealed coefficient at its schedule's end."""
+    anneal_over: PositiveInt = 1000
+    """How many updates that schedule takes."""
+    direction: Direction = "reverse"
+    """Which KL: reverse KL(policy||reference), or forward KL(reference||policy)."""
+
+    def make_limit(self, device: torch.device) -> KLLimit:
+        """The limit that these settings ask for. Raises UsageError where they contradict each other."""
+        if self.run and self.target == 0 and self.rule in ("adaptive", "lagrange"):
+            raise UsageError(f"--reference.rule {self.rule} needs a --reference.target above 0, such as 0.5")
+        if self.target and not self.run:
+            raise UsageError("--reference.target needs a --reference.run, or uniform")
+        bound = at_most(self.target or math.inf)
+        start = Start(self.coef, bound, True, self.anneal_to, self.anneal_over)
+        try:
+            penalty = PENALTIES[self.rule](start)
+        except ValueError as problem:
+            raise UsageError(f"--reference.rule {self.rule}, with --reference.coef: {problem}") from None
+        return KLLimit(bound, direction=self.direction, penalty=penalty, stop=0.0, device=device)
+
+
+class FrozenPolicy:
+    """A saved agent's policy that learns no more: what another is held to, or learns from."""
+
+    def __init__(self, agent: Agent) -> None:
+        """``agent``: one that nobody trains, or moves."""
+        self.agent = agent
+
+    @classmethod
+    def read(cls, path: str | Path, device: torch.device) -> "FrozenPolicy":
+        """The policy of a run or checkpoint. Raises UsageError where there is none."""
+        return cls.from_state(cls(registry.read(path).agent).state_dict(), device)
+
+    def distribution(self, obs: Observation) -> Any:
+        """The policy at observations [B, *shape], as data."""
+        return self.agent.distribution(obs)
+
+    def at(self, inputs: Inputs) -> Any:
+        """``distribution`` at observations that are encoded, and not normalised."""
+        return self.agent.policy_at(self.agent.encoder.scaled(inputs))
+
+    def state_dict(self) -> State:
+        """What it takes to make the policy again."""
+        weights = {name: weight.detach().clone() for name, weight in self.agent.policy.state_dict().items()}
+        return {**self.agent.description(), "policy": weights, "encoder": self.agent.encoder.state_dict()}
+
+    @classmethod
+    def from_state(cls, state: State, device: torch.device) -> "FrozenPolicy":
+        """The policy that ``state_dict`` describes. Raises UsageError where its agent's class is not known here."""
+        agent = registry.find(state["options"]["agent"]).from_description(state, state["policy"], device)
+        agent.policy.load_state_dict(state["policy"])
+        agent.encoder.load_state_dict(state["encoder"])
+        return cls(agent)
+
+
+@dataclass
+class Reference:
+    """What ``config`` asks for, from when ``agent`` first needs it; where it names no run, nothing at all."""
+
+    config: ReferenceConfig
+    agent: Agent
+    limit: KLLimit = field(init=False)
+    policy: FrozenPolicy | None = None
+
+    def __post_init__(self) -> None:
+        self.limit = self.config.make_limit(self.agent.device)
+
+    @property
+    def held(self) -> KLLimit | None:
+        """The limit, where there is a reference."""
+        return self.limit if self.config.run else None
+
+    def read(self) -> None:
+        """Read the run that the options name. Raises UsageError where there is none, and where its policy has no KL to
+        the agent's."""
+        if self.policy is None and self.config.run not in ("", UNIFORM):
+            self.policy = FrozenPolicy.read(self.config.run, self.agent.device)
+        if self.policy is not None:
+            for part in ("observation_space", "action_space"):
+                mine, theirs = getattr(self.agent, part), getattr(self.policy.agent, part)
+                if mine != theirs:
+                    raise UsageError(f"--reference.run {self.config.run}: its {part} is {theirs}, not {mine}")
+        if self.config.run:
+            probe = self.agent.encoder.probe()
+            try:
+                own = self.agent.policy_at(probe)
+                self.limit.kl(self.at(probe, own), own)
+            except ValueError as problem:
+                raise UsageError(f"--reference.run {self.config.run}: {problem}") from None
+
+    def at(self, inputs: Inputs, own: Any) -> Any:
+        """The reference at observations that are encoded, and not normalised; None where there is none.
+
+        ``own``: the agent's policy there.
+        """
+        if self.config.run in ("", UNIFORM):
+            return uniform_like(own) if self.config.run else None
+        if self.policy is None:
+            self.read()
+        assert self.policy is not None
+        return self.policy.at(inputs)
+
+    def seen(self, obs: Observation, own: Any) -> Any:
+        """``at`` observations [..., *shape] as the environment shows them."""
+        return self.at(self.agent.encoder.unscaled(obs), own) if self.config.run else None
+
+    def term(self, at: Any, new: Any) -> Tensor | float:
+        """The coefficient times the KL of each state, [B], to be added to a loss; 0 where there is no reference."""
+        return 0.0 if at is None else self.limit.term(at, new)
+
+    def distance(self, at: Any, policy: Any, mask: Tensor | None = None) -> float:
+        """The mean KL over states, in nats, of all ranks; 0 where there is no reference."""
+        return 0.0 if at is None else float(state_mean(self.limit.kl(at, policy), mask, self.limit.ranks))
+
+    def end(self, policy: Callable[[], Any], at: Any, mask: Tensor | None = None) -> dict[str, float]:
+        """Measure an update's policy against the reference, and let the coefficient answer; what is to be logged."""
+        if at is None:
+            return {}
+        move = Move(self.limit, policy, mask=mask, old=at)
+        report = move.end()
+        figures = {"kl": report.limited, "max": report.furthest, "coef": report.coefficient}
+        if report.limit < math.inf:
+            figures |= {"limit": report.limit, "of_limit": report.of_limit}
+        return {f"reference/{name}": figure for name, figure in figures.items()}
+
+    def state_dict(self) -> State:
+        """The coefficient and the policy, so that a run goes on without the one that it refers to."""
+        if not self.config.run:
+            return {}
+        self.read()
+        policy = {} if self.policy is None else {"policy": self.policy.state_dict()}
+        return {"limit": self.limit.state_dict(), **policy}
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue from ``state_dict``'s result."""
+        if state:
+            self.limit.load_state_dict(state["limit"])
+        if "policy" in state:
+            self.policy = FrozenPolicy.from_state(state["policy"], self.agent.device)
