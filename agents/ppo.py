@@ -126,12 +126,13 @@ class PPO(OnPolicyAgent):
                 for tag, figure in [*metrics.items(), ("largest weight", largest)]:
                     if not math.isfinite(figure):
                         raise NonFiniteError(f"{tag.rpartition('/')[2]} is {figure} in update {self.n_updates + 1}")
+                attempted = self.reference.move_back(batch, move, before["policy"]["flat"])
         except (NonFiniteError, ValueError) as problem:  # ValueError: the new policy has no KL, as its outputs overflow
             self.undo(before)
             raise SkippedUpdateError(str(problem)) from None
         if config.lr_schedule == "kl" and config.kl.target > 0:
             self.learning_rate.adapt(move.report.attempted, at_most(config.kl.target))
-        metrics |= self.reference.end(partial(self.policy_at, batch.inputs), batch.reference, batch.mask)
+        metrics |= self.reference.end(move.new, batch.reference, batch.mask, attempted)
         self.end_update(rollout)
         metrics |= {"train/learning_rate": rate, "train/ent_coef": config.ent_coef}
         return UpdateResult(move.report, metrics | reach(batch, move, config.clip_range) | self.diagnostics(batch))

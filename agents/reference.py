@@ -1,7 +1,6 @@
 """Another policy that an agent is held to: KL(policy||reference) in its loss, under a limit of its own."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +13,15 @@ from klrl.agents.base import Agent, State
 from klrl.config import Checked, NonNegative, PositiveInt
 from klrl.errors import UsageError
 from klrl.kl import Direction, KLLimit, Move, at_most, state_mean
+from klrl.kl.measure import Of, states
 from klrl.kl.rules import PENALTIES, Start
+from klrl.kl.trust_region import project
 from klrl.policies.distributions import uniform_like
 from klrl.policies.encoder import Inputs
 from klrl.policies.observations import Observation
 
 UNIFORM = "uniform"
+_FIGURES: tuple[Of, Of] = ("mean", "max")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class ReferenceConfig(Checked):
     """A run or checkpoint whose policy is the reference, or uniform: all discrete actions alike; by default none."""
     target: NonNegative = 0.0
     """Limit on the mean KL to the reference, in nats, action dimensions summed; 0 sets none."""
-    rule: Literal["adaptive", "lagrange", "fixed", "annealed"] = "adaptive"
+    rule: Literal["adaptive", "lagrange", "fixed", "annealed"] = "lagrange"
     """How the coefficient of the KL in the loss moves, as with kl.penalty; the first two need a target."""
     coef: NonNegative = 1.0
     """That coefficient at the start."""
@@ -50,11 +52,7 @@ class ReferenceConfig(Checked):
         if self.target and not self.run:
             raise UsageError("--reference.target needs a --reference.run, or uniform")
         bound = at_most(self.target or math.inf)
-        start = Start(self.coef, bound, True, self.anneal_to, self.anneal_over)
-        try:
-            penalty = PENALTIES[self.rule](start)
-        except ValueError as problem:
-            raise UsageError(f"--reference.rule {self.rule}, with --reference.coef: {problem}") from None
+        penalty = PENALTIES[self.rule](Start(self.coef, bound, True, self.anneal_to, self.anneal_over))
         return KLLimit(bound, direction=self.direction, penalty=penalty, stop=0.0, device=device)
 
 
@@ -151,15 +149,45 @@ class Reference:
         """The mean KL over states, in nats, of all ranks; 0 where there is no reference."""
         return 0.0 if at is None else float(state_mean(self.limit.kl(at, policy), mask, self.limit.ranks))
 
-    def end(self, policy: Callable[[], Any], at: Any, mask: Tensor | None = None) -> dict[str, float]:
-        """Measure an update's policy against the reference, and let the coefficient answer; what is to be logged."""
+    def allowed(self, at: Any, old: Any, mask: Tensor | None = None) -> float:
+        """The mean KL that an update may end at, in nats: the target, or where ``old`` is above, no more."""
+        return max(self.limit.bound.limit, self.distance(at, old, mask))
+
+    def move_back(self, batch: Any, move: Move, before: Tensor) -> float | None:
+        """Move an update's weights back towards those ``before`` it until the mean KL is what is ``allowed``.
+
+        Returns the mean KL that the update had reached, in nats; None where there is no reference.
+        """
+        if batch.reference is None:
+            return None
+        (weights,) = move.weights
+        ends = weights.clone()
+
+        def place(fraction: float) -> None:
+            weights.copy_(torch.lerp(before, ends, fraction) if fraction > 0 else before)
+
+        def measure() -> float:
+            return self.distance(batch.reference, move.policy(), batch.mask)
+
+        reached, allowed = measure(), self.allowed(batch.reference, batch.old, batch.mask)
+        if reached > allowed:
+            project(place, measure, allowed, reached)
+        return reached
+
+    def end(self, policy: Any, at: Any, mask: Tensor | None = None, attempted: float | None = None) -> dict[str, float]:
+        """Measure an update's policy against the reference, and let the coefficient answer; what is to be logged.
+
+        ``attempted``: what it answers, where that is not the KL of ``policy``, as the update was moved back.
+        """
         if at is None:
             return {}
-        move = Move(self.limit, policy, mask=mask, old=at)
-        report = move.end()
-        figures = {"kl": report.limited, "max": report.furthest, "coef": report.coefficient}
-        if report.limit < math.inf:
-            figures |= {"limit": report.limit, "of_limit": report.of_limit}
+        divergence, coefficient = self.limit.kl(at, policy), self.limit.penalty.coefficient.value
+        mean, largest = (states(divergence, of, mask, self.limit.ranks) for of in _FIGURES)
+        self.limit.adapt(mean if attempted is None else attempted)
+        figures = {"kl": mean, "max": largest, "coef": coefficient}
+        if (target := self.limit.bound.limit) < math.inf:
+            figures |= {"limit": target, "of_limit": mean / target}
+            figures |= {} if attempted is None else {"attempted": attempted}
         return {f"reference/{name}": figure for name, figure in figures.items()}
 
     def state_dict(self) -> State:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -95,7 +94,8 @@ class TRPO(OnPolicyAgent):
             if not bool(gradient.isfinite().all()):
                 self.undo(before)
                 raise SkippedUpdateError(f"the policy's gradient is not finite in update {self.n_updates + 1}")
-            step, searched, attempted = None, LineSearch(0.0, 0.0, 0.0, 0.0, "no_improvement"), 0.0
+            step, searched = None, LineSearch(0.0, 0.0, 0.0, 0.0, "no_improvement")
+            attempted: tuple[float, float | None] = 0.0, None
             if bool(gradient.any()):
                 step = self._natural_step(batch, pieces, gradient)
                 searched = searched._replace(rejected="curvature")
@@ -105,9 +105,9 @@ class TRPO(OnPolicyAgent):
         if not (math.isfinite(loss) and bool(self.critic_params.flat.isfinite().all())):
             self.undo(before)
             raise SkippedUpdateError(f"value_loss is {loss} in update {self.n_updates + 1}")
-        distance = self.reference.end(partial(self.policy_at, batch.inputs), batch.reference, batch.mask)
+        distance = self.reference.end(self.policy_at(batch.inputs), batch.reference, batch.mask, attempted[1])
         self.end_update(rollout)
-        report = replace(move.report, attempted=attempted, rolled_back=float(searched.rejected != ""))
+        report = replace(move.report, attempted=attempted[0], rolled_back=float(searched.rejected != ""))
         metrics = self._metrics(step, searched) | {"train/value_loss": loss}
         return UpdateResult(report, metrics | distance | self.diagnostics(batch))
 
@@ -158,22 +158,22 @@ class TRPO(OnPolicyAgent):
 
         return product
 
-    def _search(self, batch: Batch, step: NaturalStep, move: Move) -> tuple[LineSearch, float]:
+    def _search(self, batch: Batch, step: NaturalStep, move: Move) -> tuple[LineSearch, tuple[float, float]]:
         """Backtrack along the step, by the objective and by the KLs as fractions of their limits, of the whole batch.
 
-        Returns the KL of the whole step beside it, in nats.
+        Returns the KLs of the whole step beside it, from the old policy and to the reference, in nats.
         """
         reached = []
         held = self.reference
         at_first = objective(batch.old, batch, held)
-        allowed = max(held.limit.bound.limit, held.distance(batch.reference, batch.old, batch.mask))
+        allowed = held.allowed(batch.reference, batch.old, batch.mask)
 
         def measure() -> tuple[float, float]:
             new = self.policy_at(batch.inputs)
             excess = move.excess(new)
-            if math.isfinite(excess):
-                excess = max(excess, fraction(held.distance(batch.reference, new, batch.mask), allowed))
-            reached.append(move.reached)
+            distance = held.distance(batch.reference, new, batch.mask) if math.isfinite(excess) else math.inf
+            excess = max(excess, fraction(distance, allowed))
+            reached.append((move.reached, distance))
             return self.ranks.sum(float(objective(new, batch, held) - at_first))[0], excess
 
         found = line_search(self.policy_params.flat, step.step, measure, 1.0, self.config.line_search_max_iter)

@@ -70,9 +70,8 @@ class KLLimit:
       along its own line to the boundary ("project"); then the coefficient adapts to what the update had reached: the
       "adaptive" one doubles above 1.5 limits, or above 1 where overshoots are taken back, and halves below 1/1.5.
 
-    Where no rule answers a rollback, the next may be the same, and so on. Beyond ``influence`` limits a state's KL
-    pulls no harder (Huber 1964); 0 sets no bound. ``device``: where ``beta`` lies. ``ranks``: processes that train the
-    policy together, each on states of its own; the KL is that of all, and so is what it decides.
+    Where no rule answers a rollback, the next may be the same. Beyond ``influence`` limits a state's KL pulls no harder
+    (Huber 1964); 0 sets no bound. ``device``: of ``beta``. ``ranks``: who trains the policy, and decides, together.
 
         with limit.update(lambda: policy(obs), weights=list(policy.parameters())) as move:
             for epoch in range(10):
