@@ -50,7 +50,42 @@ class UpdateResult:
         self.kl.write(record)
 
 
-class Agent(ABC):
+class Actor(ABC):
+    """What acts on observations of one space, by a policy or something made of one."""
+
+    policy: Policy
+    encoder: ObservationEncoder
+
+    @abstractmethod
+    def act(self, obs: Observation, deterministic: bool = False, rng: Any = None) -> Actions:
+        """Actions [N, d] for a batch of observations [N, *shape], in the form that buffers hold."""
+
+    def env_action(self, action: Actions) -> Actions:
+        """``act``'s actions [N, d] as the environment takes them: within the bounds, shaped [N, *space.shape]."""
+        taken: Actions = self.policy.head.to_env(action)
+        return taken
+
+    def predict(
+        self,
+        observation: Observation,
+        state: Any = None,
+        episode_start: Any = None,
+        deterministic: bool = False,
+    ) -> tuple[Actions, Any]:
+        """SB3's signature: actions ready for the environment, for one observation or a batch; ``state`` as given.
+
+        Raises UsageError, as ``act``, for what is no observation of the space.
+        """
+        layout = self.encoder.layout
+        batch = layout.arrays(observation)
+        single = layout.is_single(batch)
+        if single:
+            batch = {key: part[None] for key, part in batch.items()} if isinstance(batch, dict) else batch[None]
+        action = self.env_action(self.act(batch, deterministic))
+        return (action[0] if single else action), state
+
+
+class Agent(Actor):
     """A policy for one pair of spaces, with what it needs to act, to be saved and to learn.
 
     A subclass names its dataclass of options as ``Config``, makes its parts in ``setup`` and learns in ``update``.
@@ -59,8 +94,6 @@ class Agent(ABC):
     Config: ClassVar[type[Any]]
     compiles: ClassVar[tuple[str, ...]] = ()
     """Methods that torch.compile may be asked to compile: gradients, from tensors to tensors."""
-    policy: Policy
-    encoder: ObservationEncoder
     ranks = ALONE
 
     def __init__(
@@ -118,7 +151,7 @@ class Agent(ABC):
         """What runs and the command line call this agent: its class in lower case."""
         return cls.__name__.lower()
 
-    def prepare(self) -> None:  # noqa: B027 (most have nothing to read)
+    def prepare(self) -> None:
         """Read what the options name, before a new run begins; by default nothing."""
 
     @abstractmethod
@@ -133,30 +166,6 @@ class Agent(ABC):
         Lists and tensors do for arrays, and an image may have its channels at either end; UsageError for other shapes.
         """
         return self.policy.act(obs, None if deterministic else self.rng if rng is None else rng)
-
-    def env_action(self, action: Actions) -> Actions:
-        """``act``'s actions [N, d] as the environment takes them: within the bounds, shaped [N, *space.shape]."""
-        taken: Actions = self.policy.head.to_env(action)
-        return taken
-
-    def predict(
-        self,
-        observation: Observation,
-        state: Any = None,
-        episode_start: Any = None,
-        deterministic: bool = False,
-    ) -> tuple[Actions, Any]:
-        """SB3's signature: actions ready for the environment, for one observation or a batch; ``state`` as given.
-
-        Raises UsageError, as ``act``, for what is no observation of the space.
-        """
-        layout = self.encoder.layout
-        batch = layout.arrays(observation)
-        single = layout.is_single(batch)
-        if single:
-            batch = {key: part[None] for key, part in batch.items()} if isinstance(batch, dict) else batch[None]
-        action = self.env_action(self.act(batch, deterministic))
-        return (action[0] if single else action), state
 
     def distribution(self, obs: Observation) -> Any:
         """The policy at observations [B, *shape], as data: no gradients, no view of the weights."""

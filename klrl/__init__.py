@@ -11,6 +11,7 @@ __version__ = "0.2.0.dev0"
 if TYPE_CHECKING:
     from klrl.agents.base import Agent as Agent
     from klrl.agents.base import UpdateResult as UpdateResult
+    from klrl.agents.governed import Governed as Governed
     from klrl.agents.limits import KLConfig as KLConfig
     from klrl.agents.limits import KLTarget as KLTarget
     from klrl.agents.limits import OffPolicyKLConfig as OffPolicyKLConfig
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "klrl.agents.base": ["Agent", "UpdateResult"],
+    "klrl.agents.governed": ["Governed"],
     "klrl.agents.limits": ["KLConfig", "KLTarget", "OffPolicyKLConfig"],
     "klrl.agents.on_policy": ["OnPolicyAgent", "OnPolicyConfig"],
     "klrl.agents.ppo": ["PPO", "PPOConfig"],

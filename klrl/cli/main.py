@@ -212,15 +212,20 @@ def _record(arguments: list[str]) -> None:
 
 
 def _eval(arguments: list[str]) -> None:
+    from klrl.agents.base import Actor
+    from klrl.agents.governed import Governed
     from klrl.training.evaluation import EvalConfig, evaluation_seed, run_episodes, summary
     from klrl.training.load import load_policy
 
     example = "eval needs a run folder or checkpoint: klrl eval runs/ppo-CartPole-v1-0-..."
     (run,), given = parse_command(EvalConfig, arguments, "eval RUN", 1, 1, example)
     trained = load_policy(run, given.checkpoint, given.imports)
+    agent: Actor = trained.agent
+    if given.govern:
+        agent = Governed(trained.agent, load_policy(given.govern).agent, given.kappa)
     with closing(trained.make_envs(given.episodes, given.env_id)) as envs:
         seed = evaluation_seed("afterwards", trained.config.seed)
-        score = run_episodes(trained.agent, envs, seed, not given.stochastic, episodes=given.episodes)
+        score = run_episodes(agent, envs, seed, not given.stochastic, episodes=given.episodes)
     env = given.env_id or trained.env
     if given.json:
         print(json.dumps({"env_id": env, **score._asdict()}))

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from klrl.kl.divergence import NoClosedFormError, Product, kl, logits_of, map_parameters, name_of, reverse_kl
+from klrl.kl.divergence import (
+    NoClosedFormError,
+    Product,
+    kl,
+    logits_of,
+    map_parameters,
+    name_of,
+    parameters_of,
+    reverse_kl,
+)
 from klrl.kl.measure import Direction
 
 D = TypeVar("D", bound=td.Distribution)
@@ -36,6 +45,8 @@ def project_states(old: td.Distribution, new: D, limit: float, direction: Direct
         if not bool(moved.any()):
             return new
         weight = torch.where(moved, _weight(old, new, limit, measure, reached), 1.0)
+        if not any(parameter.requires_grad for parameter in parameters_of(new)):
+            return geometric_mean(old, new, weight)
     with torch.enable_grad():  # d KL / d weight
         leaf = weight.clone().requires_grad_()
         (slope,) = torch.autograd.grad(measure(old, geometric_mean(old, _detached(new), leaf)).sum(), leaf)

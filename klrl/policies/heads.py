@@ -36,12 +36,18 @@ class CategoricalHead(nn.Module):
         logits = output[:, self.index].view(-1, *self.shape)
         return MultiCategorical(logits.masked_fill(self.padding, float("-inf")))
 
-    def sample(self, output: Array, rng: Any) -> Array:
-        """Actions [B, k], counted from 0."""
+    def numbers(self, output: Array) -> tuple[Array]:
+        """The logits [B, k, n] that outputs stand for, -inf where a choice is padding."""
         logits = output[:, self.index.cpu().numpy()] if self.padded else output
         logits = logits.reshape(-1, *self.shape)
-        if self.padded:
-            logits = np.where(self.padding.cpu().numpy(), -np.inf, logits)
+        return (np.where(self.padding.cpu().numpy(), -np.inf, logits) if self.padded else logits,)
+
+    def sample(self, output: Array, rng: Any) -> Array:
+        """Actions [B, k], counted from 0."""
+        return self.draw(*self.numbers(output), rng)
+
+    def draw(self, logits: Array, rng: Any) -> Array:
+        """``sample`` by logits [B, k, n]."""
         if rng is not None:  # the Gumbel-max rule: -log of an exponential is a standard Gumbel
             logits = logits - np.log(rng.standard_exponential(logits.shape))
         return logits.argmax(axis=-1)
@@ -92,14 +98,21 @@ class NormalHead(nn.Module):
         mean = torch.addcmul(self.center, output, self.scale)
         return DiagonalNormal(mean, self.log_std.expand_as(mean))
 
+    def numbers(self, output: Array) -> tuple[Array, Array]:
+        """The means [B, d] that outputs stand for, and the log standard deviations [d]."""
+        return self._center + output * self._scale, self._parameters["log_std"].detach().cpu().numpy()  # type: ignore[union-attr]
+
     def sample(self, output: Array, rng: Any) -> Array:
-        mean = self._center + output * self._scale
+        return self.draw(*self.numbers(output), rng)
+
+    def draw(self, mean: Array, log_std: Array, rng: Any) -> Array:
+        """``sample`` by means [B, d] and log standard deviations, [d] or [B, d]."""
         if rng is None:
             return mean
         noise = rng.standard_normal(mean.shape, dtype=np.float32)
-        noise *= np.exp(self._parameters["log_std"].detach().cpu().numpy())  # type: ignore[union-attr]
-        mean += noise
-        return mean
+        noise *= np.exp(log_std)
+        noise += mean
+        return noise
 
     def to_env(self, action: Array) -> Array:
         """Actions [N, d] clipped to the bounds, [N, *space.shape]; their density is that of the unclipped action."""

@@ -21,7 +21,7 @@ class Head(Protocol):
 
     def sample(self, output: Array, rng: Any) -> Array:
         """Actions [B, d] for outputs [B, size], sampled with ``rng``, or the mode where it is None; in NumPy, where a
-        handful of numbers costs less than torch's calls."""
+        handful of numbers costs less than torch's calls. Where a head has ``numbers``, their ``draw``."""
 
     def to_env(self, action: Array) -> Array:
         """Actions [N, d] as the environment takes them, [N, *space.shape]."""
@@ -48,9 +48,13 @@ class Policy(nn.Module):
 
     def act(self, obs: Observation, rng: Any) -> Array:
         """Actions for observations [N, *shape], as buffers hold them; with the mode where ``rng`` is None."""
-        encoder, parts = self.encoder, self._modules  # looking a module's modules up costs a microsecond each
-        network: Any = parts["network"]
-        head: Any = parts["head"]
+        head: Any = self._modules["head"]  # looking a module's modules up costs a microsecond each
+        return head.sample(self.outputs(obs), rng)
+
+    def outputs(self, obs: Observation) -> Array:
+        """The network's outputs at observations [N, *shape], in NumPy."""
+        encoder = self.encoder
+        network: Any = self._modules["network"]
         output = None
         hooked = network._forward_hooks or network._forward_pre_hooks
         if type(network) is Network and not hooked and encoder.plain and encoder.device.type == "cpu":
@@ -59,4 +63,4 @@ class Policy(nn.Module):
         if output is None:
             with torch.inference_mode():
                 output = network(encoder(encoder.layout.batch(obs))).cpu().numpy()
-        return head.sample(output, rng)
+        return output

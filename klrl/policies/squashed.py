@@ -104,13 +104,20 @@ class SquashedHead(nn.Module):
         mean, log_std = output.tensor_split(2, dim=-1)
         return SquashedNormal(mean, log_std.clamp(*_LOG_STD))
 
+    def numbers(self, output: Array) -> tuple[Array, Array]:
+        """The normals' means and log standard deviations, each [B, d], that outputs stand for."""
+        return output[:, : self.dimensions], output[:, self.dimensions :].clip(*_LOG_STD)
+
     def sample(self, output: Array, rng: Any) -> Array:
         """Actions [B, d] in [-1, 1]."""
-        mean, log_std = output[:, : self.dimensions], output[:, self.dimensions :]
+        return self.draw(*self.numbers(output), rng)
+
+    def draw(self, mean: Array, log_std: Array, rng: Any) -> Array:
+        """``sample`` by the normals' means and log standard deviations, each [B, d]."""
         if rng is None:
             return np.tanh(mean)
         noise = rng.standard_normal(mean.shape, dtype=np.float32)
-        return np.tanh(mean + noise * np.exp(log_std.clip(*_LOG_STD)))
+        return np.tanh(mean + noise * np.exp(log_std))
 
     def to_env(self, action: Array) -> Array:
         """Actions [N, d] in [-1, 1] scaled to the bounds, [N, *space.shape]."""

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from klrl.agents.base import Agent
-from klrl.config import Checked, EnvCount
+from klrl.agents.base import Actor
+from klrl.config import Checked, EnvCount, Range
 from klrl.envs.make import Imports, can_replay
 from klrl.envs.wrappers import counted_from
 from klrl.policies.observations import Observation
@@ -59,12 +59,16 @@ class EvalConfig(Checked):
     imports: Imports = ()
     stochastic: bool = False
     """Sample actions instead of taking the most likely ones."""
+    govern: str = ""
+    """A run or checkpoint whose policy is the reference: act by the nearest policy within kappa of it."""
+    kappa: Annotated[float, Range(0, above=True)] = 0.1
+    """The most that the policy which acts may be from that reference at a state, KL(policy||reference) in nats."""
     json: bool = False
     """Print one line of JSON."""
 
 
 def run_episodes(
-    agent: Agent,
+    agent: Actor,
     envs: VectorEnv[Any, Any, Any],
     seed: int,
     deterministic: bool = True,
