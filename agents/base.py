@@ -92,7 +92,7 @@ class Agent(Actor):
     """
 
     Config: ClassVar[type[Any]]
-    compiles: ClassVar[tuple[str, ...]] = ()
+    compiles: tuple[str, ...] = ()
     """Methods that torch.compile may be asked to compile: gradients, from tensors to tensors."""
     ranks = ALONE
 

@@ -3,9 +3,10 @@
 Policy and critic are two networks, so the critic's gradient cannot move the policy.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +15,15 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 
 from klrl.agents.base import Agent, State, chunks
+from klrl.agents.bottleneck import Bottleneck, BottleneckConfig
 from klrl.agents.limits import KLTarget
 from klrl.agents.reference import Reference, ReferenceConfig
 from klrl.buffers.returns import RewardScale, gae
 from klrl.buffers.rollout import RolloutBuffer
-from klrl.config import Checked, Fraction, Range, Widths
+from klrl.config import Checked, Fraction, NonNegative, Range, Widths
 from klrl.errors import UsageError
 from klrl.kl import Ranks, select
+from klrl.policies.bayesian import BayesianCritic
 from klrl.policies.encoder import Inputs, ObservationEncoder
 from klrl.policies.heads import make_head
 from klrl.policies.networks import Activation, Critic, OwnNetwork, make_network
@@ -47,6 +50,11 @@ class OnPolicyConfig(Checked):
     """Widths of the hidden layers, of the policy and of the critic."""
     activation: Activation = "tanh"
     """Activation of the hidden layers."""
+    critic: Literal["point", "bayesian"] = "point"
+    """Values by weights that are numbers, or by a last layer that is a distribution, which says how sure it is
+    (experimental)."""
+    critic_kl: NonNegative = 1e-3
+    """Weight of a bayesian critic's KL to its prior beside the squared error."""
     log_std_init: Annotated[float, Range(-80, 80)] = 0.0
     """Logarithm of the initial standard deviation of continuous actions, where a bounded action spans -1 to 1."""
     kl: KLTarget = field(default_factory=KLTarget)
@@ -82,9 +90,8 @@ class Batch:
         parts = (self.action, self.log_prob, self.value, self.advantage, self.returns)
         inputs = {key: rows[index] for key, rows in self.inputs.items()}
         weight = self.weight[index] if scale == 1 else self.weight[index] * scale
-        action, log_prob, value, advantage, returns = (part[index] for part in parts)
         old, reference = (dist if dist is None else select(dist, index) for dist in (self.old, self.reference))
-        return Batch(inputs, old, action, log_prob, value, advantage, returns, weight, reference)
+        return Batch(inputs, old, *(part[index] for part in parts), weight, reference)  # type: ignore[call-arg]
 
     def minibatches(self, size: int, rng: np.random.Generator) -> list["Batch"]:
         """All rows in random order, ``size`` at a time; the last minibatch has what is left."""
@@ -106,6 +113,14 @@ def value_loss(value: Tensor, batch: Batch, clip_range_vf: float = 0.0) -> Tenso
     return batch.weight @ squared
 
 
+def make_critic(make: Callable[[int, float], nn.Module], config: OnPolicyConfig, init: torch.Generator) -> Critic:
+    """The critic that ``config`` asks for, on a network of ``make``'s, from outputs and their gain."""
+    if config.critic == "point":
+        return Critic(make(1, 1.0))
+    width = config.hidden_sizes[-1]
+    return BayesianCritic(make(width, 2**0.5), width, config.critic_kl, init)
+
+
 class OnPolicyAgent(Agent):
     """Learns from whole rollouts of its policy; Box, Discrete, MultiDiscrete and MultiBinary actions."""
 
@@ -116,8 +131,10 @@ class OnPolicyAgent(Agent):
         self.encoder = ObservationEncoder(self.observation_space, self.device, config.normalize_observation)
         head = make_head(self.action_space, config.log_std_init)
         make = partial(make_network, network, self.encoder, config.hidden_sizes, config.activation, init)
-        self.policy = Policy(self.encoder, make(head.size, 0.01), head).to(self.device)
-        self.critic = Critic(make(1, 1.0)).to(self.device)
+        self.bottleneck = Bottleneck(getattr(config, "bottleneck", BottleneckConfig()), self)
+        layers = self.bottleneck.network(make, head.size, init)
+        self.policy = Policy(self.encoder, layers, head).to(self.device)
+        self.critic = make_critic(make, config, init).to(self.device)
         self.policy_params = FlatParameters(self.policy, "policy")
         self.critic_params = FlatParameters(self.critic, "critic")
         self.reward_scale = RewardScale(config.gamma, config.normalize_reward)
@@ -174,11 +191,9 @@ class OnPolicyAgent(Agent):
         old = self.policy_at(inputs)
         table = value.view(rollout.n_steps + 1, rollout.n_envs).cpu().numpy()
         following = rollout.values_of_next(table, lambda obs: self.value(obs).cpu().numpy())
-        ended = rollout.terminated | rollout.truncated
+        terminated, ended = rollout.terminated, rollout.terminated | rollout.truncated
         reward = self.reward_scale(rollout.reward, ended, rollout.valid)
-        advantage, returns = gae(
-            reward, table[:-1], following, rollout.terminated, ended, config.gamma, config.gae_lambda
-        )
+        advantage, returns = gae(reward, table[:-1], following, terminated, ended, config.gamma, config.gae_lambda)
         if config.normalize_advantage:
             mean, deviation = self.ranks.moments(advantage[rollout.valid].astype(np.float64))
             advantage = ((advantage - np.float64(mean)) / (deviation + 1e-8)).astype(np.float32)
@@ -199,8 +214,7 @@ class OnPolicyAgent(Agent):
         return gradients(loss, self.policy_params, self.critic_params)
 
     def take_step(self, gradient: Tensor, learning_rate: Tensor, max_grad_norm: float, apart: bool = False) -> Tensor:
-        """Take one step of Adam with policy and critic, along ``gradient`` clipped to ``max_grad_norm``, ``apart`` each
-        by itself.
+        """Take one step of Adam along ``gradient`` clipped to ``max_grad_norm``, ``apart``: policy and critic each.
 
         Returns the norm before, a scalar tensor. learning_rate: a scalar tensor on the agent's device.
         """
@@ -216,7 +230,7 @@ class OnPolicyAgent(Agent):
         spread, unexplained = (float(x.var(correction=0)) for x in (returns, returns - value))
         explained = 1 - unexplained / spread if spread > 0 else 0.0
         mean = {"train/explained_variance": explained, "health/value_mean": float(value.mean())}
-        return mean | self.policy.head.metrics()
+        return mean | self.policy.head.metrics() | self.critic.metrics(batch.inputs)
 
     def end_update(self, rollout: RolloutBuffer) -> None:
         """Move what stands still until the KL was measured: the observations' statistics, and the count of updates."""
@@ -238,7 +252,7 @@ class OnPolicyAgent(Agent):
 
     def state_dict(self) -> State:
         state = {**self.snapshot(), "limit": self.limit.state_dict(), "encoder": self.encoder.state_dict()}
-        state["reference"] = self.reference.state_dict()
+        state |= {"reference": self.reference.state_dict(), "bottleneck": self.bottleneck.state_dict()}
         return {**state, "rng": self.rng.bit_generator.state, "n_updates": self.n_updates}
 
     def load_state_dict(self, state: State) -> None:
@@ -246,5 +260,6 @@ class OnPolicyAgent(Agent):
         self.limit.load_state_dict(state["limit"])
         self.encoder.load_state_dict(state["encoder"])
         self.reference.load_state_dict(state.get("reference", {}))
+        self.bottleneck.load_state_dict(state.get("bottleneck", {}))
         self.rng.bit_generator.state = state["rng"]
         self.n_updates = int(state["n_updates"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from klrl.agents.base import State, UpdateResult
+from klrl.agents.bottleneck import BottleneckConfig
 from klrl.agents.fused import FusedCritic, FusedPolicy, Rows, applies, suits
 from klrl.agents.limits import KLConfig
 from klrl.agents.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_loss
@@ -49,6 +50,7 @@ class PPOConfig(OnPolicyConfig):
     """Scale the gradients of policy and critic down each by itself."""
     kl: KLConfig = field(default_factory=KLConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
 
 
 def policy_loss(
@@ -96,7 +98,7 @@ class PPO(OnPolicyAgent):
     """
 
     Config: ClassVar[type[OnPolicyConfig]] = PPOConfig
-    compiles = ("_gradient_by_autograd",)
+    compiles: tuple[str, ...] = ("_gradient_by_autograd",)
     fused: tuple[FusedPolicy, FusedCritic] | None = None
 
     def setup(self, init: torch.Generator, network: OwnNetwork | None) -> None:
@@ -105,6 +107,8 @@ class PPO(OnPolicyAgent):
             raise UsageError(f"--clip-rule {self.config.clip_rule} needs a --clip-range above 0, such as 0.2")
         if self.config.clip_range > 0:
             self.limit.rules.append(RATIO_RULES[self.config.clip_rule](self.config.clip_range))
+        if self.config.bottleneck.size:
+            self.compiles = ()  # a compiled gradient would draw one noise for all steps
         rate = self.config.learning_rate
         self.learning_rate = Adaptive(rate, factor=1 / 1.5, low=0.5, high=2.0, minimum=rate / 30, maximum=3 * rate)
 
@@ -133,6 +137,7 @@ class PPO(OnPolicyAgent):
         if config.lr_schedule == "kl" and config.kl.target > 0:
             self.learning_rate.adapt(move.report.attempted, at_most(config.kl.target))
         metrics |= self.reference.end(move.new, batch.reference, batch.mask, attempted)
+        metrics |= self.bottleneck.end(batch.inputs, move.new, batch.mask)
         self.end_update(rollout)
         metrics |= {"train/learning_rate": rate, "train/ent_coef": config.ent_coef}
         return UpdateResult(move.report, metrics | reach(batch, move, config.clip_range) | self.diagnostics(batch))
@@ -162,8 +167,8 @@ class PPO(OnPolicyAgent):
             gradient = self.fused[1].gradient(minibatch, config.clip_range_vf, config.vf_coef)[1]
         else:
             with torch.enable_grad():
-                loss = config.vf_coef * value_loss(self.critic(minibatch.inputs), minibatch, config.clip_range_vf)
-                gradient = gradients(loss, self.critic_params)
+                loss = value_loss(self.critic(minibatch.inputs), minibatch, config.clip_range_vf)
+                gradient = gradients(config.vf_coef * (loss + self.critic.cost(minibatch)), self.critic_params)
         clip_(gradient := self.ranks.total(gradient)[0], config.max_grad_norm)
         adam_step(gradient, learning_rate, self.critic_params)
 
@@ -189,8 +194,12 @@ class PPO(OnPolicyAgent):
         with torch.enable_grad():
             new, held = self.policy(minibatch.inputs), self.reference.held
             loss, surrogate = policy_loss(new, minibatch, self.limit, config.ent_coef, held)
+            if self.config.bottleneck.size:
+                noisy, rates = self.bottleneck.noisy(minibatch.inputs)
+                also, _ = policy_loss(noisy, minibatch, self.limit, config.ent_coef, held)
+                loss = (loss + also) / 2 + minibatch.weight @ rates
             loss_v = value_loss(self.critic(minibatch.inputs), minibatch, config.clip_range_vf)
-            gradient = self.gradient_of(loss + config.vf_coef * loss_v)
+            gradient = self.gradient_of(loss + config.vf_coef * (loss_v + self.critic.cost(minibatch)))
         return surrogate.detach(), loss_v.detach(), gradient
 
     def state_dict(self) -> State:

@@ -199,7 +199,7 @@ class TRPO(OnPolicyAgent):
         else:
             with torch.enable_grad():
                 loss = value_loss(self.critic(minibatch.inputs), minibatch)
-                gradient = gradients(loss, self.critic_params)
+                gradient = gradients(loss + self.critic.cost(minibatch), self.critic_params)
         loss, gradient = self.ranks.total(loss.detach(), gradient)
         adam_step(gradient, learning_rate, self.critic_params)
         return loss

@@ -1,7 +1,16 @@
 """KL and entropy of policies: exact divergences, control of coefficients, tracking of updates. Needs only torch."""
 
 from klrl.kl.closed_form import categorical_kl, normal_kl
-from klrl.kl.comparisons import cross_entropy, entropy, jeffreys, js, pinsker_bound, renyi, total_variation
+from klrl.kl.comparisons import (
+    cross_entropy,
+    entropy,
+    jeffreys,
+    js,
+    mutual_information,
+    pinsker_bound,
+    renyi,
+    total_variation,
+)
 from klrl.kl.control import Adaptive, Annealed, Bound, Coefficient, Dual, Fixed, Penalty, at_least, at_most
 from klrl.kl.divergence import NoClosedFormError, Product, concatenate, freeze, joint, kl, reverse_kl, select
 from klrl.kl.estimators import Estimate, StateEstimates, kl_estimate, mc_entropy, mc_kl
@@ -59,6 +68,7 @@ __all__ = [
     "mc_entropy",
     "mc_kl",
     "measure",
+    "mutual_information",
     "normal_kl",
     "pinsker_bound",
     "project_states",

@@ -125,6 +125,17 @@ def renyi(old: td.Distribution, new: td.Distribution, alpha: float, units: Units
     return in_units(_sum_parts(old, value), units).to(torch.get_default_dtype())
 
 
+def mutual_information(policy: td.Distribution, units: Units = "nats") -> Tensor:
+    """I(S; A) = H(E_s pi(a|s)) - E_s H(pi(a|s)) over B states that count alike, a scalar: what actions tell of states.
+
+    ``policy``: discrete, with batch shape [B]. Computed as the mean KL(pi(.|s) || E_s pi), whose terms are at least 0.
+    Raises ValueError for others, and for over 65,536 joint actions. Source: Cover and Thomas (2006), equation 2.36.
+    """
+    log_p = _tables(policy, policy)[0]
+    log_mean = torch.logsumexp(log_p, 0) - math.log(len(log_p))
+    return in_units(categorical_kl_of(log_p, log_mean.expand_as(log_p).clone()).mean(), units)
+
+
 def _checked(value: Tensor, old: td.Distribution, new: td.Distribution) -> Tensor:
     if bool(value.isnan().any()):
         raise_nan(old, new)

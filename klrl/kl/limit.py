@@ -78,7 +78,6 @@ class KLLimit:
                 train_one_epoch(limit)
                 if move.exceeded():
                     break
-        print(move.report.mean)
 
     Raises ValueError for a rule that is not known, and for a number below 0.
     """

@@ -219,6 +219,14 @@ class Critic(nn.Module):
         value: Tensor = self.network(inputs)
         return value.squeeze(-1)
 
+    def cost(self, batch: Any) -> Tensor | float:
+        """What a minibatch's loss counts beside the values' errors; of weights that are numbers, nothing."""
+        return 0.0
+
+    def metrics(self, inputs: Inputs) -> dict[str, float]:
+        """What is worth logging of the values' certainty."""
+        return {}
+
 
 class TwinCritic(nn.Module):
     """Two critics Q(s, a) of one shape, their weights stacked, so that each layer is one product: to [2, B, outputs].
