@@ -1,5 +1,6 @@
 """KL and entropy of policies: exact divergences, control of coefficients, tracking of updates. Needs only torch."""
 
+from klrl.kl.calibration import expected_calibration_error, temperature_scale
 from klrl.kl.closed_form import categorical_kl, normal_kl
 from klrl.kl.comparisons import (
     cross_entropy,
@@ -56,6 +57,7 @@ __all__ = [
     "concatenate",
     "cross_entropy",
     "entropy",
+    "expected_calibration_error",
     "fisher_vector_product",
     "freeze",
     "geometric_mean",
@@ -76,6 +78,7 @@ __all__ = [
     "reverse_kl",
     "select",
     "state_mean",
+    "temperature_scale",
     "total_variation",
     "track",
 ]
