@@ -180,6 +180,10 @@ class Agent(Actor):
     def value(self, obs: Observation) -> Tensor:
         """What the agent expects of states, [B], from observations [B, *shape]."""
 
+    def critic_reward(self, reward: npt.NDArray[np.float64], obs: Observation) -> npt.NDArray[np.float64]:
+        """What ``value`` adds up: the rewards [B] of steps from observations [B, *shape], scaled, or with a bonus."""
+        return reward
+
     @abstractmethod
     def new_buffer(self, n_envs: int, autoreset: AutoresetMode | str = AutoresetMode.NEXT_STEP) -> Buffer:
         """An empty buffer of the kind that ``update`` takes, for environments that reset as ``autoreset`` says."""

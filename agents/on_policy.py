@@ -3,6 +3,7 @@
 Policy and critic are two networks, so the critic's gradient cannot move the policy.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +23,7 @@ from klrl.buffers.returns import RewardScale, gae
 from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import Checked, Fraction, NonNegative, Range, Widths
 from klrl.errors import UsageError
-from klrl.kl import Ranks, select
+from klrl.kl import ALONE, Ranks, select
 from klrl.policies.bayesian import BayesianCritic
 from klrl.policies.encoder import Inputs, ObservationEncoder
 from klrl.policies.heads import make_head
@@ -172,6 +173,12 @@ class OnPolicyAgent(Agent):
     def value(self, obs: Observation) -> Tensor:
         """V(s), [B]: the discounted return that the critic expects, of rewards as they are scaled for it."""
         return torch.cat([self.critic(chunk) for chunk in chunks(self.encoder(obs))])
+
+    def critic_reward(self, reward: npt.NDArray[np.float64], obs: Observation) -> npt.NDArray[np.float64]:
+        """The rewards [B] as they are scaled for the critic; the scale stays as it is."""
+        scale, nothing = copy.copy(self.reward_scale), np.zeros((1, len(reward)), np.bool_)
+        scale.ranks = ALONE
+        return scale(reward[None].astype(np.float32), nothing, nothing)[0].astype(np.float64)
 
     @torch.no_grad()
     def make_batch(self, rollout: RolloutBuffer) -> Batch:

@@ -120,6 +120,10 @@ class SAC(Agent):
     def modules(self) -> dict[str, nn.Module]:
         return {"policy": self.policy, "critic": self.critic, "target_critic": self.target_critic}
 
+    def critic_reward(self, reward: Any, obs: Observation) -> Any:
+        """r + alpha * H, as the value is soft; that of continuous actions, a Q, leaves out the first state's H."""
+        return reward + self.alpha.value * self.distribution(obs).entropy().double().cpu().numpy()
+
     def new_buffer(self, n_envs: int, autoreset: AutoresetMode | str = AutoresetMode.NEXT_STEP) -> ReplayBuffer:
         """A replay buffer for ``n_envs`` environments. Raises UsageError where an update would outlast a window."""
         config = self.config

@@ -68,7 +68,7 @@ def test_the_calibration_error_is_that_by_hand() -> None:
     probs = torch.tensor([[0.8, 0.2], [0.8, 0.2], [0.2, 0.8], [0.5, 0.5]], dtype=torch.float64)
     target = torch.tensor([0, 1, 0, 0])
     found = reliability(probs.log(), target, bins=2)
-    assert found.count.tolist() == [1, 3]
+    assert found.number.tolist() == [1, 3]
     assert found.confidence.tolist() == pytest.approx([0.5, 0.8])
     assert found.accuracy.tolist() == pytest.approx([1.0, 1 / 3])
     expected = (1 * 0.5 + 3 * (0.8 - 1 / 3)) / 4

@@ -14,17 +14,9 @@ import torch
 import klrl
 from klrl.agents.ppo import PPO, PPOConfig
 from klrl.agents.sac import SAC, SACConfig
-from klrl.analysis.compare import (
-    CompareConfig,
-    Comparison,
-    collect_states,
-    compare_policies,
-    divergences,
-    draw,
-    summary,
-    to_json,
-    to_text,
-)
+from klrl.analysis.compare import draw, to_json, to_text
+from klrl.analysis.comparison import CompareConfig, Comparison, compare_policies, divergences, summary
+from klrl.analysis.visits import visit
 from klrl.cli.main import main
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.errors import NonFiniteError
@@ -207,12 +199,12 @@ def test_visited_states_are_those_acted_on_and_the_agent_is_left_as_it_was(kind:
     trained = made(kind, env=LONG, action="box")
     agent, envs = trained.agent, trained.make_envs(2)
     before, noise = agent.rng.bit_generator.state, getattr(agent, "noise", None)
-    obs = collect_states(agent, envs, 24, seed=3)
+    obs = visit(agent, envs, 24, seed=3).states
     # Episodes of five steps in each environment. Only the first state of each shows -1, and nobody acts on the final
     # one: that row resets.
     assert obs.shape == (24, 1)
     assert np.flatnonzero(obs == -1).tolist() == [0, 1, 10, 11, 20, 21]
-    assert collect_states(agent, envs, 7, seed=3).tolist() == obs[:7].tolist()
+    assert visit(agent, envs, 7, seed=3).states.tolist() == obs[:7].tolist()
     assert agent.rng.bit_generator.state == before
     assert getattr(agent, "noise", None) is noise
     assert getattr(noise, "last", None) is None
@@ -220,10 +212,10 @@ def test_visited_states_are_those_acted_on_and_the_agent_is_left_as_it_was(kind:
 
 def test_visited_states_follow_from_the_seed_alone() -> None:
     trained = made(PPO, env="CartPole-v1")
-    first, _, again, other = (collect_states(trained.agent, trained.make_envs(2), 20, seed) for seed in (3, 5, 3, 4))
+    first, _, again, other = (visit(trained.agent, trained.make_envs(2), 20, seed).states for seed in (3, 5, 3, 4))
     assert first.tolist() == again.tolist() != other.tolist()
     trained.agent.rng.random()
-    assert first.tolist() == collect_states(trained.agent, trained.make_envs(2), 20, 3).tolist()
+    assert first.tolist() == visit(trained.agent, trained.make_envs(2), 20, 3).states.tolist()
 
 
 def test_the_worst_states_are_distinct_sorted_and_say_who_visited_them() -> None:

@@ -17,7 +17,8 @@ from torch import nn
 
 import klrl
 from klrl.agents.sac import SAC
-from klrl.analysis.compare import CompareConfig, compare
+from klrl.analysis.compare import compare
+from klrl.analysis.comparison import CompareConfig
 from klrl.cli.main import main
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.rundir import checkpoint

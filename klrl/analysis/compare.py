@@ -1,95 +1,35 @@
-"""Comparison of two trained policies: KL both ways and JS over the states that each visits, and their returns.
-
-A is old and B new: forward is KL(A||B). ``compare_policies`` measures; ``to_text``, ``to_json`` and ``draw`` show it.
-"""
+"""What ``klrl compare`` prints and draws of a comparison: text, JSON, a figure."""
 
 import json
 import math
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from klrl.agents.base import Agent
 from klrl.analysis import tables
-from klrl.config import Checked, EnvCount, Range, Seed
+from klrl.analysis.calibration import CriticCalibration, PolicyCalibration
+from klrl.analysis.comparison import (
+    KEYS,
+    QUANTILES,
+    SHOWN,
+    CompareConfig,
+    Comparison,
+    Elsewhere,
+    StateComparison,
+    compare_policies,
+    summary,
+)
+from klrl.analysis.shift import Shift
 from klrl.console import printable
-from klrl.envs.make import Imports
-from klrl.errors import NonFiniteError, UsageError, needs
-from klrl.kl import concatenate, js, kl, reverse_kl, select
-from klrl.kl.state import own_noise
-from klrl.policies.distributions import MultiCategorical
-from klrl.policies.observations import Observation
-from klrl.policies.spaces import category_sizes
-from klrl.policies.squashed import SquashedHead, SquashedNormal
-from klrl.training.evaluation import Evaluation, evaluation_seed, run_episodes
-from klrl.training.load import LoadedPolicy, load_policy
-from klrl.training.loop import Envs
+from klrl.errors import needs
+from klrl.training.load import load_policy
 
-_ENVS = 2  # few, so that long episodes are seen to their end
-_SAMPLES = 64  # of each policy at a state, for a JS without closed form
-_ROWS = 128  # states at a time: a joint action space is written out, or sampled, for each
-_SHOWN = 10  # states, and in the text action dimensions
+_NAMES = ("KL(A||B)", "KL(B||A)", "JS")
+_SHIFTS = ("KL(here||there)", "KL(there||here)", "JS")
+_FEW = 8  # episodes, to tell an error from
 _NUMBERS = 6  # in the text, of a longer observation or action
-_KEYS, _NAMES = ("forward", "reverse", "js"), ("KL(A||B)", "KL(B||A)", "JS")
-_QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
-
-
-@dataclass(frozen=True)
-class CompareConfig(Checked):
-    """How policies A and B differ at the states that each of them visits."""
-
-    env: str = ""
-    """Another environment with the same spaces; the one that A was trained on by default."""
-    imports: Imports = ()
-    steps: Annotated[int, Range(1, 10_000_000)] = 2000
-    """Environment steps that each policy takes, with sampled actions, to visit states."""
-    episodes: EnvCount = 10
-    """Episodes of each policy for its returns, with its most likely actions; the same seeds for both."""
-    checkpoint: Literal["last", "best"] = "last"
-    """Which of a run's checkpoints."""
-    seed: Seed = 0
-    """Seed of the environments, the sampled actions, and the samples that JS is estimated from."""
-    json: bool = False
-    """Print JSON."""
-    figure: str = ""
-    """File to draw the comparison in, .png or .svg."""
-
-
-@dataclass(frozen=True)
-class StateComparison:
-    """S states that one policy visited, and how A and B differ there: float64, in nats."""
-
-    obs: Observation
-    """[S, *shape]."""
-    policies: Sequence[Any]
-    """A's and B's there; where they are squashed, the normals before tanh, which have the same divergences."""
-    joint: Tensor
-    """[3, S]: KL(A||B) and KL(B||A), exact, infinite without support; and Jensen-Shannon, 0 to log 2."""
-    js_stderr: float
-    """Of the mean joint JS. 0 where JS is exact: up to 65,536 joint discrete actions. Elsewhere it is sampled."""
-    dimensions: Tensor
-    """[d, 3, S]: the same of each action dimension alone. Its KLs sum to the joint ones; its JS do not."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The result of ``compare_policies``. Of each pair, the first is A's and the second B's."""
-
-    policies: Sequence[LoadedPolicy]
-    config: CompareConfig
-    env: str
-    visited: Sequence[StateComparison]
-    returns: Sequence[Evaluation]
-    states: list[dict[str, Any]]
-    """The ten distinct states of the largest KL(A||B) + KL(B||A), where that is not 0: visited by whom, at which of its
-    steps, and what A and B do there, which is their most likely action as the environment takes it, with its
-    probability, or with mean and std of the normal (before tanh where it is squashed)."""
 
 
 def compare(a: str, b: str, config: CompareConfig) -> str:
@@ -105,163 +45,60 @@ def compare(a: str, b: str, config: CompareConfig) -> str:
     return to_json(found) if config.json else to_text(found)
 
 
-def compare_policies(old: LoadedPolicy, new: LoadedPolicy, config: CompareConfig) -> Comparison:
-    """Run both policies in one environment and measure how they differ at the states of each, reproducibly by seed.
-
-    Raises UsageError for different spaces, for a normal and a squashed normal, and as ``LoadedPolicy.make_envs``;
-    NonFiniteError where a policy is nan.
-    """
-    _check_alike(old, new)
-    agents, seed = (old.agent, new.agent), evaluation_seed("afterwards", config.seed)
-    visited, returns = [], []
-    for agent in agents:
-        with closing(old.make_envs(min(_ENVS, config.steps), config.env)) as envs:
-            visited.append(compare_at(*agents, collect_states(agent, envs, config.steps, seed), config.seed))
-        with closing(old.make_envs(config.episodes, config.env)) as envs:
-            returns.append(run_episodes(agent, envs, seed, episodes=config.episodes))
-    return Comparison((old, new), config, config.env or old.env, visited, returns, _disagreements(agents, visited))
-
-
-def _check_alike(old: LoadedPolicy, new: LoadedPolicy) -> None:
-    for part in ("action_space", "observation_space"):
-        mine, theirs = getattr(old.agent, part), getattr(new.agent, part)
-        if mine != theirs:
-            raise UsageError(
-                f"no KL between policies with different spaces: {part.replace('_', ' ')} {mine} and {theirs}"
-            )
-    if len({isinstance(trained.agent.policy.head, SquashedHead) for trained in (old, new)}) == 2:
-        raise UsageError(f"no closed-form KL between a normal and a squashed normal policy: {old.path} and {new.path}")
-
-
-def collect_states(agent: Agent, envs: Envs, steps: int, seed: int) -> Observation:
-    """The first ``steps`` observations [steps, *shape] that ``agent`` acts on, with sampled actions.
-
-    Rows that only reset an environment are not among them. The agent's own random state is left alone.
-    """
-    rng = np.random.default_rng(seed)
-    obs, _ = envs.reset(seed=seed)
-    acting, count = np.ones(envs.num_envs, np.bool_), 0
-    states: list[Observation] = []
-    while count < steps:
-        count += acting.sum()
-        states.append(tree_map(lambda part, rows=acting: part[rows], agent.encoder.layout.batch(obs)))
-        obs, _, terminated, truncated, _ = envs.step(agent.env_action(agent.act(obs, rng=rng)))
-        acting = ~(terminated | truncated)
-    return tree_map(lambda *parts: np.concatenate(parts)[:steps], *states)
-
-
-def compare_at(old: Agent, new: Agent, obs: Observation, seed: int = 0) -> StateComparison:
-    """Measure how two agents differ at the observations [S, *shape]. Raises NonFiniteError where a policy is nan."""
-    both = [agent.distribution(obs) for agent in (old, new)]
-    # Between the normals before tanh all divergences are the same, and cancel less.
-    both = [dist.base if isinstance(dist, SquashedNormal) else dist for dist in both]
-    first, second = (dist.map_parameters(Tensor.double) for dist in both)
-    if isinstance(first, MultiCategorical) and first.event_shape != second.event_shape:
-        first, second = (_joined(dist, category_sizes(old.action_space)) for dist in (first, second))
-    columns = [slice(i, i + 1) for i in range(first.event_shape[0])]
-    alone = [[dist.map_parameters(lambda p, i=i: p[:, i]) for dist in (first, second)] for i in columns]
-    try:
-        joint, js_stderr = divergences(first, second, seed)
-        parts = [divergences(a, b, seed)[0] for a, b in alone]
-    except ValueError as problem:
-        raise NonFiniteError(str(problem)) from None
-    return StateComparison(obs, (first, second), joint, js_stderr, torch.stack(parts))
-
-
-def _joined(dist: Any, sizes: Sequence[int]) -> MultiCategorical:
-    """Independent categoricals as one over all joint actions, [B, 1, prod(sizes)], the last one running fastest."""
-    if len(sizes) != dist.event_shape[0]:
-        return dist
-    table = dist.log_probs.new_zeros(len(dist.logits), 1)
-    for i, size in enumerate(sizes):
-        table = (table.unsqueeze(-1) + dist.log_probs[:, i, :size].unsqueeze(-2)).flatten(1)
-    return MultiCategorical(table.unsqueeze(1))
-
-
-def divergences(old: Any, new: Any, seed: int = 0) -> tuple[Tensor, float]:
-    """The ``joint`` and ``js_stderr`` of a StateComparison, for two policies at S states. Raises as ``klrl.kl.kl``."""
-    forward, reverse = kl(old, new), reverse_kl(old, new)
-    with own_noise(seed):
-        chunks = [slice(i, i + _ROWS) for i in range(0, len(forward), _ROWS)]
-        parts = [_jensen_shannon(select(old, rows), select(new, rows)) for rows in chunks]
-    value, variance = (torch.cat(column) for column in zip(*parts, strict=True))
-    value = torch.where(forward == 0, 0.0, value)  # of equal policies, the exact form leaves a rounding error
-    return torch.stack([forward, reverse, value]), float(variance.sum().sqrt()) / len(value)
-
-
-def _jensen_shannon(old: Any, new: Any) -> tuple[Tensor, Tensor]:
-    """JS and the variance of its estimate, [B]; sampled where it has no closed form or too many joint actions.
-
-    JS is what an action, drawn from either at even odds, tells about which one it came from: the mean of log 2 - H(w)
-    with w = p_old / (p_old + p_new), within 0 to log 2 for every sample. Source: Lin (1991), section IV.
-    """
-    try:
-        exact = js(old, new).double()
-        return exact, torch.zeros_like(exact)
-    except ValueError:
-        samples = [dist.sample((_SAMPLES,)) for dist in (old, new)]
-    if isinstance(old, MultiCategorical):
-        old, new = (MultiCategorical(dist.logits.expand(_SAMPLES, *dist.logits.shape)) for dist in (old, new))
-    t = torch.stack([torch.tanh((old.log_prob(x) - new.log_prob(x)) / 2) for x in samples])  # 2w - 1
-    terms = 0.5 * (torch.xlogy(1 + t, 1 + t) + torch.xlogy(1 - t, 1 - t)).clamp_min(0.0)
-    return terms.mean((0, 1)), terms.var(1).sum(0) / (4 * _SAMPLES)
-
-
-def _disagreements(agents: Sequence[Agent], visited: Sequence[StateComparison]) -> list[dict[str, Any]]:
-    """The list that is ``Comparison.states``. Of an image it has only the shape."""
-    steps = len(visited[0].joint[0])
-    obs = tree_map(lambda *parts: np.concatenate(parts), *(part.obs for part in visited))
-    forward, reverse, _ = torch.cat([part.joint for part in visited], dim=-1)
-    parts = list(obs.values()) if isinstance(obs, dict) else [obs]
-    keys = [hash(tuple(part[row].tobytes() for part in parts)) for row in range(2 * steps)]
-    visitors = {"A": set(keys[:steps]), "B": set(keys[steps:])}
-    worst: dict[int, int] = {}
-    for row in (forward + reverse).sort(descending=True, stable=True).indices.tolist():
-        worst.setdefault(keys[row], row)
-    rows = list(worst.values())[:_SHOWN]
-    chosen = tree_map(lambda part: part[rows], obs)
-    both = [concatenate(list(pair)) for pair in zip(*(part.policies for part in visited), strict=True)]
-    actions = [
-        _likely_actions(agent, select(dist, torch.tensor(rows)), chosen)
-        for agent, dist in zip(agents, both, strict=True)
-    ]
-    found = []
-    for i, (row, a, b) in enumerate(zip(rows, *actions, strict=True)):
-        by = [side for side, visited_keys in visitors.items() if keys[row] in visited_keys]
-        kls = {"forward": float(forward[row]), "reverse": float(reverse[row])}
-        shown = tree_map(lambda part, i=i: part[i].tolist() if part.ndim < 4 else {"shape": part[i].shape}, chosen)
-        found.append({"visited_by": by, "step": row % steps, **kls, "A": a, "B": b, "obs": shown})
-    return [state for state in found if state["forward"] + state["reverse"] > 0]
-
-
-def _likely_actions(agent: Agent, dist: Any, obs: Observation) -> list[dict[str, Any]]:
-    columns: dict[str, Any] = {"action": agent.env_action(agent.act(obs, deterministic=True))}
-    if isinstance(dist, MultiCategorical):
-        columns["probability"] = dist.log_prob(dist.mode).exp()
-    else:
-        columns |= {"mean": dist.mean, "std": dist.log_std.exp()}
-    return [{name: column[i].tolist() for name, column in columns.items()} for i in range(len(dist.mode))]
-
-
-def summary(values: Tensor) -> dict[str, float]:
-    """Mean and quantiles over the states [S]; a quantile is the value of one state, so that infinity stays infinity."""
-    ordered = values.sort().values
-    quantiles = {name: float(ordered[round(rank * (len(ordered) - 1))]) for name, rank in _QUANTILES.items()}
-    return {"mean": float(values.mean()), **quantiles}
-
-
 def to_json(found: Comparison) -> str:
     """The comparison as one line of JSON."""
     content: dict[str, Any] = {"env": found.env, "seed": found.config.seed, "steps": found.config.steps}
-    for side, trained, score, part in zip("AB", found.policies, found.returns, found.visited, strict=True):
+    parts = (found.policies, found.returns, found.visited, found.critics, found.predictions)
+    for side, trained, score, part, critic, prediction in zip("AB", *parts, strict=True):
         about = {"path": trained.path, "agent": type(trained.agent).__name__, "env": trained.env, "step": trained.step}
-        measured: dict[str, Any] = {name: summary(x) for name, x in zip(_KEYS, part.joint, strict=True)}
-        measured["js"]["stderr"] = part.js_stderr
-        means = [dict(zip(_KEYS, row, strict=True)) for row in part.dimensions.mean(-1).tolist()]
-        content[side] = {**about, "return": score._asdict(), "visited": {**measured, "mean_by_dimension": means}}
+        content[side] = {**about, "return": score._asdict(), "visited": _spread_data(part)}
+        content[side] |= {"critic": _critic_data(critic), "says_of_the_other": _prediction_data(prediction)}
     content["disagreements"] = found.states
+    if (there := found.elsewhere) is not None:
+        sides = zip("AB", there.visited, there.shifts, strict=True)
+        both = {side: {"visited": _spread_data(part), "shift": _shift_data(shift)} for side, part, shift in sides}
+        content["elsewhere"] = {"env": there.env, "kwargs": there.kwargs, **both}
     # Infinity is not JSON: it is written as text.
     return json.dumps(tree_map(lambda x: str(x) if isinstance(x, float) and not math.isfinite(x) else x, content))
+
+
+def _spread_data(part: StateComparison) -> dict[str, Any]:
+    measured: dict[str, Any] = {name: summary(x) for name, x in zip(KEYS, part.joint, strict=True)}
+    measured["js"]["stderr"] = part.js_stderr
+    means = [dict(zip(KEYS, row, strict=True)) for row in part.dimensions.mean(-1).tolist()]
+    return {**measured, "mean_by_dimension": means}
+
+
+def _critic_data(critic: CriticCalibration | None) -> dict[str, Any] | None:
+    if critic is None:
+        return None
+    columns = (critic.value.tolist(), critic.returns.tolist(), critic.stderr.tolist())
+    bins = [{"value": v, "return": g, "stderr": error} for v, g, error in zip(*columns, strict=True)]
+    explained = {"value": critic.explained_variance, "stderr": critic.explained_stderr}
+    about = {"states": critic.states, "return_std": critic.spread, "error": critic.error}
+    return {**about, "explained_variance": explained, "bins": bins}
+
+
+def _prediction_data(prediction: PolicyCalibration | None) -> dict[str, Any] | None:
+    if prediction is None:
+        return None
+    data = {name: getattr(prediction, name) for name in ("states", "temperature", "confidence", "accuracy")}
+    pairs = {name: dict(zip(("before", "after"), getattr(prediction, name), strict=True)) for name in ("nll", "ece")}
+    return {**data, **pairs}
+
+
+def _shift_data(shift: Shift) -> dict[str, Any]:
+    normal, categories = ({k: x._asdict() for k, x in part.items()} for part in (shift.normal, shift.categories))
+    rows = zip(shift.names, shift.by_dimension.T.tolist(), strict=True)
+    dimensions = [{"name": name, **dict(zip(KEYS, row, strict=True))} for name, row in rows]
+    fitted = {"covariance": shift.covariance, **normal}
+    return {
+        "normal": fitted,
+        "categories": categories,
+        "by_dimension": dimensions,
+        "left_out": shift.left_out,
+        "episodes": shift.episodes,
+    }
 
 
 def to_text(found: Comparison) -> str:
@@ -271,27 +108,81 @@ def to_text(found: Comparison) -> str:
     for side, trained, score, part in zip("AB", found.policies, found.returns, found.visited, strict=True):
         kind, where = type(trained.agent).__name__, f"step {trained.step:,} on {trained.env}"
         about.append([side, trained.path, kind, where, f"return {score.mean:.1f} +- {score.std:.1f}"])
-        spread.append([f"at {config.steps:,} states that {side} visited", "mean", *_QUANTILES])
-        for name, values in zip(_NAMES, part.joint, strict=True):
-            spread.append([f"  {name}", *(f"{x:.4g}" for x in summary(values).values())])
-        spread[-1][0] += f" (sampled, mean +- {part.js_stderr:.1g})" if part.js_stderr else ""
+        spread += _spread_rows(f"at {config.steps:,} states that {side} visited", part)
     note = f"Returns of {config.episodes} episodes on {found.env}, seed {config.seed}; KL and JS in nats."
     blocks = [[*tables.as_text(about, "<<<<<"), note], tables.as_text(spread, "<>>>>>>")]
     means = torch.cat([part.dimensions.mean(-1) for part in found.visited], dim=-1)
     if len(means) > 1:
-        worst = means[:, [0, 1, 3, 4]].sum(-1).argsort(descending=True, stable=True)[:_SHOWN].tolist()
+        worst = means[:, [0, 1, 3, 4]].sum(-1).argsort(descending=True, stable=True)[:SHOWN].tolist()
         title = ["mean by action dimension", *(f"{side}: {name}" for side in "AB" for name in _NAMES)]
         rows = [[f"  {i}", *(f"{x:.4g}" for x in means[i].tolist())] for i in worst]
-        rows += [[f"  and {len(means) - _SHOWN} with less", *[""] * 6]] if len(means) > _SHOWN else []
+        rows += [[f"  and {len(means) - SHOWN} with less", *[""] * 6]] if len(means) > SHOWN else []
         blocks.append(tables.as_text([title, *rows], "<>>>>>>"))
+    blocks += [_critic_lines(found), _prediction_lines(found)]
+    if found.elsewhere is not None:
+        blocks += _elsewhere_blocks(found.elsewhere, found)
     states = [["by", "step", *_NAMES[:2], "A does", "B does", "observation"]]
     for state in found.states:
-        numbers = [str(state["step"]), *(f"{state[name]:.4g}" for name in _KEYS[:2])]
+        numbers = [str(state["step"]), *(f"{state[name]:.4g}" for name in KEYS[:2])]
         words = [*(_action_text(**state[side]) for side in "AB"), _short(state["obs"])]
         states.append(["+".join(state["visited_by"]), *numbers, *words])
     worst_states = ["where they disagree most, by KL(A||B) + KL(B||A)", *tables.as_text(states, "<>>><<<")]
     blocks.append(worst_states if found.states else ["they agree at every state"])
-    return "\n\n".join("\n".join(block) for block in blocks)
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def _spread_rows(title: str, part: StateComparison) -> list[list[str]]:
+    rows = [[title, "mean", *QUANTILES]]
+    for name, values in zip(_NAMES, part.joint, strict=True):
+        rows.append([f"  {name}", *(f"{x:.4g}" for x in summary(values).values())])
+    rows[-1][0] += f" (sampled, mean +- {part.js_stderr:.1g})" if part.js_stderr else ""
+    return rows
+
+
+def _critic_lines(found: Comparison) -> list[str]:
+    """How right each critic is, with the lowest and highest bin of its reliability curve."""
+    titles = ("states", "std of return", "V off by", "explained", "lowest V", "return", "highest V", "return")
+    rows = [["critics", *titles]]
+    for side, critic in zip("AB", found.critics, strict=True):
+        if critic is None:
+            rows.append([f"  {side}: no value, or no return that is known to 1 %", "0", *["-"] * 7])
+            continue
+        cells = [f"{critic.states:,}", f"{critic.spread:.3g}", f"{critic.error:.3g}"]
+        cells.append(f"{critic.explained_variance:.3g} +- {critic.explained_stderr:.1g}")
+        for i in (0, -1):
+            cells += [f"{critic.value[i]:.4g}", f"{critic.returns[i]:.4g} +- {critic.stderr[i]:.1g}"]
+        rows.append([f"  {side}", *cells])
+    return tables.as_text(rows, "<>>>>>>>>")
+
+
+def _prediction_lines(found: Comparison) -> list[str]:
+    """How well each policy says what the other does; empty unless actions are discrete."""
+    rows = [["what one says the other does", "states", "sure", "right", "NLL", "at T", "ECE", "at T", "T"]]
+    for said, side, part in zip(("A of B", "B of A"), "BA", found.predictions, strict=True):
+        if part is not None:
+            shares = (part.confidence, part.accuracy, *part.nll, *part.ece, part.temperature)
+            rows.append([f"  {said}, where {side} went", f"{part.states:,}", *(f"{x:.3g}" for x in shares)])
+    return tables.as_text(rows, "<>>>>>>>>") if any(found.predictions) else []
+
+
+def _elsewhere_blocks(there: Elsewhere, found: Comparison) -> list[list[str]]:
+    """The spread of KL and JS in the other environment, and how far each policy's states shift to it."""
+    place = " ".join([there.env, *(f"{name}={value}" for name, value in there.kwargs.items())])
+    spread, moved, notes = [], [[f"own states, from {found.env} to {place}", *_SHIFTS]], []
+    for side, part, shift in zip("AB", there.visited, there.shifts, strict=True):
+        spread += _spread_rows(f"at {found.config.steps:,} states that {side} visited on {place}", part)
+        for name, measured in ((f"normals, {shift.covariance}", shift.normal), ("categories", shift.categories)):
+            cells = [f"{x.value:.3g} +- {x.stderr:.1g} ({x.floor:.2g})" for x in measured.values()]
+            moved += [[f"  {side}: {name}", *cells, *["-"] * (3 - len(cells))]] if cells else []
+        if shift.names:
+            most = int(shift.by_dimension[2].argmax())
+            moved[-1][0] += f", most in {shift.names[most]}"
+        few = min(shift.episodes)
+        notes += [f"{side}'s {few} episodes tell errors but roughly: take more --steps"] if few < _FEW else []
+        notes += [f"{', '.join(shift.left_out)} left out: too many dimensions"] if shift.left_out else []
+    words = "In brackets what it comes to where nothing shifts. Categories: the mean over observation dimensions."
+    lines = [*tables.as_text(moved, "<>>>"), words] if len(moved) > 1 else []
+    return [tables.as_text(spread, "<>>>>>>"), [*lines, *dict.fromkeys(notes)]]
 
 
 def _action_text(action: Any, probability: float | None = None, mean: Any = None, std: Any = ()) -> str:
@@ -308,14 +199,16 @@ def _short(value: Any) -> str:
 
 
 def draw(found: Comparison) -> Any:
-    """A matplotlib Figure: the KL of each state, its mean by action dimension, and the returns."""
+    """A matplotlib Figure: the KL of each state, its mean by action dimension, the returns, and where there are such,
+    the reliability of critics and of discrete policies, and the shift of states by dimension."""
     from matplotlib.figure import Figure
 
     from klrl.analysis.figures import tidy
     from klrl.analysis.plots import NEW, OLD
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    spread, bars, scores = figure.subplots(1, 3)
+    more: list[Any] = [draw for draw, wanted in _panels(found) if wanted]
+    figure = Figure(figsize=(13, 8 if more else 4), layout="constrained")
+    spread, bars, scores, *rest = figure.subplots(2 if more else 1, 3).flat
     for i, (side, part, colour) in enumerate(zip("AB", found.visited, (OLD, NEW), strict=True)):
         for name, values, style in zip(_NAMES, part.joint[:2], ("-", "--"), strict=False):
             positive = values[(values > 0) & values.isfinite()].sort().values  # what a logarithmic axis can show
@@ -334,8 +227,69 @@ def draw(found: Comparison) -> Any:
     bars.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     labels = [f"{side}\n{score.mean:.1f}\n+- {score.std:.1f}" for side, score in zip("AB", found.returns, strict=True)]
     scores.set(xlabel="return of an episode", yticks=[0, 1], yticklabels=labels, ylim=(1.6, -0.6), title="returns")
-    for axes in (spread, bars, scores):
+    for draw_panel, axes in zip(more, rest, strict=False):
+        draw_panel(axes, found)
+    for axes in rest[len(more) :]:
+        axes.remove()
+    for axes in (spread, bars, scores, *rest[: len(more)]):
         tidy(axes)
     titles = [f"{side}: {p.path} at step {p.step:,}" for side, p in zip("AB", found.policies, strict=True)]
     figure.suptitle(printable("\n".join(titles)), parse_math=False)
     return figure
+
+
+def _panels(found: Comparison) -> list[tuple[Any, bool]]:
+    """What draws a further panel, and whether there is anything to draw."""
+    shifted = found.elsewhere is not None and any(part.names for part in found.elsewhere.shifts)
+    return [(_draw_critics, any(found.critics)), (_draw_predictions, any(found.predictions)), (_draw_shifts, shifted)]
+
+
+def _draw_critics(axes: Any, found: Comparison) -> None:
+    from klrl.analysis.plots import NEW, OLD
+
+    for side, critic, colour in zip("AB", found.critics, (OLD, NEW), strict=True):
+        if critic is not None:
+            errors = np.nan_to_num(critic.stderr)
+            label = f"{side}: explained variance {critic.explained_variance:.3g}"
+            axes.errorbar(critic.value, critic.returns, errors, fmt="o-", color=colour, markersize=4, label=label)
+            ends = [critic.value[0], critic.value[-1]]
+            axes.plot(ends, ends, ":", color="black", linewidth=1, zorder=3)
+    axes.legend(frameon=False, fontsize=8)
+    axes.set(
+        xlabel="mean V of a tenth of the states",
+        ylabel="mean return that followed",
+        title="critics; dotted: return = V",
+    )
+
+
+def _draw_predictions(axes: Any, found: Comparison) -> None:
+    from klrl.analysis.plots import NEW, OLD
+
+    sides = zip(("A of B", "B of A"), found.predictions, (OLD, NEW), strict=True)
+    for said, part, colour in sides:
+        if part is not None:
+            for curve, style, when in zip(
+                part.curves, ("o-", "o--"), ("", f" at T = {part.temperature:.3g}"), strict=True
+            ):
+                kept = curve.number > 0
+                label = f"{said}{when}"
+                axes.plot(curve.confidence[kept], curve.accuracy[kept], style, color=colour, markersize=4, label=label)
+    axes.plot([0, 1], [0, 1], ":", color="black", linewidth=1)
+    axes.legend(frameon=False, fontsize=8)
+    axes.set(
+        xlabel="how sure one is of the other's action",
+        ylabel="how often it is right",
+        title="policies; dotted: right as often as sure",
+    )
+
+
+def _draw_shifts(axes: Any, found: Comparison) -> None:
+    from klrl.analysis.plots import NEW, OLD
+
+    assert found.elsewhere is not None
+    for i, (side, shift, colour) in enumerate(zip("AB", found.elsewhere.shifts, (OLD, NEW), strict=True)):
+        places = np.arange(len(shift.names)) + 0.4 * i - 0.2
+        axes.bar(places, shift.by_dimension[2].numpy(), 0.4, color=colour, label=side, zorder=2)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.legend(frameon=False, fontsize=8)
+    axes.set(xlabel="observation dimension", ylabel="JS, nats", title=f"shift of own states to {found.elsewhere.env}")

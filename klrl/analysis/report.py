@@ -19,7 +19,7 @@ from klrl.config import Checked, flatten
 from klrl.console import printable, warn
 from klrl.errors import UsageError, needs, refusals
 from klrl.rundir.folder import replace_file
-from klrl.rundir.history import History, read_history
+from klrl.rundir.history import Column, History, read_history
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,16 @@ def _run_summary(run: History) -> dict[str, Any]:
             "updates": len(run["step"]),
             "states": states_summary(run),
         },
+        "critic": {"explained_variance": _number(_later_median(run["train/explained_variance"]))},
         "anomalies": [found._asdict() for found in find_anomalies(run)],
         "config": {key: _plain(value) for key, value in flatten(run.options).items()},
     }
+
+
+def _later_median(values: Column) -> float:
+    """The median over the later half of what was logged; nan where nothing was."""
+    logged = values[np.isfinite(values)]
+    return float(np.median(logged[len(logged) // 2 :])) if len(logged) else math.nan
 
 
 def states_summary(run: History) -> dict[str, Any] | None:
@@ -170,8 +177,10 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+# Of the critic's targets, which lead on from its own values: klrl compare has that of the returns themselves.
+_EXPLAINED = "critic: explained variance, later half"
 _SCORE_COLUMNS = ("", "setting", "runs", "mean", "std", "IQM", "95 % of IQM")
-_RUN_COLUMNS = ("run", "seed", "state", "steps", "return", "KL / limit, median", "updates over limit")
+_RUN_COLUMNS = ("run", "seed", "state", "steps", "return", "KL / limit, median", "updates over limit", _EXPLAINED)
 
 
 def _score_rows(data: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -195,7 +204,9 @@ def _run_rows(data: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         over = "-" if kl["limit"] is None else f"{kl['updates_over_limit']} of {kl['updates']}"
         score = "-" if run["return"] is None else f"{run['return']:.1f}"
         steps = f"{run['steps']:,} of {run['total_timesteps']:,}"
-        yield Path(run["folder"]).name, str(run["seed"]), run["state"], steps, score, median, over
+        explained = run["critic"]["explained_variance"]
+        critic = "-" if explained is None else f"{explained:.2f}"
+        yield Path(run["folder"]).name, str(run["seed"]), run["state"], steps, score, median, over, critic
 
 
 def as_markdown(data: dict[str, Any]) -> str:

@@ -196,7 +196,8 @@ def _report(arguments: list[str]) -> None:
 
 
 def _compare(arguments: list[str]) -> None:
-    from klrl.analysis.compare import CompareConfig, compare
+    from klrl.analysis.compare import compare
+    from klrl.analysis.comparison import CompareConfig
 
     example = "compare needs two runs or checkpoints: klrl compare runs/a runs/b"
     (a, b), given = parse_command(CompareConfig, arguments, "compare A B", 2, 2, example)

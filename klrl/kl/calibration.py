@@ -20,7 +20,7 @@ _PRECISION = 1e-10  # of log T
 class Reliability(NamedTuple):
     """Predictions by the probability of the most likely class, in bins of equal width; nan in an empty bin. Each [M]"""
 
-    count: Tensor
+    number: Tensor
     confidence: Tensor
     """The mean probability of the most likely class."""
     accuracy: Tensor
@@ -94,10 +94,10 @@ def reliability(logits: Tensor, target: Tensor, bins: int = 15) -> Reliability:
     sure, chosen = log_probs_64(z).exp().max(-1)
     right = wanted.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
     place = (sure * bins).ceil().long().clamp(1, bins) - 1
-    count, *sums = (
+    number, *sums = (
         torch.zeros(bins, dtype=torch.float64).index_add_(0, place, x) for x in (torch.ones_like(sure), sure, right)
     )
-    return Reliability(count, *(total / count for total in sums))
+    return Reliability(number, *(total / number for total in sums))
 
 
 def expected_calibration_error(logits: Tensor, target: Tensor, bins: int = 15) -> float:
@@ -107,8 +107,8 @@ def expected_calibration_error(logits: Tensor, target: Tensor, bins: int = 15) -
     Raises ValueError as ``reliability``. Source: Naeini et al. (2015); Guo et al. (2017), equation 3.
     """
     found = reliability(logits, target, bins)
-    gaps = torch.where(found.count > 0, (found.accuracy - found.confidence).abs(), 0.0)
-    return float((found.count * gaps).sum() / found.count.sum())
+    gaps = torch.where(found.number > 0, (found.accuracy - found.confidence).abs(), 0.0)
+    return float((found.number * gaps).sum() / found.number.sum())
 
 
 def _checked(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ class LoadedPolicy:
     env: str
     """The environment it was trained on."""
 
-    def make_envs(self, count: int, env: str = "", **kwargs: Any) -> Envs:
+    def make_envs(self, count: int, env: str = "", /, **kwargs: Any) -> Envs:
         """``count`` environments, but no more than the run had, with its arguments and ``kwargs``: its id, or ``env``.
 
         Raises UsageError for an id that is not known here, for one with other spaces than the agent's, and where the
