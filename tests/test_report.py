@@ -256,6 +256,15 @@ def test_the_spread_is_drawn_against_each_limit_and_says_what_that_is_of(directi
     assert ("the reverse KL of single states" in words) == (direction == "reverse")
 
 
+def test_how_much_the_critic_explained_is_the_median_of_the_later_half_of_what_was_logged() -> None:
+    rows = [{"step": i, "train/explained_variance": x} for i, x in enumerate((0.0, 0.1, "nan", 0.8, 0.9))]
+    folders = [str(written("a", rows)), str(written("b", curve([1.0])))]
+    runs = json.loads(report(folders, ReportConfig(format="json")))["groups"][0]["runs"]
+    assert [run["critic"]["explained_variance"] for run in runs] == [pytest.approx(0.85), None]
+    text = report(folders, ReportConfig(format="md"))
+    assert [line.split(" | ")[-1] for line in text.splitlines() if line[:4] in ("| a ", "| b ")] == ["0.85 |", "- |"]
+
+
 def test_figures_are_the_same_bytes_each_time() -> None:
     folder = written("a", curve([1.0, 2.0, 3.0], final=3.0))
     first = Path(report([str(folder)], ReportConfig("a.html"))).read_bytes()
