@@ -207,7 +207,15 @@ PANELS: dict[str, Callable[[list[Group]], Figure | None]] = {
         "share of samples",
     ),
     "Share of the TRPO step taken": lambda groups: curves(groups, {"train/step_fraction": "share"}, "share"),
+    "KL to the reference": lambda groups: curves(
+        groups, {"reference/kl": "mean", "reference/limit": "limit", "reference/max": "largest"}, "nats", log=True
+    ),
+    "Coefficient of the KL to the reference": lambda groups: curves(groups, {"reference/coef": "b"}, "b", log=True),
+    "Bottleneck": lambda groups: curves(
+        groups, {"bottleneck/rate": "rate", "bottleneck/information": "I(S; A)"}, "nats"
+    ),
     "Explained variance": lambda groups: curves(groups, {"train/explained_variance": "critic"}, "share"),
+    "Certainty of the critic": lambda groups: curves(groups, {"health/value_std": "std of V"}, "std of V, as scaled"),
     "Critic": lambda groups: curves(groups, {"train/q_mean": "mean Q"}, "mean Q"),
 }
 # Of each run: its KL, how that is spread over states, and its time.

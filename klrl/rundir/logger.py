@@ -29,7 +29,7 @@ _LAYOUT = {
     "KL": {
         "KL and its limit": ["^kl/mean$", "^kl/p95$", "^kl/limit$"],
         "largest KL of a state": ["^kl/max$", "^kl/max_limit$"],
-        "share of the limit": ["^kl/of_limit$", "^kl/max_of_limit$"],
+        "share of the limit": ["^kl/of_limit$", "^kl/max_of_limit$", "^reference/of_limit$"],
         "coefficients: KL penalty, temperature": ["^kl/coef$", "^train/ent_coef$"],
         "learning rate": ["^train/learning_rate$"],
         "predicted and measured": ["^kl/predicted$", "^kl/mean$"],
