@@ -237,7 +237,7 @@ class OnPolicyAgent(Agent):
         spread, unexplained = (float(x.var(correction=0)) for x in (returns, returns - value))
         explained = 1 - unexplained / spread if spread > 0 else 0.0
         mean = {"train/explained_variance": explained, "health/value_mean": float(value.mean())}
-        return mean | self.policy.head.metrics() | self.critic.metrics(batch.inputs)
+        return mean | self.policy.head.metrics() | self.critic.metrics(batch, self.ranks)
 
     def end_update(self, rollout: RolloutBuffer) -> None:
         """Move what stands still until the KL was measured: the observations' statistics, and the count of updates."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from klrl.kl import normal_kl
+from klrl.kl import Ranks, normal_kl, state_mean
 from klrl.policies.encoder import Inputs
 from klrl.policies.networks import Critic, linear
 
@@ -42,9 +42,11 @@ class BayesianCritic(Critic):
         return normal_kl(mean, self.log_std, torch.zeros_like(mean), prior).sum()
 
     def cost(self, batch: Any) -> Tensor:
-        return batch.weight @ self.variance(batch.inputs) + self.kl_weight * self.kl()
+        whole = batch.weight.sum()  # about 1, or this rank's share of it
+        return batch.weight @ self.variance(batch.inputs) + self.kl_weight * whole * self.kl()
 
     @torch.no_grad()
-    def metrics(self, inputs: Inputs) -> dict[str, float]:
-        """The mean standard deviation of V over states, as the critic's values are scaled, and KL(q||p)."""
-        return {"health/value_std": float(self.variance(inputs).sqrt().mean()), "health/critic_kl": float(self.kl())}
+    def metrics(self, batch: Any, ranks: Ranks) -> dict[str, float]:
+        """The mean standard deviation of V over a batch's states, as the critic's values are scaled, and KL(q||p)."""
+        spread = state_mean(self.variance(batch.inputs).sqrt(), batch.mask, ranks)
+        return {"health/value_std": float(spread), "health/critic_kl": float(self.kl())}

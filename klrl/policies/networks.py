@@ -13,6 +13,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from klrl.errors import UsageError
+from klrl.kl import Ranks
 from klrl.policies.encoder import Inputs, ObservationEncoder
 
 Activation = Literal["tanh", "relu"]
@@ -223,8 +224,8 @@ class Critic(nn.Module):
         """What a minibatch's loss counts beside the values' errors; of weights that are numbers, nothing."""
         return 0.0
 
-    def metrics(self, inputs: Inputs) -> dict[str, float]:
-        """What is worth logging of the values' certainty."""
+    def metrics(self, batch: Any, ranks: Ranks) -> dict[str, float]:
+        """What is worth logging of the values' certainty at a batch's states, of all ranks."""
         return {}
 
 

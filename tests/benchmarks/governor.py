@@ -22,7 +22,7 @@ from klrl.analysis.figures import COLOURS, tidy
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.training.evaluation import run_episodes
 
-TASKS = {"CartPole-v1": (100_000, 8_000), "Hopper-v5": (500_000, 100_000)}
+TASKS = {"CartPole-v1": (100_000, 2_000), "Hopper-v5": (500_000, 100_000)}
 KAPPAS = (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 

@@ -43,10 +43,17 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "trpo": (TRPO, "box", {**BASE, "batch_size": BATCH, "n_critic_updates": 2}),
     "trpo discrete": (TRPO, "discrete", {**BASE, "batch_size": BATCH, "n_critic_updates": 2, "kl": {"of": "p95"}}),
 }
+UNIFORM = {"reference": {"run": "uniform", "target": 1e-3, "coef": 0.5}}
+CASES |= {
+    "ppo reference": (PPO, "discrete", {**MINI, **UNIFORM}),
+    "ppo bayesian critic": (PPO, "box", {**MINI, "critic": "bayesian", "critic_kl": 0.1}),
+    "trpo reference": (TRPO, "mixed", {**BASE, "batch_size": BATCH, "n_critic_updates": 2, **UNIFORM}),
+}
 SAC_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sac": ("box", {}),
     "sac discrete": ("discrete", {}),
     "sac limited": ("box", {"kl": {"target": 1e-4, "every": 6, "stop": 0.5, "on_overshoot": "project"}}),
+    "sac reference": ("discrete", {**UNIFORM, "kl": {"every": 6}}),
     "sac gate": ("box", {"kl": {"per_state": "gate", "state_limit": 1e-4, "every": 6}}),
 }
 
@@ -105,11 +112,17 @@ def filled(agent: Any, told: list[dict[str, Any]], rows: slice, envs: int) -> An
 def state_of(agent: Any) -> dict[str, Any]:
     parts = {"policy": agent.policy_params.flat, "critic": agent.critic_params.flat}
     if isinstance(agent, SAC):
-        return {**parts, "alpha": torch.tensor(agent.alpha.value), "beta": agent.limit.beta}
+        return {
+            **parts,
+            "alpha": torch.tensor(agent.alpha.value),
+            "beta": agent.limit.beta,
+            "b": agent.reference.limit.beta,
+        }
     scale = torch.tensor(
         [agent.reward_scale.count, agent.reward_scale.mean, agent.reward_scale.var], dtype=torch.float64
     )
     more = {"mean": agent.encoder.mean, "var": agent.encoder.var, "scale": scale, "beta": agent.limit.beta}
+    more["b"] = agent.reference.limit.beta
     rate = torch.tensor(agent.learning_rate.value) if isinstance(agent, PPO) else torch.zeros(())
     return {**parts, **more, "rate": rate}
 
