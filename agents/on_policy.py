@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 
@@ -129,8 +130,7 @@ class OnPolicyAgent(Agent):
 
     def setup(self, init: torch.Generator, network: OwnNetwork | None) -> None:
         config = self.config
-        self.encoder = ObservationEncoder(self.observation_space, self.device, config.normalize_observation)
-        head = make_head(self.action_space, config.log_std_init)
+        self.encoder, head = self.make_encoder(), self.make_head()
         make = partial(make_network, network, self.encoder, config.hidden_sizes, config.activation, init)
         self.bottleneck = Bottleneck(getattr(config, "bottleneck", BottleneckConfig()), self)
         layers = self.bottleneck.network(make, head.size, init)
@@ -141,6 +141,14 @@ class OnPolicyAgent(Agent):
         self.reward_scale = RewardScale(config.gamma, config.normalize_reward)
         self.limit = config.kl.make_limit(self.device)
         self.reference = Reference(getattr(config, "reference", ReferenceConfig()), self)
+
+    def make_encoder(self) -> ObservationEncoder:
+        """What networks are shown of observations."""
+        return ObservationEncoder(self.observation_space, self.device, self.config.normalize_observation)
+
+    def make_head(self) -> Any:
+        """The policy's head, a ``Head``."""
+        return make_head(self.action_space, self.config.log_std_init)
 
     def prepare(self) -> None:
         self.reference.read()
@@ -159,11 +167,16 @@ class OnPolicyAgent(Agent):
             taken.append("scale of rewards")
         return taken
 
+    @property
+    def stored_space(self) -> spaces.Space[Any]:
+        """The space of actions as buffers hold them."""
+        return self.action_space
+
     def new_buffer(self, n_envs: int, autoreset: AutoresetMode | str = AutoresetMode.NEXT_STEP) -> RolloutBuffer:
         """An empty buffer for one rollout. Raises UsageError where it does not fit into memory."""
         steps = self.config.n_steps
         try:
-            return RolloutBuffer(self.observation_space, self.action_space, steps, n_envs, autoreset)
+            return RolloutBuffer(self.observation_space, self.stored_space, steps, n_envs, autoreset)
         except UsageError:
             raise
         except (MemoryError, ValueError):  # ValueError: more than an array can have

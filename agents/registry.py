@@ -13,7 +13,12 @@ from klrl.errors import UsageError
 from klrl.policies.networks import OwnNetwork
 from klrl.rundir import checkpoint
 
-BUILT_IN = {"ppo": "klrl.agents.ppo:PPO", "sac": "klrl.agents.sac:SAC", "trpo": "klrl.agents.trpo:TRPO"}
+BUILT_IN = {
+    "ppo": "klrl.agents.ppo:PPO",
+    "sac": "klrl.agents.sac:SAC",
+    "trpo": "klrl.agents.trpo:TRPO",
+    "student": "klrl.agents.student:Student",
+}
 
 
 def find(name: str, env: object = None) -> type[Agent]:

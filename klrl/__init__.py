@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from klrl.agents.ppo import PPOConfig as PPOConfig
     from klrl.agents.sac import SAC as SAC
     from klrl.agents.sac_options import SACConfig as SACConfig
+    from klrl.agents.student import Student as Student
+    from klrl.agents.student import StudentConfig as StudentConfig
     from klrl.agents.trpo import TRPO as TRPO
     from klrl.agents.trpo import TRPOConfig as TRPOConfig
     from klrl.buffers.replay import ReplayBuffer as ReplayBuffer
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from klrl.errors import Interrupted as Interrupted
     from klrl.errors import NonFiniteError as NonFiniteError
     from klrl.errors import UsageError as UsageError
+    from klrl.training.distill import distill as distill
     from klrl.training.load import load as load
     from klrl.training.run import Run as Run
     from klrl.training.run import resume as resume
@@ -42,10 +45,12 @@ _NAMES = {
     "klrl.agents.ppo": ["PPO", "PPOConfig"],
     "klrl.agents.sac": ["SAC"],
     "klrl.agents.sac_options": ["SACConfig"],
+    "klrl.agents.student": ["Student", "StudentConfig"],
     "klrl.agents.trpo": ["TRPO", "TRPOConfig"],
     "klrl.buffers.replay": ["ReplayBuffer"],
     "klrl.buffers.rollout": ["RolloutBuffer"],
     "klrl.errors": ["EnvironmentFailedError", "Interrupted", "NonFiniteError", "UsageError"],
+    "klrl.training.distill": ["distill"],
     "klrl.training.load": ["load"],
     "klrl.training.run": ["Run", "resume", "train"],
 }

@@ -32,7 +32,19 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_without_arguments_and_with_help_every_command_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys)
     assert shown(capsys, "--help") == shown(capsys, "help") == text
-    for command in ("train", "resume", "sweep", "eval", "report", "compare", "record", "list", "plot", "completion"):
+    for command in (
+        "train",
+        "resume",
+        "distill",
+        "sweep",
+        "eval",
+        "report",
+        "compare",
+        "record",
+        "list",
+        "plot",
+        "completion",
+    ):
         assert re.search(f"^  klrl {command} ", text, re.MULTILINE)
     assert "--debug" in text
     assert shown(capsys, "--version") == f"klrl {klrl.__version__}\n"
@@ -100,14 +112,27 @@ def test_the_shell_completes_commands_agents_environments_options_and_choices(
     script = shown(capsys, "completion", "bash")
     assert shown(capsys, "completion", "zsh").endswith(script)
     typed = {
-        "": {"train", "resume", "sweep", "eval", "report", "compare", "record", "list", "plot", "completion"},
+        "": {
+            "train",
+            "resume",
+            "distill",
+            "sweep",
+            "eval",
+            "report",
+            "compare",
+            "record",
+            "list",
+            "plot",
+            "completion",
+        },
         "tr": {"train"},
-        "train ": {"ppo", "sac", "trpo"},
+        "train ": {"ppo", "sac", "trpo", "student"},
         "train ppo Cart": {"CartPole-v1"},
         "train ppo CartPole-v1 --kl.pen": {"--kl.penalty"},
         "train trpo CartPole-v1 --kl.pen": set(),
         "train ppo CartPole-v1 --kl.penalty f": {"fixed"},
         "resume runs/x --qu": {"--quiet"},
+        "distill runs/x --temp": {"--temperature"},
         "sweep ppo CartPole-v1 --see": {"--seeds"},
         "eval runs/x --checkpoint b": {"best"},
         "eval runs": set(),

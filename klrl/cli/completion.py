@@ -29,6 +29,7 @@ def script(shell: str, commands: Iterable[str]) -> str:
         raise UsageError(f"completion needs one of {', '.join(_FIRST)}, got {shell or 'nothing'}{near}")
     agents, run = registry.names(), options_of(_config("klrl.training.loop:RunConfig"))
     options = {f"train {name}": run | options_of(registry.find(name).Config) | {"--config": str} for name in agents}
+    options["distill *"] = options["train student"]
     options |= {f"{command} *": options_of(_config(path)) for command, path in _CONFIGS.items()}
     places: dict[str, Iterable[str]] = {
         "1 * *": commands,

@@ -1,24 +1,20 @@
-"""The command: ``klrl train | resume | sweep | eval | report | compare | record | list | plot | completion``.
+"""The command: ``klrl train | resume | distill | sweep | eval | report | compare | record | list | plot | completion``.
 
 torch is imported only inside the commands.
 """
 
-import argparse
 import json
 import math
 import os
 import sys
-import tomllib
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from klrl import __version__
 from klrl.cli.options import parse, parse_command, wants_help
-from klrl.config import convert, suggest
+from klrl.config import suggest
 from klrl.console import fail, keep_standard_files, printable, rank, say
 from klrl.errors import (
     LOST,
@@ -30,7 +26,6 @@ from klrl.errors import (
     UsageError,
     needs,
     one_line,
-    refusals,
 )
 
 # What NumPy and torch say, as ValueError or RuntimeError, of sizes that no machine has.
@@ -42,6 +37,7 @@ Reinforcement learning that always knows how far each update moved the policy.
 commands:
   klrl train AGENT ENV [options]   train an agent, e.g. klrl train ppo CartPole-v1
   klrl resume RUN [options]        go on with a run that was stopped, as if it had not been
+  klrl distill RUN... [options]    train a student to act as a trained agent does, or several
   klrl sweep AGENT ENV [options]   train a grid of settings and seeds, and report on it
   klrl eval RUN [options]          evaluate a run or checkpoint
   klrl report RUN... [options]     one file that shows what runs did: figures, scores, anomalies
@@ -112,61 +108,15 @@ def _dispatch(arguments: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    from klrl.agents import registry
+    from klrl.cli.train import train
 
-    help_wanted = wants_help(arguments)
-    if help_wanted and (not arguments or arguments[0].startswith("-")):
-        arguments = [registry.names()[0], *arguments]
-    names = [word for word in arguments[:2] if not word.startswith("-")]
-    if not names or (len(names) < 2 and not help_wanted):
-        raise UsageError("train needs an agent and an env: klrl train ppo CartPole-v1")
+    train(arguments)
 
-    from klrl.envs.make import check, check_imported, import_module, import_packages, module_of
-    from klrl.training.launch import launch
-    from klrl.training.options import RayConfig, RunConfig
-    from klrl.training.run import resolve, run_training
 
-    agent, env, options = names[0], (names[1] if len(names) == 2 else None), arguments[len(names) :]
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of what tyro's defaults depend on
-    for name in ("--config", "--import", "--network", "--from"):
-        early.add_argument(name, dest=name, nargs="?", action="append", default=[])
-    found = {name: [word for word in words if word] for name, words in vars(early.parse_known_args(options)[0]).items()}
-    saved = _read_config(found["--config"][-1], agent) if found["--config"] else {}
-    if found["--from"]:
-        saved["init_from"] = found["--from"][-1]
-    import_packages(found["--import"])
-    for network in filter(module_of, found["--network"]):
-        import_module(module_of(network), f"--network {network}")
-    wanted = convert(tuple[str, ...], saved.pop("imports", ()), "imports")
-    network = "" if found["--network"] else convert(str, saved.get("network", ""), "network")
-    check_imported([*wanted, module_of(network)], "".join(found["--config"][-1:]))
-    agent_class = registry.find(agent, env)
-    config_class = agent_class.Config
-    run_config, agent_config = resolve(agent_class, env, saved)
-    if env is not None:
-        check(env)
+def _distill(arguments: list[str]) -> None:
+    from klrl.cli.train import distill
 
-    import tyro
-
-    @dataclass(frozen=True)
-    class TrainOptions:  # made here, because the agent decides the options and the preset their defaults
-        config: Annotated[str, tyro.conf.arg(help="TOML file of options, such as a run's config.toml.")] = ""
-        on: Literal["here", "ray"] = "here"
-        """Start the processes on this machine, or as workers of Ray (the extra ray)."""
-        ray: RayConfig = field(default_factory=RayConfig)
-        run: Annotated[RunConfig, tyro.conf.arg(name="")] = run_config
-        agent: Annotated[config_class, tyro.conf.arg(name="")] = agent_config  # type: ignore[valid-type]
-
-    about = f"Agents: {', '.join(registry.names())}, and those that --import brings. These are the options of {agent}."
-    given = parse(TrainOptions, options, f"klrl train {agent} {env or 'ENV'}", about)
-    if given.on == "ray":
-        from klrl.training.on_ray import train_on_ray
-
-        train_on_ray(agent, env or "", given.run, given.agent, given.ray)
-        return
-    if given.run.processes > 1 and rank() is None:
-        launch(["train", *arguments], given.run.processes)
-    run_training(agent_class, env or "", given.run, given.agent)
+    distill(arguments)
 
 
 def _resume(arguments: list[str]) -> None:
@@ -287,22 +237,10 @@ def _completion(arguments: list[str]) -> None:
     print(script(" ".join(arguments), _COMMANDS), end="")
 
 
-def _read_config(path: str, agent: str) -> dict[str, Any]:
-    with refusals(f"--config {path}"):
-        content = Path(path).read_bytes()
-    try:
-        options = tomllib.loads(content.decode())
-    except (ValueError, RecursionError) as problem:
-        raise UsageError(f"--config {path} is not valid TOML: {problem}") from None
-    if str(options.pop("agent", agent)).lower() != agent.lower():
-        raise UsageError(f"--config {path} is of another agent than {agent!r}")
-    options.pop("env_id", None)
-    return options
-
-
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "resume": _resume,
+    "distill": _distill,
     "sweep": _sweep,
     "eval": _eval,
     "report": _report,

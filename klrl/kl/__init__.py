@@ -13,6 +13,7 @@ from klrl.kl.comparisons import (
     total_variation,
 )
 from klrl.kl.control import Adaptive, Annealed, Bound, Coefficient, Dual, Fixed, Penalty, at_least, at_most
+from klrl.kl.distillation import distillation_loss
 from klrl.kl.divergence import NoClosedFormError, Product, concatenate, freeze, joint, kl, reverse_kl, select
 from klrl.kl.estimators import Estimate, StateEstimates, kl_estimate, mc_entropy, mc_kl
 from klrl.kl.fisher import fisher_vector_product
@@ -56,6 +57,7 @@ __all__ = [
     "categorical_kl",
     "concatenate",
     "cross_entropy",
+    "distillation_loss",
     "entropy",
     "expected_calibration_error",
     "fisher_vector_product",

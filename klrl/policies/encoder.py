@@ -1,5 +1,6 @@
 """From what an environment says to what a network takes: device, float, one-hot, normalised."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,17 @@ class ObservationEncoder:
     within a rollout and its update the policy depends on nothing but its weights. They are those of all ``ranks``.
     """
 
-    def __init__(self, space: spaces.Space[Any], device: torch.device, normalize: bool) -> None:
+    def __init__(
+        self, space: spaces.Space[Any], device: torch.device, normalize: bool, keys: Sequence[str] = ()
+    ) -> None:
+        """``keys``: the parts of a Dict observation that networks are shown, each with all in it; by default all.
+
+        Raises UsageError for a key that the space does not have.
+        """
         self.layout, self.ranks = Layout(space), ALONE
-        self.space, self.device = space, device
-        self.parts, self.images = self.layout.parts, self.layout.images
+        self.device, self.parts = device, _chosen(self.layout.parts, keys)
+        self.images = {name: shape for name, shape in self.layout.images.items() if name in self.parts}
+        self.space: spaces.Space[Any] = spaces.Dict(self.parts) if keys else space
         scaled: list[bool] = []
         for name, part in self.parts.items():
             if name not in self.images:
@@ -147,6 +155,15 @@ def replace_rows(obs: Any, others: Any, rows: Any) -> Any:
     for row in rows:
         obs[row] = others[row]
     return obs
+
+
+def _chosen(parts: dict[str, spaces.Space[Any]], keys: Sequence[str]) -> dict[str, spaces.Space[Any]]:
+    """The parts of an observation that ``keys`` name, or that lie in a Dict that they name."""
+    for key in keys:
+        if not any(f"{name}.".startswith(f"{key}.") for name in parts):
+            known = f"its parts are {', '.join(parts)}" if any(parts) else "it is no Dict"
+            raise UsageError(f"the observation has no part {key!r}: {known}")
+    return {n: p for n, p in parts.items() if not keys or any(f"{n}.".startswith(f"{key}.") for key in keys)}
 
 
 def _features(space: spaces.Space[Any]) -> int:

@@ -39,6 +39,7 @@ _LAYOUT = {
     "policy": {
         "return": ["^rollout/ep_rew_mean$", "^eval/mean_reward$"],
         "entropy": ["^entropy/mean$", "^entropy/target$"],
+        "distance from teachers": ["^distill/kl_before$", "^distill/kl$"],
     },
 }
 
@@ -229,4 +230,6 @@ def _words(step: int, metrics: dict[str, float]) -> list[str]:
 
 
 def _learning_rate(metrics: dict[str, float]) -> str:
+    if "distill/kl" in metrics:
+        return f"from teacher {metrics['distill/kl']:.4f}"
     return f"lr {metrics['train/learning_rate']:.1e}" if "train/learning_rate" in metrics else ""
