@@ -18,7 +18,7 @@ from klrl.config import Count, Positive, PositiveInt
 from klrl.errors import NonFiniteError, SkippedUpdateError, UsageError
 from klrl.kl import distillation_loss, kl, select, state_mean
 from klrl.policies.encoder import ObservationEncoder
-from klrl.policies.heads import JointCategoricalHead
+from klrl.policies.heads import JointCategoricalHead, NormalHead
 from klrl.policies.networks import OwnNetwork
 from klrl.policies.observations import Observation
 from klrl.policies.squashed import SquashedHead
@@ -44,8 +44,10 @@ class StudentConfig(OnPolicyConfig):
     """Rows of a minibatch; the last of a rollout has what is left."""
     n_epochs: PositiveInt = 10
     """Passes over a rollout in each update."""
-    learning_rate: Positive = 1e-3
-    """Adam's step size."""
+    learning_rate: Positive = 3e-3
+    """Adam's step size at the start."""
+    lr_schedule: Literal["constant", "linear"] = "linear"
+    """Keep it, or lower it linearly to 0 over the run."""
     max_grad_norm: Positive = 0.5
     """Longest gradient, of the policy and of the critic each; a longer one is scaled down."""
     kl: KLTarget = field(default_factory=lambda: KLTarget(target=0.0))
@@ -96,11 +98,17 @@ class Student(OnPolicyAgent):
         return joint.space if self.config.head == "joint" else self.action_space  # actions of one number
 
     def prepare(self) -> None:
-        """Read the teachers. Raises UsageError where there are none, or one has other spaces or another family."""
+        """Read the teachers, and begin with the first's standard deviation where it is the same in all states.
+
+        Raises UsageError where there are none, or one has other spaces or another family.
+        """
         super().prepare()
         if not self.config.teachers:
             raise UsageError("a student learns from --teachers RUN...: klrl distill RUN names them")
         self.teachers = [self._teacher(run) for run in self.config.teachers]
+        mine, theirs = (agent.policy.head for agent in (self, self.teachers[0].agent))
+        if isinstance(mine, NormalHead) and isinstance(theirs, NormalHead):  # Adam's short steps would take long
+            mine.log_std.data.copy_(theirs.log_std)
 
     def _teacher(self, run: str) -> FrozenPolicy:
         teacher = FrozenPolicy.read(run, self.device)
@@ -135,10 +143,11 @@ class Student(OnPolicyAgent):
         before, batch = self.snapshot(), self.make_batch(rollout)
         taught = [teacher.distribution(rollout.obs_before_steps()) for teacher in self.teachers]
         policy, params = partial(self.policy_at, batch.inputs), self.policy_params
+        rate = self.config.learning_rate * (1 - progress if self.config.lr_schedule == "linear" else 1)
         try:
             # Without the actions, which may be a teacher's: what is estimated from them would be of no KL.
             with self.limit.update(policy, params.flat, batch.mask, optimizer=params.optimizer, old=batch.old) as move:
-                figures = torch.stack(self._learn(batch, taught)).double().mean(0).tolist()
+                figures = torch.stack(self._learn(batch, taught, rate)).double().mean(0).tolist()
                 largest = max(float(part.flat.abs().max()) for part in (params, self.critic_params))
                 if not math.isfinite(sum(figures) + largest):
                     found = dict(zip(_TRACED, figures, strict=True))
@@ -146,17 +155,17 @@ class Student(OnPolicyAgent):
         except (NonFiniteError, ValueError) as problem:  # ValueError: the policy has no KL, as its outputs overflow
             self.undo(before)
             raise SkippedUpdateError(str(problem)) from None
-        metrics = dict(zip(_TRACED, figures, strict=True)) | {"train/learning_rate": self.config.learning_rate}
+        metrics = dict(zip(_TRACED, figures, strict=True)) | {"train/learning_rate": rate}
         of_old, of_new = (self._distance(taught, policy, batch.mask) for policy in (batch.old, move.new))
         metrics |= {"distill/kl_before": of_old, "distill/kl": of_new}
         metrics |= self._likeness(taught, move.new, batch.mask)
         self.end_update(rollout)
         return UpdateResult(move.report, metrics | self.diagnostics(batch))
 
-    def _learn(self, batch: Batch, taught: list[Any]) -> list[Tensor]:
+    def _learn(self, batch: Batch, taught: list[Any], learning_rate: float) -> list[Tensor]:
         """Take epochs of minibatch steps; the metrics of each."""
         config, rows = self.config, len(batch.weight)
-        rate, trace = torch.tensor(config.learning_rate, device=self.device), []
+        rate, trace = torch.tensor(learning_rate, device=self.device), []
         for _ in range(config.n_epochs):
             shuffled = torch.from_numpy(self.rng.permutation(rows)).to(self.device)
             for index in torch.split(shuffled, config.batch_size):

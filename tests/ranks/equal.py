@@ -11,7 +11,9 @@ import torch.distributed as dist
 from gymnasium import spaces
 
 from klrl.agents.ppo import PPO
+from klrl.agents.reference import FrozenPolicy
 from klrl.agents.sac import SAC
+from klrl.agents.student import Student
 from klrl.agents.trpo import TRPO
 from klrl.buffers.replay import Transitions
 from klrl.kl import Ranks
@@ -42,6 +44,8 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "ppo spo apart": (PPO, "box", {**MINI, "clip_rule": "spo", "clip_grads_apart": True, "clip_range_vf": 0.2}),
     "trpo": (TRPO, "box", {**BASE, "batch_size": BATCH, "n_critic_updates": 2}),
     "trpo discrete": (TRPO, "discrete", {**BASE, "batch_size": BATCH, "n_critic_updates": 2, "kl": {"of": "p95"}}),
+    "student": (Student, "mixed", MINI),
+    "student limited": (Student, "box", {**MINI, "kl": TIGHT}),
 }
 UNIFORM = {"reference": {"run": "uniform", "target": 1e-3, "coef": 0.5}}
 CASES |= {
@@ -130,6 +134,8 @@ def state_of(agent: Any) -> dict[str, Any]:
 def on_policy(kind: Any, space: str, config: dict[str, Any], ranks: Ranks, rank: int | None) -> tuple[Any, Any]:
     """An agent after two updates, and its last report; of one process alone where ``rank`` is None."""
     agent = kind(BOX, ACTIONS[space], config)
+    if kind is Student:
+        agent.teachers = [FrozenPolicy(PPO(BOX, ACTIONS[space], BASE, seed=seed)) for seed in (1, 2)]
     agent.join(ranks)
     passes = 2 * config.get("n_epochs", 0) + 2 * config.get("n_critic_updates", 0)
     of_rank, whole = orders(passes)
