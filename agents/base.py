@@ -226,6 +226,8 @@ class Agent(Actor):
             mine, theirs = getattr(self, part), getattr(other, part)
             if mine != theirs:
                 raise UsageError(f"the policy's {part.replace('_', ' ')} is {theirs}, not {mine}")
+        if (sees := list(other.encoder.parts)) != list(self.encoder.parts):
+            raise UsageError(f"the policy sees {', '.join(sees)} alone, or this agent {', '.join(self.encoder.parts)}")
         if self.encoder.normalize != other.encoder.normalize:
             seen = "normalised observations" if other.encoder.normalize else "observations as they are"
             raise UsageError(f"the policy takes {seen}, and this agent's does not")

@@ -117,6 +117,8 @@ class Reference:
                 mine, theirs = getattr(self.agent, part), getattr(self.policy.agent, part)
                 if mine != theirs:
                     raise UsageError(f"--reference.run {self.config.run}: its {part} is {theirs}, not {mine}")
+            if (sees := list(self.policy.agent.encoder.parts)) != list(self.agent.encoder.parts):
+                raise UsageError(f"--reference.run {self.config.run}: it sees {', '.join(sees)} alone, of a Dict")
         if self.config.run:
             probe = self.agent.encoder.probe()
             try:

@@ -107,6 +107,14 @@ def test_between_two_teachers_a_student_ends_at_their_mean() -> None:
     assert torch.allclose(normal.log_std, torch.tensor(4 * 2**0.5).log(), atol=0.05)
 
 
+def test_a_student_begins_with_the_deviation_of_its_first_teacher() -> None:
+    box = spaces.Box(-1, 1, (2,))
+    teachers = [str(PPO(box, box, {"log_std_init": start}).save(f"at {start}")) for start in (-2.5, 1.0)]
+    student: Any = Student(box, box, {"teachers": teachers, "hidden_sizes": (4,)})
+    student.prepare()
+    assert torch.equal(student.distribution(np.zeros((1, 2))).log_std, torch.full((1, 2), -2.5))
+
+
 def test_the_temperature_decides_what_a_student_of_two_teachers_gives_up() -> None:
     """At a high one logits are matched, whose mean is another policy than the mixture."""
     two = spaces.Discrete(2)
@@ -158,6 +166,16 @@ def test_a_student_sees_some_keys_and_its_teacher_all() -> None:
     assert torch.equal(*policies)
     resumed = klrl.resume(run.folder, Corners, total_timesteps=1500)
     assert rows(resumed.folder)[-1]["step"] >= 1500
+
+
+def test_what_sees_less_is_no_agents_beginning_nor_its_reference() -> None:
+    student = Student(CORNERS, spaces.Discrete(2), {"observation_keys": ("near",), "hidden_sizes": (8,)}).save("less")
+    other = PPO(CORNERS, spaces.Discrete(2), {"hidden_sizes": (8,)})
+    with pytest.raises(klrl.UsageError, match=r"the policy sees near\.x alone, or this agent far, near\.x"):
+        other.load_policy(klrl.load(student))
+    reference = {"run": str(student), "target": 0.1}
+    with pytest.raises(klrl.UsageError, match=r"--reference.run .*less: it sees near\.x alone"):
+        PPO(CORNERS, spaces.Discrete(2), {"reference": reference}).prepare()
 
 
 def test_what_cannot_teach_is_refused_in_one_line_and_nothing_is_written() -> None:

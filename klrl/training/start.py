@@ -7,14 +7,14 @@ from klrl.agents import registry
 from klrl.agents.base import Agent
 from klrl.errors import UsageError
 
+_FORM = ("hidden_sizes", "activation", "network", "critic", "head", "observation_keys")
 _ANEW = ["optimizers", "coefficients", "learning rate", "counts", "buffers"]
 
 
 def form_of(path: str | Path) -> dict[str, Any]:
     """The options that say which form a saved agent's networks have. Raises UsageError where there is none."""
     _, _, options, agent = registry.read(path)
-    names = ("hidden_sizes", "activation", "network", "critic")
-    form = {name: options[name] for name in names if options.get(name)}
+    form = {name: options[name] for name in _FORM if options.get(name)}
     if size := options.get("bottleneck", {}).get("size"):
         form["bottleneck"] = {"size": size}
     return {**form, "normalize_observation": agent.encoder.normalize}
