@@ -14,6 +14,7 @@ from klrl.policies.networks import Array
 from klrl.policies.observations import Observation
 
 _NEWTON, _TRIALS = 8, 60  # steps of Newton's method, and together with the halvings that follow where it is slow
+_TINY = 1e-8
 _SHORT = 1e-3  # by how much of kappa a KL may stay below it
 Measure = Callable[[Array], tuple[Array, Array]]
 """Weights [N] of the agent's policy to the geometric means' KL from the reference and its slope, each [N]."""
@@ -68,12 +69,14 @@ class Governed(Actor):
 def weights(measure: Measure, reached: Array, kappa: float) -> Array:
     """The largest weights, [N], whose KL is within ``kappa``, from what is ``reached`` at 1, [N].
 
-    Newton's method on the root of the KL, which is nearly linear in the weight; a step that leaves what is known to
-    hold the solution halves that instead.
+    Newton's method on the root of the KL, from where either its tangent at 0 or its chord to 1 says that kappa is
+    reached: the first of these is not beyond it where the root is concave or convex. A step that leaves what is known
+    to hold the solution halves that instead.
     """
     done = reached <= kappa
     low, high, aim = done.astype(np.float64), np.ones(len(reached)), math.sqrt(kappa * (1 - _SHORT / 2))
-    weight = np.where(done, 1.0, aim / np.sqrt(reached))  # as if the root were linear
+    tangent = np.sqrt(0.5 * measure(np.full(len(reached), _TINY))[1] / _TINY)
+    weight = np.where(done, 1.0, aim / np.fmax(tangent, np.sqrt(reached)))
     for trial in range(1, _TRIALS):
         reached, slope = measure(weight)
         inside = reached <= kappa
@@ -168,7 +171,8 @@ def govern_normals(
 def weight_of(measure: Callable[[float], tuple[float, float]], reached: float, kappa: float) -> float:
     """``weights`` of one state, whose KL at 1 is above ``kappa``."""
     low, high, aim = 0.0, 1.0, math.sqrt(kappa * (1 - _SHORT / 2))
-    weight = aim / math.sqrt(reached)
+    tangent = math.sqrt(max(0.5 * measure(_TINY)[1] / _TINY, 0.0))
+    weight = aim / max(tangent, math.sqrt(reached))
     for trial in range(1, _TRIALS):
         reached, slope = measure(weight)
         if reached <= kappa:
@@ -193,19 +197,22 @@ def govern_categorical(logits: Array, reference: Array, kappa: float) -> tuple[A
         top, apart = max(theirs), [a - b for a, b in zip(mine, theirs, strict=True)]
         base, most = [math.exp(b - top) for b in theirs], max(apart)
         whole = sum(base)
-        parts.append(([b / whole for b in base], [a - most for a in apart]))
+        parts.append([(b / whole, a - most) for b, a in zip(base, apart, strict=True)])
 
     def measure(t: float) -> tuple[float, float]:
         divergence = slope = 0.0
-        for base, apart in parts:
-            mean = [b * math.exp(t * a) for b, a in zip(base, apart, strict=True)]
-            total = sum(mean)
+        for part in parts:
+            total = first = second = 0.0
+            for base, apart in part:
+                mean = base * math.exp(t * apart)
+                total += mean
+                first += mean * apart
+                second += mean * apart * apart
             if total == 0.0:
                 return math.inf, math.nan
-            first = sum(p * a for p, a in zip(mean, apart, strict=True)) / total
-            second = sum(p * a * a for p, a in zip(mean, apart, strict=True)) / total
+            first /= total
             divergence += t * first - math.log(total)
-            slope += t * (second - first * first)
+            slope += t * (second / total - first * first)
         return divergence, slope
 
     reached, _ = measure(1.0)

@@ -183,7 +183,7 @@ class Student(OnPolicyAgent):
             losses = [distillation_loss(teacher, student, self.config.temperature) for teacher in taught]
             loss = minibatch.weight @ torch.stack(losses).mean(0)
             loss_v = value_loss(self.critic(minibatch.inputs), minibatch)
-            gradient = self.gradient_of(loss + loss_v)
+            gradient = self.gradient_of(loss + loss_v + self.critic.cost(minibatch))
         return loss.detach(), loss_v.detach(), gradient
 
     def _distance(self, taught: list[Any], policy: Any, mask: Tensor) -> float:
