@@ -9,7 +9,6 @@ beside this file, which are not run again.
 
 import argparse
 import json
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,25 +132,27 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def draw(lines: list[dict[str, Any]]) -> Figure:
-    """For each task, the return kept in the first against that in the changed one, a point for each limit."""
+    """For each task, the returns in it and in the changed one against the limit."""
     names = [name for name in TASKS if any(line["task"] == name for line in lines)]
     figure = Figure(figsize=(4 * len(names), 3.6), layout="constrained")
     for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
         task, mine = TASKS[name], [line for line in lines if line["task"] == name]
-        mean: Callable[[str, list[dict[str, Any]]], float] = lambda key, of: float(np.mean([x[key] for x in of]))  # noqa: E731
-        axes.plot(mean("changed_before", mine), mean("first_before", mine), "*", ms=12, color="grey", label="before")
-        points = []
-        for target in task.targets:
-            here = [line for line in mine if line["target"] == target]
-            if here:
-                points.append((mean("changed", here), mean("first_kept", here)))
-                axes.annotate(
-                    f"{target:g}" if target else "none", points[-1], xytext=(4, 4), textcoords="offset points"
-                )
-        axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[0], label="after, by limit in nats")
-        axes.set(title=f"{task.env}, then {task.change}", xlabel="return, changed task", ylabel="return, first task")
+        targets = [*sorted(target for target in task.targets if target), 0.0]
+        for key, before, label, colour in (
+            ("first_kept", "first_before", "first task", COLOURS[0]),
+            ("changed", "changed_before", "changed task", COLOURS[1]),
+        ):
+            returns = [[line[key] for line in mine if line["target"] == target] for target in targets]
+            mean = np.array([np.mean(x) for x in returns])
+            std = np.array([np.std(x) for x in returns])
+            places = np.arange(len(targets))
+            axes.errorbar(places, mean, std, fmt="o-", color=colour, capsize=3, label=label)
+            axes.axhline(np.mean([line[before] for line in mine]), color=colour, linestyle=":", linewidth=1)
+        axes.set_xticks(places, [f"{target:g}" if target else "none" for target in targets])
+        axes.set(title=f"{task.env}, then {task.change}", xlabel="limit on KL(policy||reference), nats", ylim=(0, None))
         tidy(axes)
-        axes.legend(frameon=False)
+    figure.axes[0].set_ylabel("return; dotted: before")
+    figure.axes[0].legend(frameon=False, loc="lower left")
     return figure
 
 
