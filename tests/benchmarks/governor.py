@@ -54,7 +54,8 @@ def main() -> None:
     plots = np.atleast_1d(figure.subplots(1, len(given.tasks)))
     quiet: dict[str, Any] = {"quiet": True, "eval_every": 0, "final_episodes": 0, "run_dir": given.run_dir}
     for axes, env in zip(plots, given.tasks, strict=True):
-        agent, reference = (klrl.train("ppo", env, total_timesteps=n, **quiet).agent for n in TASKS[env])
+        rate = {"learning_rate": 1e-3} if env == "CartPole-v1" else {}
+        agent, reference = (klrl.train("ppo", env, total_timesteps=n, **quiet, **rate).agent for n in TASKS[env])
         ends = score(reference, env), score(agent, env)
         reached = [score(Governed(agent, reference, kappa), env) for kappa in KAPPAS]
         cells = " | ".join(f"{value:.0f}" for value in (ends[0], *reached, ends[1]))

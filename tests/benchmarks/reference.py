@@ -89,7 +89,8 @@ def run(name: str, seed: int, folder: Path, known: set[tuple[str, int, float]]) 
     if not wanted:
         return
     common: dict[str, Any] = {"seed": seed, "quiet": True, "eval_every": 0, "final_episodes": 0}
-    first = klrl.train("ppo", task.env, **common, total_timesteps=task.steps, run_dir=str(folder / name))
+    rate = {"learning_rate": task.options["learning_rate"]} if "learning_rate" in task.options else {}
+    first = klrl.train("ppo", task.env, **common, **rate, total_timesteps=task.steps, run_dir=str(folder / name))
     before = score(first.agent, task.env), score(first.agent, task.changed)
     for target in wanted:
         held = {"run": str(first.folder), "target": target} if target else {}
