@@ -222,25 +222,26 @@ class Agent(Actor):
 
         Raises UsageError where the spaces or the policies' networks differ, or one alone normalises observations.
         """
+        if not isinstance(other, Agent):
+            raise UsageError(f"load_policy takes an agent, such as klrl.load(path), not {other!r}")
         for part in ("observation_space", "action_space"):
             mine, theirs = getattr(self, part), getattr(other, part)
             if mine != theirs:
                 raise UsageError(f"the policy's {part.replace('_', ' ')} is {theirs}, not {mine}")
         if (sees := list(other.encoder.parts)) != list(self.encoder.parts):
-            raise UsageError(f"the policy sees {', '.join(sees)} alone, or this agent {', '.join(self.encoder.parts)}")
+            raise UsageError(f"the policy sees {', '.join(sees)} alone, but this agent {', '.join(self.encoder.parts)}")
         if self.encoder.normalize != other.encoder.normalize:
             seen = "normalised observations" if other.encoder.normalize else "observations as they are"
             raise UsageError(f"the policy takes {seen}, and this agent's does not")
-        taken, mine = [], self.modules()
-        for name, theirs in other.modules().items():
-            if name in mine and _shapes(mine[name]) == _shapes(theirs):
-                for into, source in zip(mine[name].parameters(), theirs.parameters(), strict=True):
-                    into.copy_(source)
-                taken.append(name)
+        if not all(weight.isfinite().all() for weight in other.policy.parameters()):
+            raise UsageError("the policy has weights that are not finite")
+        before = [weight.clone() for weight in self.policy.parameters()]
+        taken = [name for name, module in self.modules().items() if _take_over(module, other.modules().get(name))]
         if "policy" not in taken or not _equal(*(agent.policy(agent.encoder.probe()) for agent in (self, other))):
-            raise UsageError(
-                "the policy has another network, or other actions: --hidden-sizes, --activation, --network"
-            )
+            for weight, own in zip(self.policy.parameters(), before, strict=True):
+                weight.copy_(own)
+            options = "--hidden-sizes, --activation, --network, --bottleneck.size"
+            raise UsageError(f"the policy has another network, or other actions: {options}")
         self.encoder.load_state_dict(other.encoder.state_dict())
         return [*taken, *(["statistics of observations"] if self.encoder.normalize else [])]
 
@@ -294,6 +295,15 @@ class Agent(Actor):
         check_widths(options, saved)
         observation_space, action_space = (from_json(about[key]) for key in ("observation_space", "action_space"))
         return cls(observation_space, action_space, build(cls.Config, options), device, 0, network)
+
+
+def _take_over(mine: nn.Module, theirs: nn.Module | None) -> bool:
+    """Copy the weights where both have parameters of the same names and shapes; whether they have."""
+    if theirs is None or _shapes(mine) != _shapes(theirs):
+        return False
+    for into, source in zip(mine.parameters(), theirs.parameters(), strict=True):
+        into.copy_(source)
+    return True
 
 
 def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from torch import Tensor
 
 from klrl.agents.base import Actions, Actor, Agent
+from klrl.config import Range, convert
 from klrl.errors import UsageError
-from klrl.kl import project_states
+from klrl.kl import project_states, reverse_kl
 from klrl.policies.networks import Array
 from klrl.policies.observations import Observation
 
@@ -25,8 +26,8 @@ class Governed(Actor):
 
     Of all policies within kappa nats at a state it is the one of the least KL(policy||agent's): a geometric mean
     reference^(1 - t) agent^t, with the largest t that is within, and the agent's own where that is. Sampled actions
-    have its distribution; ``deterministic`` takes its most likely action. Source: the dual of Otto et al. (2021),
-    section 4, of which t / (1 - t) is the multiplier.
+    have its distribution; ``deterministic`` takes its most likely action, which is no policy within kappa. Source:
+    the dual of Otto et al. (2021), section 4, of which t / (1 - t) is the multiplier.
     """
 
     def __init__(self, agent: Agent, reference: Agent, kappa: float) -> None:
@@ -34,8 +35,9 @@ class Governed(Actor):
 
         Raises UsageError where they are not, and for a kappa that is not above 0.
         """
-        if not 0 < kappa < math.inf:
-            raise UsageError(f"kappa must be above 0 and finite, in nats: {kappa}")
+        kappa = convert(Annotated[float, Range(0, above=True)], kappa, "kappa")
+        if not (isinstance(agent, Agent) and isinstance(reference, Agent)):
+            raise UsageError("Governed takes two agents, such as klrl.load gives, and a kappa")
         for part in ("observation_space", "action_space"):
             mine, theirs = getattr(agent, part), getattr(reference, part)
             if mine != theirs:
@@ -47,6 +49,10 @@ class Governed(Actor):
         own, other = agent.policy_at(probe), reference.policy_at(reference.encoder.probe())
         if type(own) is not type(other) or not all(hasattr(head, "numbers") for head in self._heads):
             raise UsageError(f"no geometric mean of {type(own).__name__} and {type(other).__name__} policies is known")
+        try:
+            reverse_kl(other, own)
+        except ValueError as problem:
+            raise UsageError(f"the agent or its reference cannot be governed: {problem}") from None
 
     def distribution(self, obs: Observation) -> Any:
         """The policy that acts at observations [B, *shape], as data, in float64: rounding would leave kappa."""

@@ -162,8 +162,10 @@ class OnPolicyAgent(Agent):
 
     def load_policy(self, other: Agent) -> list[str]:
         taken = super().load_policy(other)
-        if "critic" in taken and isinstance(other, OnPolicyAgent):  # whose values are of rewards as it scales them
-            self.reward_scale.load_state_dict({**other.reward_scale.state_dict(), "running": []})
+        theirs = other.reward_scale if isinstance(other, OnPolicyAgent) else None
+        if "critic" in taken and theirs is not None and theirs.enabled and self.reward_scale.enabled:
+            # The critic's values are of rewards as its agent scales them.
+            self.reward_scale.load_state_dict({**theirs.state_dict(), "running": []})
             taken.append("scale of rewards")
         return taken
 

@@ -12,7 +12,7 @@ from klrl.agents import registry
 from klrl.agents.base import Agent, State
 from klrl.config import Checked, NonNegative, PositiveInt
 from klrl.errors import UsageError
-from klrl.kl import Direction, KLLimit, Move, at_most, state_mean
+from klrl.kl import Direction, KLLimit, Move, at_most, kl, reverse_kl, state_mean
 from klrl.kl.measure import Of, states
 from klrl.kl.rules import PENALTIES, Start
 from klrl.kl.trust_region import project
@@ -123,7 +123,7 @@ class Reference:
             probe = self.agent.encoder.probe()
             try:
                 own = self.agent.policy_at(probe)
-                self.limit.kl(self.at(probe, own), own)
+                (kl if self.config.direction == "forward" else reverse_kl)(self.at(probe, own), own)
             except ValueError as problem:
                 raise UsageError(f"--reference.run {self.config.run}: {problem}") from None
 

@@ -118,7 +118,7 @@ class SAC(Agent):
         return self.actions.value(self.policy(inputs), self.critic, inputs, alpha)
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"policy": self.policy, "critic": self.critic, "target_critic": self.target_critic}
+        return {"policy": self.policy, "critic": self.critic, "target critic": self.target_critic}
 
     def critic_reward(self, reward: Any, obs: Observation) -> Any:
         """r + alpha * H, as the value is soft; that of continuous actions, a Q, leaves out the first state's H."""

@@ -120,7 +120,9 @@ class Student(OnPolicyAgent):
         try:
             distillation_loss(*probes)
         except ValueError as problem:
-            raise UsageError(f"teacher {run}: {problem}; --head {family_of(teacher.agent.policy.head)}") from None
+            first = run == self.config.teachers[0]
+            advice = f"--head {family_of(teacher.agent.policy.head)}" if first else "teach by runs of one family"
+            raise UsageError(f"teacher {run}: {problem}; {advice}") from None
         return teacher
 
     def act(self, obs: Observation, deterministic: bool = False, rng: Any = None) -> Actions:

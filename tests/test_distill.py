@@ -95,7 +95,10 @@ def test_an_environment_of_images_is_learned_from() -> None:
         ("distill --hidden-sizes 16", "distill needs a run folder"),
         ("distill nowhere", "nowhere"),
         ("distill TEACHER OTHER", "its observation space is Box"),
-        ("distill TEACHER SQUASHED", "no closed-form KL between SquashedNormal and DiagonalNormal; --head squashed"),
+        (
+            "distill TEACHER SQUASHED",
+            "no closed-form KL between SquashedNormal and DiagonalNormal; teach by runs of one family",
+        ),
         ("distill TEACHER --observation-keys x", "--observation-keys: the observation has no part 'x': it is no Dict"),
         ("distill TEACHER --head joint", "--head joint makes no policy over the actions Box"),
         ("distill TEACHER --temprature 3", "unknown option '--temprature' (did you mean '--temperature'?)"),

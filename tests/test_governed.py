@@ -142,8 +142,15 @@ def test_a_governed_agent_acts_by_its_distribution(space: Any, kind: Any) -> Non
 def test_bad_governors_are_refused() -> None:
     agent, reference = pair(spaces.Discrete(3))
     for kappa in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(UsageError, match="kappa must be above 0"):
+        with pytest.raises(UsageError, match="kappa must be"):
             Governed(agent, reference, kappa)
+    for odd in (("a", reference, 0.1), (agent, Governed(agent, reference, 0.1), 0.1), (agent, reference, "much")):
+        with pytest.raises(UsageError):
+            Governed(*odd)  # type: ignore[arg-type]
+    broken = pair(spaces.Discrete(3))[0]
+    broken.policy_params.flat.fill_(math.nan)
+    with pytest.raises(UsageError, match="cannot be governed"):
+        Governed(agent, broken, 0.1)
     with pytest.raises(UsageError, match="action space is"):
         Governed(agent, pair(spaces.Discrete(2))[0], 0.1)
     box = spaces.Box(-1.0, 1.0, (2,))

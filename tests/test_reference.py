@@ -20,6 +20,7 @@ from klrl.agents.ppo import PPO, PPOConfig, policy_loss
 from klrl.agents.reference import FrozenPolicy, ReferenceConfig
 from klrl.agents.sac import SAC, SACConfig
 from klrl.agents.trpo import TRPO, TRPOConfig
+from klrl.analysis.anomalies import find_anomalies
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.errors import UsageError
 from klrl.kl import kl, reverse_kl
@@ -83,9 +84,11 @@ def test_sac_takes_over_a_discrete_policy_and_acts_by_it_at_once() -> None:
     ],
 )
 def test_a_policy_of_another_form_is_refused(mine: dict[str, Any], theirs: dict[str, Any], said: str) -> None:
-    one, two = (PPO(SEEN, spaces.Discrete(2), config) for config in (mine, theirs))
+    one, two = (PPO(SEEN, spaces.Discrete(2), config, seed=seed) for seed, config in enumerate((mine, theirs)))
+    before = one.policy_params.flat.clone()
     with pytest.raises(UsageError, match=said):
         one.load_policy(two)
+    assert torch.equal(one.policy_params.flat, before)
 
 
 def test_a_policy_of_other_spaces_or_another_family_is_refused() -> None:
@@ -95,6 +98,12 @@ def test_a_policy_of_other_spaces_or_another_family_is_refused() -> None:
         agent.load_policy(PPO(SEEN, spaces.Discrete(2)))
     with pytest.raises(UsageError, match="observation space is"):
         agent.load_policy(PPO(spaces.Box(-1.0, 1.0, (4,)), box))
+    broken = PPO(SEEN, box)
+    broken.policy_params.flat[0] = math.nan
+    with pytest.raises(UsageError, match="not finite"):
+        agent.load_policy(broken)
+    with pytest.raises(UsageError, match="takes an agent"):
+        agent.load_policy("runs/a")  # type: ignore[arg-type]
     squashed = SAC(SEEN, box, {"hidden_sizes": (64, 64), "activation": "tanh"})
     with pytest.raises(UsageError, match="other actions"):
         PPO(SEEN, box, {"normalize_observation": False}).load_policy(squashed)
@@ -187,6 +196,9 @@ def test_a_run_is_held_after_its_reference_is_gone_and_resumes_bit_for_bit(tmp_p
     assert torch.equal(whole.agent.policy_params.flat, parts.agent.policy_params.flat)
     assert whole.agent.reference.limit.state_dict() == parts.agent.reference.limit.state_dict()
     history = read_history(parts.folder)
+    over = int((history["reference/of_limit"] > 1).sum())
+    told = [found.what for found in find_anomalies(history) if "reference" in found.what]
+    assert len(told) == (over > 0), "the report says where new states were over the limit"
     assert np.isfinite(history["reference/of_limit"]).all()
     assert "policy" in (whole.folder / "from.toml").read_text()
     assert klrl.load(whole.folder).predict(np.zeros(4, np.float32))[0] in (0, 1)

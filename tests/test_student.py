@@ -171,7 +171,7 @@ def test_a_student_sees_some_keys_and_its_teacher_all() -> None:
 def test_what_sees_less_is_no_agents_beginning_nor_its_reference() -> None:
     student = Student(CORNERS, spaces.Discrete(2), {"observation_keys": ("near",), "hidden_sizes": (8,)}).save("less")
     other = PPO(CORNERS, spaces.Discrete(2), {"hidden_sizes": (8,)})
-    with pytest.raises(klrl.UsageError, match=r"the policy sees near\.x alone, or this agent far, near\.x"):
+    with pytest.raises(klrl.UsageError, match=r"the policy sees near\.x alone, but this agent far, near\.x"):
         other.load_policy(klrl.load(student))
     reference = {"run": str(student), "target": 0.1}
     with pytest.raises(klrl.UsageError, match=r"--reference.run .*less: it sees near\.x alone"):

@@ -52,6 +52,18 @@ def _states_over_limit(run: History) -> Iterator[Anomaly]:
         )
 
 
+def _far_from_reference(run: History) -> Iterator[Anomaly]:
+    of_limit = run["reference/of_limit"]
+    over, updates = int((of_limit > 1).sum()), int((~np.isnan(of_limit)).sum())
+    if over:
+        yield Anomaly(
+            f"the KL to the reference was over its limit after {over} of {updates} updates ({over / updates:.0%}), "
+            f"at most {np.nanmax(of_limit):.3g} times it",
+            "it is held on the states of each update, and new states and statistics move it: a smaller "
+            "--reference.target, or a lower --learning-rate; a policy that begins far away first has to come near",
+        )
+
+
 def _standstill(run: History) -> Iterator[Anomaly]:
     row = run["health/undone_in_a_row"]
     rejected = any("/rejected_" in tag for tag in run.columns)  # TRPO's, which say more themselves
@@ -150,6 +162,7 @@ _CHECKS: tuple[Callable[[History], Iterator[Anomaly]], ...] = (
     _collapse,
     _over_limit,
     _states_over_limit,
+    _far_from_reference,
     _rejected,
     _temperature,
     _coefficient,

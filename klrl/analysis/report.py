@@ -120,6 +120,11 @@ def _run_summary(run: History) -> dict[str, Any]:
             "updates": len(run["step"]),
             "states": states_summary(run),
         },
+        "reference": {
+            "limit": _number(run.last("reference/limit")),
+            "kl": _number(run.last("reference/kl")),
+            "updates_over_limit": int((run["reference/of_limit"] > 1).sum()),
+        },
         "critic": {"explained_variance": _number(_later_median(run["train/explained_variance"]))},
         "anomalies": [found._asdict() for found in find_anomalies(run)],
         "config": {key: _plain(value) for key, value in flatten(run.options).items()},

@@ -178,10 +178,12 @@ def _eval(arguments: list[str]) -> None:
         seed = evaluation_seed("afterwards", trained.config.seed)
         score = run_episodes(agent, envs, seed, not given.stochastic, episodes=given.episodes)
     env = given.env_id or trained.env
+    governed = {"govern": given.govern, "kappa": given.kappa} if given.govern else {}
     if given.json:
-        print(json.dumps({"env_id": env, **score._asdict()}))
+        print(json.dumps({"env_id": env, **governed, **score._asdict()}))
     else:
-        _show(summary(score, f" of {env}"))
+        note = f", within {given.kappa:g} nats of {given.govern}" if given.govern else ""
+        _show(summary(score, f" of {env}{note}"))
 
 
 def _list(arguments: list[str]) -> None:

@@ -39,10 +39,12 @@ def distill(arguments: list[str]) -> None:
     """The command ``klrl distill``."""
     runs = list(takewhile(lambda word: not word.startswith("-"), arguments))
     options, of_help = arguments[len(runs) :], wants_help(arguments) and not runs
+    if runs and "--teachers" in options:
+        raise UsageError("distill takes its teachers before the options: klrl distill RUN RUN, without --teachers")
     env, taken = (None, {}) if of_help else taught_by(runs, _early(options)["--import"])
     about = "Train a student to act as trained agents do, in the environment of the first."
     run = _begin(["distill", *arguments], Student.name(), env, options, taken, "klrl distill RUN...", about)
-    if run is not None:
+    if run is not None and not run.config.quiet:
         say_sizes(run)
 
 

@@ -132,6 +132,8 @@ def mutual_information(policy: td.Distribution, units: Units = "nats") -> Tensor
     Raises ValueError for others, and for over 65,536 joint actions. Source: Cover and Thomas (2006), equation 2.36.
     """
     log_p = _tables(policy, policy)[0]
+    if log_p.dim() != 2 or bool(log_p.isnan().any()):
+        raise ValueError(f"policy has batch shape {tuple(policy.batch_shape)} or nan: it must be [B], and finite")
     log_mean = torch.logsumexp(log_p, 0) - math.log(len(log_p))
     return in_units(categorical_kl_of(log_p, log_mean.expand_as(log_p).clone()).mean(), units)
 

@@ -30,7 +30,8 @@ def distill(
     imports = convert(tuple[str, ...], config.get("imports", ()), "imports")
     env_id, taken = taught_by(list(map(str, teachers)), imports, anywhere=env is not None)
     run = train(Student, env or env_id, network=network, **merge(taken, config))
-    say_sizes(run)
+    if not run.config.quiet:
+        say_sizes(run)
     return run
 
 

@@ -60,7 +60,8 @@ class EvalConfig(Checked):
     stochastic: bool = False
     """Sample actions instead of taking the most likely ones."""
     govern: str = ""
-    """A run or checkpoint whose policy is the reference: act by the nearest policy within kappa of it."""
+    """A run or checkpoint whose policy is the reference: act by the nearest policy within kappa of it. Only what is
+    sampled (--stochastic) keeps within; otherwise that policy's most likely actions are taken."""
     kappa: Annotated[float, Range(0, above=True)] = 0.1
     """The most that the policy which acts may be from that reference at a state, KL(policy||reference) in nats."""
     json: bool = False

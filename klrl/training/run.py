@@ -284,7 +284,8 @@ def _run(
             mark(folder)
             if began is not None:
                 replace_file(folder / "from.toml", tomli_w.dumps(began))
-                say(f"from        {began['run']}: {', '.join(began['taken'])}; anew: {', '.join(began['anew'])}")
+                if not config.quiet:
+                    say(f"from        {began['run']}: {', '.join(began['taken'])}; anew: {', '.join(began['anew'])}")
         named = folder.relative_to(here) if folder.is_relative_to(here) else folder
         try:
             score = loop.run(folder)
