@@ -311,9 +311,9 @@ def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two distributions are the same, parameter by parameter."""
+    """Whether two distributions are the same, parameter by parameter, but for another device's rounding."""
     pairs = zip_longest(parameters_of(one), parameters_of(other))
-    return type(one) is type(other) and all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
+    return type(one) is type(other) and all(torch.allclose(a.cpu(), b.cpu(), rtol=1e-4, atol=1e-5) for a, b in pairs)
 
 
 def _usable(device: str | torch.device) -> torch.device:
@@ -328,7 +328,8 @@ def _usable(device: str | torch.device) -> torch.device:
 def check_widths(options: Mapping[str, Any], saved: State) -> None:
     """Raise ValueError where the hidden layers that ``options`` ask for cannot be those whose weights are saved, before
     they are made: what a prepared file asks for may take all memory, or hours."""
-    weights = sum(a * b for a, b in pairwise(options.get("hidden_sizes", ())))
+    widths, code = options.get("hidden_sizes", ()), options.get("bottleneck", {}).get("size", 0)
+    weights = sum(a * b for a, b in pairwise(widths)) + 2 * code * max(1, *widths[-1:])
     held = sum(part.numel() for part in tree_leaves(saved) if isinstance(part, Tensor))
     if weights > max(held, _SMALL):
         raise ValueError(f"hidden layers of {weights:,} weights, but {held:,} numbers are saved")

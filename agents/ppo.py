@@ -199,7 +199,8 @@ class PPO(OnPolicyAgent):
                 also, _ = policy_loss(noisy, minibatch, self.limit, config.ent_coef, held)
                 loss = (loss + also) / 2 + minibatch.weight @ rates
             loss_v = value_loss(self.critic(minibatch.inputs), minibatch, config.clip_range_vf)
-            gradient = self.gradient_of(loss + config.vf_coef * (loss_v + self.critic.cost(minibatch)))
+            loss = loss + config.vf_coef * (loss_v + self.critic.cost(minibatch))
+            gradient = gradients(loss, self.policy_params, self.critic_params)
         return surrogate.detach(), loss_v.detach(), gradient
 
     def state_dict(self) -> State:

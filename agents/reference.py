@@ -12,7 +12,7 @@ from klrl.agents import registry
 from klrl.agents.base import Agent, State
 from klrl.config import Checked, NonNegative, PositiveInt
 from klrl.errors import UsageError
-from klrl.kl import Direction, KLLimit, Move, at_most, kl, reverse_kl, state_mean
+from klrl.kl import Direction, KLLimit, Move, NoClosedFormError, at_most, kl, reverse_kl, state_mean
 from klrl.kl.measure import Of, states
 from klrl.kl.rules import PENALTIES, Start
 from klrl.kl.trust_region import project
@@ -21,6 +21,7 @@ from klrl.policies.encoder import Inputs
 from klrl.policies.observations import Observation
 
 UNIFORM = "uniform"
+_ANY_EXCESS = 2.0  # of what may not grow at all, however little it does
 _FIGURES: tuple[Of, Of] = ("mean", "max")
 
 
@@ -33,7 +34,8 @@ class ReferenceConfig(Checked):
     run: str = ""
     """A run or checkpoint whose policy is the reference, or uniform: all discrete actions alike; by default none."""
     target: NonNegative = 0.0
-    """Limit on the mean KL to the reference, in nats, action dimensions summed; 0 sets none."""
+    """Limit on the mean KL to the reference, in nats, action dimensions summed; 0 sets none. PPO and TRPO hold it on
+    the states of each update, or where it was above before, let it grow no more; SAC's policy is only drawn there."""
     rule: Literal["adaptive", "lagrange", "fixed", "annealed"] = "lagrange"
     """How the coefficient of the KL in the loss moves, as with kl.penalty; the first two need a target."""
     coef: NonNegative = 1.0
@@ -149,21 +151,35 @@ class Reference:
 
     def distance(self, at: Any, policy: Any, mask: Tensor | None = None) -> float:
         """The mean KL over states, in nats, of all ranks; 0 where there is no reference."""
-        return 0.0 if at is None else float(state_mean(self.limit.kl(at, policy), mask, self.limit.ranks))
+        return 0.0 if at is None else float(state_mean(self.divergence(at, policy), mask, self.limit.ranks))
 
-    def allowed(self, at: Any, old: Any, mask: Tensor | None = None) -> float:
-        """The mean KL that an update may end at, in nats: the target, or where ``old`` is above, no more."""
-        return max(self.limit.bound.limit, self.distance(at, old, mask))
+    def excess(self, first: float, distance: float) -> float:
+        """What an update adds to the mean KL, from ``first``, as a fraction of what it may: up to the target, or where
+        it begins above that, nothing."""
+        room = max(self.limit.bound.limit - first, 0.0)
+        if room == 0:
+            return 0.0 if distance <= first else _ANY_EXCESS
+        return (distance - first) / room
+
+    def divergence(self, at: Any, policy: Any) -> Tensor:
+        """The KL of each state, [B]; infinite where the policy is not finite, so that no rank leaves alone."""
+        try:
+            return self.limit.kl(at, policy)
+        except NoClosedFormError:
+            raise
+        except ValueError:
+            return torch.full(policy.batch_shape, math.inf, device=self.agent.device)
 
     def move_back(self, batch: Any, move: Move, before: Tensor) -> float | None:
-        """Move an update's weights back towards those ``before`` it until the mean KL is what is ``allowed``.
+        """Move an update's weights back towards those ``before`` it, until the mean KL is at most the target, or no
+        more than it was where that is above.
 
         Returns the mean KL that the update had reached, in nats; None where there is no reference.
         """
         if batch.reference is None:
             return None
         (weights,) = move.weights
-        ends = weights.clone()
+        ends, first = weights.clone(), self.distance(batch.reference, batch.old, batch.mask)
 
         def place(fraction: float) -> None:
             weights.copy_(torch.lerp(before, ends, fraction) if fraction > 0 else before)
@@ -171,9 +187,12 @@ class Reference:
         def measure() -> float:
             return self.distance(batch.reference, move.policy(), batch.mask)
 
-        reached, allowed = measure(), self.allowed(batch.reference, batch.old, batch.mask)
+        reached, allowed = measure(), max(self.limit.bound.limit, first)
         if reached > allowed:
-            project(place, measure, allowed, reached)
+            move.excess()
+            move.attempted = move.reached
+            # What it adds to the distance begins at 0, as the search has it; the distance itself does not.
+            move.kept = project(place, lambda: measure() - first, allowed - first, reached - first)
         return reached
 
     def end(self, policy: Any, at: Any, mask: Tensor | None = None, attempted: float | None = None) -> dict[str, float]:
@@ -183,7 +202,7 @@ class Reference:
         """
         if at is None:
             return {}
-        divergence, coefficient = self.limit.kl(at, policy), self.limit.penalty.coefficient.value
+        divergence, coefficient = self.divergence(at, policy), self.limit.penalty.coefficient.value
         mean, largest = (states(divergence, of, mask, self.limit.ranks) for of in _FIGURES)
         self.limit.adapt(mean if attempted is None else attempted)
         figures = {"kl": mean, "max": largest, "coef": coefficient}
@@ -202,6 +221,8 @@ class Reference:
 
     def load_state_dict(self, state: State) -> None:
         """Continue from ``state_dict``'s result."""
+        if self.config.run not in ("", UNIFORM) and "policy" not in state:
+            raise ValueError("it holds no reference's policy")
         if state:
             self.limit.load_state_dict(state["limit"])
         if "policy" in state:

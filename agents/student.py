@@ -208,5 +208,7 @@ class Student(OnPolicyAgent):
 
     def load_state_dict(self, state: State) -> None:
         super().load_state_dict(state)
+        if self.config.teachers and not state["teachers"]:
+            raise ValueError("it holds no teachers' policies")
         teachers = (state["teachers"][str(i)] for i in range(len(state["teachers"])))
         self.teachers = [FrozenPolicy.from_state(teacher, self.device) for teacher in teachers]

@@ -18,7 +18,6 @@ from klrl.config import NonNegative, Positive, PositiveInt, Range
 from klrl.errors import SkippedUpdateError, UsageError
 from klrl.kl import Move, fisher_vector_product
 from klrl.kl.divergence import parameters_of
-from klrl.kl.measure import fraction
 from klrl.kl.trust_region import LineSearch, NaturalStep, line_search, natural_step
 from klrl.policies.jacobian import Pull, Push, jacobian
 from klrl.policies.networks import OwnNetwork
@@ -166,14 +165,16 @@ class TRPO(OnPolicyAgent):
         reached = []
         held = self.reference
         at_first = objective(batch.old, batch, held)
-        allowed = held.allowed(batch.reference, batch.old, batch.mask)
+        first = held.distance(batch.reference, batch.old, batch.mask)
 
         def measure() -> tuple[float, float]:
             new = self.policy_at(batch.inputs)
             excess = move.excess(new)
             distance = held.distance(batch.reference, new, batch.mask) if math.isfinite(excess) else math.inf
-            excess = max(excess, fraction(distance, allowed))
             reached.append((move.reached, distance))
+            if not math.isfinite(distance):
+                return -math.inf, math.inf
+            excess = max(excess, held.excess(first, distance))
             return self.ranks.sum(float(objective(new, batch, held) - at_first))[0], excess
 
         found = line_search(self.policy_params.flat, step.step, measure, 1.0, self.config.line_search_max_iter)

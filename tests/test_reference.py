@@ -173,6 +173,51 @@ def far_away(config: Any, coef: float) -> tuple[Any, list[float]]:
     return agent, reached
 
 
+def test_an_update_that_begins_just_below_the_limit_goes_as_far_as_it_may() -> None:
+    agent = PPO(SEEN, spaces.Discrete(3), {**SMALL, "reference": {"run": "uniform", "target": 0.1}}, seed=1)
+    held, inputs = agent.reference, {"vector": torch.randn(50, 3, generator=torch.manual_seed(0))}
+    bias = agent.policy.network.mlp.layers[-1].bias.data
+
+    def place(logit: float) -> Any:
+        bias.copy_(torch.tensor([logit, 0.0, 0.0]))
+        return agent.policy_at(inputs)
+
+    low = min(
+        (x / 1000 for x in range(2000)), key=lambda x: abs(held.distance(held.at(inputs, p := place(x)), p) - 0.095)
+    )
+    old, before = place(low), agent.policy_params.flat.clone()
+    at = held.at(inputs, old)
+    batch = type("Batch", (), {"reference": at, "old": old, "mask": None})()
+    move = agent.limit.begin(lambda: agent.policy_at(inputs), agent.policy_params.flat)
+    reached = held.distance(at, place(low + 0.2))
+    assert held.move_back(batch, move, before) == pytest.approx(reached)
+    assert reached > 0.13
+    assert 0.0985 < held.distance(at, agent.policy_at(inputs)) <= 0.1, "to where the limit is, and not all the way"
+    report = move.end()
+    assert 0 < report.rolled_back < 1
+    assert report.attempted > report.limited > 0, "what it had reached is told, and answered by coefficients"
+    assert held.excess(0.095, 0.1) == pytest.approx(1.0)
+    assert held.excess(0.12, 0.11) == 0 < 1 < held.excess(0.12, 0.1201) < math.inf
+
+
+def test_a_policy_that_is_not_finite_is_infinitely_far_and_no_rank_leaves_alone() -> None:
+    agent = PPO(SEEN, spaces.Discrete(3), {**SMALL, "reference": {"run": "uniform", "target": 0.1}})
+    broken = MultiCategorical(torch.full((4, 1, 3), math.nan))
+    at = uniform_like(MultiCategorical(torch.zeros(4, 1, 3)))
+    assert agent.reference.distance(at, broken) == math.inf
+    assert agent.reference.end(broken, at)["reference/kl"] == math.inf
+
+
+def test_a_checkpoint_without_its_reference_is_refused(tmp_path: Path) -> None:
+    agent = PPO(SEEN, spaces.Discrete(3), SMALL)
+    agent.save(tmp_path / "plain")
+    held = PPO(SEEN, spaces.Discrete(3), {**SMALL, "reference": {"run": str(tmp_path / "plain"), "target": 0.1}})
+    state = held.state_dict()
+    del state["reference"]["policy"]
+    with pytest.raises(ValueError, match="holds no reference"):
+        held.load_state_dict(state)
+
+
 @pytest.mark.parametrize("config", [PPOConfig(**SMALL, learning_rate=3e-3), TRPOConfig(**SMALL)], ids=["ppo", "trpo"])
 @pytest.mark.parametrize("coef", [1e-4, 1.0])
 def test_no_update_ends_above_its_second_limit_and_learning_goes_on_at_it(config: Any, coef: float) -> None:

@@ -31,7 +31,7 @@ def test_tensorboards_charts_show_both_kls_against_their_limits() -> None:
     events = EventAccumulator(str(run.folder), size_guidance={"tensors": 0}).Reload()
     layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     charts = {chart.title: list(chart.multiline.tag) for part in layout.category for chart in part.chart}
-    assert charts["share of the limit"] == ["^kl/of_limit$", "^kl/max_of_limit$"]
+    assert charts["share of the limit"] == ["^kl/of_limit$", "^kl/max_of_limit$", "^reference/of_limit$"]
     assert charts["largest KL of a state"] == ["^kl/max$", "^kl/max_limit$"]
     logged = events.Tags()["scalars"]
     always = [tags for title, tags in charts.items() if title not in ("predicted and measured", "entropy")]

@@ -100,8 +100,9 @@ class KLLimit:
         ranks: Ranks = ALONE,
     ) -> None:
         self.bound = _checked(at_most(math.inf) if bound is None else bound)
-        names = ((direction, Direction), (of, Of), (check, Check), (on_overshoot, Overshoot))
-        _check_names(*names, (penalty, PenaltyRule))
+        _check_names(
+            (direction, Direction), (of, Of), (check, Check), (on_overshoot, Overshoot), (penalty, PenaltyRule)
+        )
         _check_numbers(coef=coef, stop=stop, max_limit=max_limit, influence=influence)
         check_rules(rules := list(rules))
         self.direction, self.of, self.max_limit, self.influence = direction, of, max_limit, influence
@@ -218,6 +219,7 @@ class Move:
         """log new(a) - log old(a) of ``actions``, [B], of ``new``: the policy at the last measurement."""
         self.stopped_at, self.reached = 0, 0.0
         """The epoch or step of an early stop, or 0; the limited KL, in nats, that ``excess`` found last."""
+        self.kept, self.attempted = 1.0, 0.0  # of what another limit took back: the fraction left, the KL before
         self._report: KLReport | None = None
 
     @torch.no_grad()
@@ -266,7 +268,7 @@ class Move:
         Raises ValueError where the new policy has no KL, as its parameters are not finite, and where it still is above
         the limit once it was taken back. Nothing adapts then, and what can be taken back is.
         """
-        limit, kept = self.limit, 1.0
+        limit, kept = self.limit, self.kept
         try:
             report = self.check()
         except ValueError:
@@ -274,13 +276,14 @@ class Move:
             raise
         first, beta = report, limit.penalty.coefficient.value
         if limit.on_overshoot != "keep" and not first.excess <= 1:
-            kept = self._take_back(first.excess)
+            kept *= self._take_back(first.excess)
             report = self.check()
             if not report.excess <= 1:
                 raise ValueError("the policy depends on more than the weights that were given to be taken back")
-        limit.adapt(first.limited if math.isinf(limit.max_limit) else first.excess * limit.penalty.bound.limit)
+        reached = first.limited if math.isinf(limit.max_limit) else first.excess * limit.penalty.bound.limit
+        limit.adapt(max(reached, self.attempted))
         own: Any = {"coefficient": beta, "rolled_back": 1 - kept, "stopped_at": self.stopped_at}
-        self._report = replace(report, attempted=first.limited, **own)
+        self._report = replace(report, attempted=max(first.limited, self.attempted), **own)
         return self._report
 
     def _restore(self) -> None:

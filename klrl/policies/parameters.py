@@ -116,8 +116,7 @@ def gradients(
 
 
 def adam_step(gradient: Tensor, learning_rate: Tensor, *groups: FlatParameters) -> None:
-    """One step of Adam with all ``groups``, along ``gradient``: those of each in turn, as ``gradients`` has them. The
-    first's eps is that of all.
+    """One step of Adam with all ``groups`` and the first's eps, along ``gradient``: those of each in turn.
 
     learning_rate: a scalar tensor on their device.
     """
