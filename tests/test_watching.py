@@ -27,7 +27,8 @@ def test_every_few_updates_a_histogram_shows_how_kl_is_spread_over_states() -> N
 
 
 def test_tensorboards_charts_show_both_kls_against_their_limits() -> None:
-    run = klrl.train("ppo", "CartPole-v1", **QUICK, kl={"max_target": 1.0})
+    reference = {"run": "uniform", "target": 1.0}
+    run = klrl.train("ppo", "CartPole-v1", **QUICK, kl={"max_target": 1.0}, reference=reference)
     events = EventAccumulator(str(run.folder), size_guidance={"tensors": 0}).Reload()
     layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     charts = {chart.title: list(chart.multiline.tag) for part in layout.category for chart in part.chart}
