@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from klrl.agents.base import Agent, State
-from klrl.config import Checked, Count, NonNegative, PositiveInt
+from klrl.config import Checked, NonNegative, PositiveInt, Range
 from klrl.errors import UsageError
 from klrl.kl import KLLimit, at_most, mutual_information
 from klrl.kl.measure import state_mean
@@ -26,7 +26,7 @@ class BottleneckConfig(Checked):
 
     group = "bottleneck."
 
-    size: Count = 0
+    size: Annotated[int, Range(0, 16_384)] = 0
     """Numbers of the normal code between the policy's hidden layers and its outputs; 0 makes no bottleneck."""
     target: NonNegative = 2.0
     """Limit on the code's mean KL to a standard normal, its rate, in nats; 0 sets none."""

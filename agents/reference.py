@@ -113,7 +113,10 @@ class Reference:
         """Read the run that the options name. Raises UsageError where there is none, and where its policy has no KL to
         the agent's."""
         if self.policy is None and self.config.run not in ("", UNIFORM):
-            self.policy = FrozenPolicy.read(self.config.run, self.agent.device)
+            try:
+                self.policy = FrozenPolicy.read(self.config.run, self.agent.device)
+            except UsageError as problem:
+                raise UsageError(f"--reference.run: {problem}") from None
         if self.policy is not None:
             for part in ("observation_space", "action_space"):
                 mine, theirs = getattr(self.agent, part), getattr(self.policy.agent, part)

@@ -283,7 +283,7 @@ class SAC(Agent):
         except ValueError as problem:
             raise self._given_up(window, str(problem)) from None
         at = self.reference.at(window.inputs, window.move.new)
-        distance = self.reference.end(self.policy_at(window.inputs), at)
+        distance = self.reference.end(window.move.new, at)
         if report.rolled_back:  # alpha goes back with the policy that it answered
             self.alpha.retrace(window.before["alpha"], 1 - report.rolled_back)
         self._window = None

@@ -133,6 +133,16 @@ class Student(OnPolicyAgent):
             self.prepare()
         return self.teachers[self.n_updates % len(self.teachers)].agent.act(obs, False, self.rng)
 
+    def predict(
+        self, observation: Observation, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Actions, Any]:
+        """As every agent's: by the student's own policy, whoever takes the steps of training."""
+        done, self.n_updates = self.n_updates, max(self.n_updates, self.config.teacher_updates)
+        try:
+            return super().predict(observation, state, episode_start, deterministic)
+        finally:
+            self.n_updates = done
+
     @torch.no_grad()
     def update(self, rollout: RolloutBuffer, progress: float = 0.0) -> UpdateResult:
         """Come nearer to the teachers on a full rollout, and report how far the student moved and is from them.

@@ -104,7 +104,7 @@ class TRPO(OnPolicyAgent):
         if not (math.isfinite(loss) and bool(self.critic_params.flat.isfinite().all())):
             self.undo(before)
             raise SkippedUpdateError(f"value_loss is {loss} in update {self.n_updates + 1}")
-        distance = self.reference.end(self.policy_at(batch.inputs), batch.reference, batch.mask, attempted[1])
+        distance = self.reference.end(move.new, batch.reference, batch.mask, attempted[1])
         self.end_update(rollout)
         report = replace(move.report, attempted=attempted[0], rolled_back=float(searched.rejected != ""))
         metrics = self._metrics(step, searched) | {"train/value_loss": loss}

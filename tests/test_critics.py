@@ -36,6 +36,16 @@ def test_returns_end_at_a_termination_and_lead_on_from_the_value_at_a_truncation
     assert known_returns(column(1, 2, 3, 4), value, ends, cuts & False, 0.05)[0][:, 0] == pytest.approx(returns[:, 0])
 
 
+def test_which_returns_are_known_does_not_depend_on_how_soon_an_episode_ended() -> None:
+    hazard, gamma = 1 / 200, 0.99
+    ends = np.random.default_rng(0).random((1000, 200)) < hazard
+    right = 1 / (1 - gamma * (1 - hazard))
+    value, no = np.full((1001, 200), right), np.zeros_like(ends)
+    returns, known = known_returns(np.ones(ends.shape), value, ends, no, gamma)
+    assert 0.3 < known.mean() < 0.6
+    assert returns[known].mean() == pytest.approx(right, rel=0.01), "with the known ones of the last rows it is 7 % off"
+
+
 def test_a_truncated_episode_leads_on_from_its_own_last_state_and_not_from_the_next_ones_first() -> None:
     trained = made(PPO, env=LONG)
     envs = trained.make_envs(1)

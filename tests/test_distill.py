@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,13 @@ def test_a_student_of_a_twelfth_of_the_weights_balances_the_pole_as_its_teacher_
     student = klrl.distill(teacher.folder, hidden_sizes=(16, 16), total_timesteps=60_000, quiet=True)
     assert teacher.score.mean > 490
     assert student.evaluate(100).mean > 0.97 * teacher.score.mean
+
+
+def test_nothing_is_imported_because_a_teacher_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(".")
+    Path("said_by_a_file.py").write_text("")
+    teacher = teacher_of("CartPole-v1", imports=["said_by_a_file"])
+    del sys.modules["said_by_a_file"]
+    with pytest.raises(klrl.UsageError, match="said_by_a_file"):
+        klrl.distill(teacher, env=lambda: gym.make("CartPole-v1"), **QUICK)
+    assert "said_by_a_file" not in sys.modules

@@ -274,3 +274,15 @@ class One(gym.Env[Any, Any]):
 
     def step(self, action: Any) -> Any:
         return np.zeros(1, np.float32), 1.0, False, False, {}
+
+
+def test_a_student_predicts_by_itself_whoever_takes_the_steps(tmp_path: Path) -> None:
+    seen, actions = spaces.Box(-1.0, 1.0, (3,)), spaces.Discrete(3)
+    teacher = klrl.PPO(seen, actions, {"hidden_sizes": (8,)})
+    teacher.policy.network.mlp.layers[-1].bias.data.copy_(torch.tensor([50.0, 0.0, 0.0]))
+    run = str(teacher.save(tmp_path / "teacher"))
+    student = klrl.Student(seen, actions, {"hidden_sizes": (4,), "teachers": (run,)})
+    obs = np.zeros((300, 3), np.float32)
+    assert (student.act(obs) == 0).all(), "the teacher takes the steps of training"
+    assert (student.predict(obs)[0] != 0).any()
+    assert student.n_updates == 0

@@ -73,16 +73,22 @@ def known_returns(
     reward, terminated, truncated: [T, N]; value: [T + 1, N], of the states before each step and after the last one.
     What follows a truncation, or the last row, nobody saw: V of the last state stands for it, as the critic was taught,
     and the return counts as known where that has a weight of at most 1 %. Without it returns would fall towards a time
-    limit that the critic does not see; with more of it, V would be compared with itself.
+    limit that the critic does not see; with more of it, V would be compared with itself. Episodes that end soon are
+    others than those that do not, so that the last rows count all or none: none that is within the horizon of the end,
+    or, where that leaves nothing, none from the first on that is not known. (Time limits still choose.)
     """
-    returns, weight = np.zeros_like(reward), np.zeros_like(reward)
-    following, left = value[-1], np.ones_like(value[-1])
+    returns, weight, open_end = np.zeros_like(reward), np.zeros_like(reward), np.zeros_like(reward)
+    following, left, unseen = value[-1], np.ones_like(value[-1]), np.ones_like(value[-1])
     for t in range(len(reward) - 1, -1, -1):
         following = np.where(terminated[t], 0.0, np.where(truncated[t], value[t + 1], following))
         left = np.where(terminated[t], 0.0, np.where(truncated[t], 1.0, left))
         returns[t] = following = reward[t] + gamma * following
         weight[t] = left = gamma * left
-    return returns, weight <= _KNOWN
+        open_end[t] = unseen = gamma * np.where(terminated[t] | truncated[t], 0.0, unseen)
+    early = gamma ** np.arange(len(reward), 0, -1) <= _KNOWN
+    if not early.any():
+        early = np.logical_and.accumulate((open_end <= _KNOWN).all(1))
+    return returns, (weight <= _KNOWN) & early[:, None]
 
 
 def calibrate_critic(agent: Agent, visits: Visits, rng: np.random.Generator) -> CriticCalibration | None:

@@ -22,6 +22,7 @@ from klrl.policies.spaces import is_image
 
 Floats = npt.NDArray[np.float64]
 RIDGE = 1e-6  # on the variances of the normals, where the pooled variance of a dimension is 1
+_MOST_FULL = 128  # dimensions of a full covariance, which is taken for each of hundreds of resamples
 ENOUGH = 10  # states for each dimension, for a full covariance
 _CELLS = 10  # of a dimension of a Box, by quantiles of both environments' states together
 
@@ -129,7 +130,7 @@ def _normals(
 ) -> tuple[list[Floats], str]:
     """KL both ways, [R] each, of normals fitted to the weighted episodes of the rows of ``x``, and their covariance."""
     x = x[:, np.ptp(x, axis=0) > 0]
-    count, full = x.shape[1], states >= ENOUGH * x.shape[1]
+    count, full = x.shape[1], x.shape[1] <= _MOST_FULL and states >= ENOUGH * x.shape[1]
     if not count:
         return [], "full"
     x = (x - x.mean(0)) / x.std(0)

@@ -95,7 +95,8 @@ def reliability(logits: Tensor, target: Tensor, bins: int = 15) -> Reliability:
     right = wanted.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
     place = (sure * bins).ceil().long().clamp(1, bins) - 1
     number, *sums = (
-        torch.zeros(bins, dtype=torch.float64).index_add_(0, place, x) for x in (torch.ones_like(sure), sure, right)
+        torch.zeros(bins, dtype=torch.float64, device=sure.device).index_add_(0, place, x)
+        for x in (torch.ones_like(sure), sure, right)
     )
     return Reliability(number, *(total / number for total in sums))
 

@@ -220,12 +220,14 @@ def _clock_time(seconds: float) -> str:
 def _words(step: int, metrics: dict[str, float]) -> list[str]:
     limit = f" of {metrics['kl/limit']:g}" if "kl/limit" in metrics else ""
     undone = metrics.get("health/undone_in_a_row", 0)
+    reference = f"{metrics['reference/kl']:.3g} from reference" if "reference/kl" in metrics else ""
     return [
         f"{step:,} steps",
         f"{metrics['time/fps']:,.0f}/s",
         f"return {metrics['rollout/ep_rew_mean']:.1f}" if "rollout/ep_rew_mean" in metrics else "",
         f"KL {metrics['kl/mean']:.4f}{limit}" if undone < _STANDSTILL else f"{undone:.0f} undone: nothing moves",
         f"coef {metrics['kl/coef']:.2g}" if metrics["kl/coef"] > 0 else _learning_rate(metrics),
+        *([reference] if reference else []),
     ]
 
 

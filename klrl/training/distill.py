@@ -46,8 +46,9 @@ def taught_by(teachers: list[str], imports: Iterable[str] = (), anywhere: bool =
     import_packages(imports)
     first = load_policy(teachers[0])
     config, agent = first.config, first.agent
+    check_imported(config.imports, teachers[0])  # which would be imported otherwise because a file says so
     if not anywhere:
-        check_imported([*config.imports, module_of(first.env)], teachers[0])
+        check_imported([module_of(first.env)], teachers[0])
         if not registered(first.env):
             raise UsageError(
                 f"{teachers[0]} was trained on {first.env!r}, which is no env id here: --import its package"

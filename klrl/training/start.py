@@ -13,7 +13,10 @@ _ANEW = ["optimizers", "coefficients", "learning rate", "counts", "buffers"]
 
 def form_of(path: str | Path) -> dict[str, Any]:
     """The options that say which form a saved agent's networks have. Raises UsageError where there is none."""
-    _, _, options, agent = registry.read(path)
+    try:
+        _, _, options, agent = registry.read(path)
+    except UsageError as problem:
+        raise UsageError(f"--from: {problem}") from None
     form = {name: options[name] for name in _FORM if options.get(name)}
     if size := options.get("bottleneck", {}).get("size"):
         form["bottleneck"] = {"size": size}
