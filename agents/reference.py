@@ -177,9 +177,9 @@ class Reference:
         """Move an update's weights back towards those ``before`` it, until the mean KL is at most the target, or no
         more than it was where that is above.
 
-        Returns the mean KL that the update had reached, in nats; None where there is no reference.
+        Returns the mean KL that the update had reached, in nats; None where nothing limits it.
         """
-        if batch.reference is None:
+        if batch.reference is None or math.isinf(self.limit.bound.limit):
             return None
         (weights,) = move.weights
         ends, first = weights.clone(), self.distance(batch.reference, batch.old, batch.mask)
@@ -218,7 +218,8 @@ class Reference:
         """The coefficient and the policy, so that a run goes on without the one that it refers to."""
         if not self.config.run:
             return {}
-        self.read()
+        if self.policy is None:
+            self.read()
         policy = {} if self.policy is None else {"policy": self.policy.state_dict()}
         return {"limit": self.limit.state_dict(), **policy}
 

@@ -28,37 +28,38 @@ def _skipped(run: History) -> Iterator[Anomaly]:
         )
 
 
-def _over_limit(run: History) -> Iterator[Anomaly]:
-    of_limit = run["kl/of_limit"]
+def _over(run: History, tag: str) -> str:
+    """How often, and by how much, a KL was over its limit, as ``tag`` has its fraction; "" where it never was."""
+    of_limit = run[tag]
     over, updates = int((of_limit > 1).sum()), int((~np.isnan(of_limit)).sum())
-    if over:
+    if not over:
+        return ""
+    largest = np.nanmax(of_limit)
+    return f"over its limit after {over} of {updates} updates ({over / updates:.0%}), at most {largest:.3g} times it"
+
+
+def _over_limit(run: History) -> Iterator[Anomaly]:
+    if said := _over(run, "kl/of_limit"):
         yield Anomaly(
-            f"KL was over its limit after {over} of {updates} updates ({over / updates:.0%}), "
-            f"at most {np.nanmax(of_limit):.3g} times it",
+            f"KL was {said}",
             "--kl.on-overshoot project holds the limit after every update; --kl.check minibatch stops earlier; "
             "fewer --n-epochs or a lower --learning-rate move less",
         )
 
 
 def _states_over_limit(run: History) -> Iterator[Anomaly]:
-    of_limit = run["kl/max_of_limit"]
-    over, updates = int((of_limit > 1).sum()), int((~np.isnan(of_limit)).sum())
-    if over:
+    if said := _over(run, "kl/max_of_limit"):
         yield Anomaly(
-            f"a single state's KL was over its limit after {over} of {updates} updates ({over / updates:.0%}), "
-            f"at most {np.nanmax(of_limit):.3g} times it",
+            f"a single state's KL was {said}",
             "--kl.on-overshoot project holds the limit after every update; --kl.per-state reverse turns such states "
             "back while the update lasts",
         )
 
 
 def _far_from_reference(run: History) -> Iterator[Anomaly]:
-    of_limit = run["reference/of_limit"]
-    over, updates = int((of_limit > 1).sum()), int((~np.isnan(of_limit)).sum())
-    if over:
+    if said := _over(run, "reference/of_limit"):
         yield Anomaly(
-            f"the KL to the reference was over its limit after {over} of {updates} updates ({over / updates:.0%}), "
-            f"at most {np.nanmax(of_limit):.3g} times it",
+            f"the KL to the reference was {said}",
             "it is held on the states of each update, and new states and statistics move it: a smaller "
             "--reference.target, or a lower --learning-rate; a policy that begins far away first has to come near",
         )
