@@ -158,3 +158,20 @@ def test_a_bayesian_critic_learns_and_grows_sure_with_data(kind: Any) -> None:
     assert metrics["health/value_std"] < 0.5 * before
     value: Tensor = agent.value(obs)
     assert value.shape == (8,)
+
+
+def test_the_kl_to_the_prior_is_part_of_the_loss_by_its_weight_and_draws_the_weights_to_it() -> None:
+    env = make_vector("klrl/RewardByObservation-v0", 8, EnvConfig())
+    reached = []
+    for weight in (0.0, 1.0):
+        config = PPOConfig(n_steps=32, hidden_sizes=(8,), learning_rate=1e-2, critic="bayesian", critic_kl=weight)
+        agent = make(config, env)
+        buffer, obs = agent.new_buffer(8), env.reset(seed=0)[0]
+        for _ in range(5):
+            obs = collect(agent, env, buffer, obs)
+            metrics = agent.update(buffer).metrics
+        batch = agent.make_batch(buffer)
+        expected = batch.weight @ agent.critic.variance(batch.inputs) + weight * batch.weight.sum() * agent.critic.kl()
+        assert torch.allclose(agent.critic.cost(batch), expected)
+        reached.append(metrics["health/critic_kl"])
+    assert reached[1] < 0.5 * reached[0]
