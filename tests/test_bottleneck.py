@@ -167,7 +167,7 @@ def test_the_kl_to_the_prior_is_part_of_the_loss_by_its_weight_and_draws_the_wei
         config = PPOConfig(n_steps=32, hidden_sizes=(8,), learning_rate=1e-2, critic="bayesian", critic_kl=weight)
         agent = make(config, env)
         buffer, obs = agent.new_buffer(8), env.reset(seed=0)[0]
-        for _ in range(5):
+        for _ in range(15):
             obs = collect(agent, env, buffer, obs)
             metrics = agent.update(buffer).metrics
         batch = agent.make_batch(buffer)
