@@ -1,7 +1,7 @@
 """What an agent is: spaces and a config in, actions out, one result per update. No environment, logger or trainer."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from itertools import pairwise, zip_longest
@@ -16,20 +16,20 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from klrl.agents.actor import Actions, Actor
 from klrl.buffers.protocol import Buffer
 from klrl.config import Seed, build, convert, field_types, to_dict
 from klrl.errors import UsageError, one_line
 from klrl.kl import ALONE, KLLimit, KLReport, NoClosedFormError, Ranks, concatenate, freeze
 from klrl.kl.divergence import parameters_of
-from klrl.policies.encoder import Inputs, ObservationEncoder
-from klrl.policies.networks import OwnNetwork, name_of_network, named_network
+from klrl.policies.encoder import Inputs
+from klrl.policies.memory import SEQUENCE
+from klrl.policies.networks import Array, OwnNetwork, name_of_network, named_network
 from klrl.policies.observations import Observation
 from klrl.policies.parameters import FlatParameters
-from klrl.policies.policy import Policy
 from klrl.policies.spaces import check_action_space, from_json, to_json
 from klrl.rundir import checkpoint
 
-Actions = npt.NDArray[Any]
 State = dict[str, Any]
 Tensors = tuple[Tensor, ...]
 _SMALL = 2**22  # weights that are made in no time
@@ -48,41 +48,6 @@ class UpdateResult:
         for tag, value in self.metrics.items():
             record(tag, value)
         self.kl.write(record)
-
-
-class Actor(ABC):
-    """What acts on observations of one space, by a policy or something made of one."""
-
-    policy: Policy
-    encoder: ObservationEncoder
-
-    @abstractmethod
-    def act(self, obs: Observation, deterministic: bool = False, rng: Any = None) -> Actions:
-        """Actions [N, d] for a batch of observations [N, *shape], in the form that buffers hold."""
-
-    def env_action(self, action: Actions) -> Actions:
-        """``act``'s actions [N, d] as the environment takes them: within the bounds, shaped [N, *space.shape]."""
-        taken: Actions = self.policy.head.to_env(action)
-        return taken
-
-    def predict(
-        self,
-        observation: Observation,
-        state: Any = None,
-        episode_start: Any = None,
-        deterministic: bool = False,
-    ) -> tuple[Actions, Any]:
-        """SB3's signature: actions ready for the environment, for one observation or a batch; ``state`` as given.
-
-        Raises UsageError, as ``act``, for what is no observation of the space.
-        """
-        layout = self.encoder.layout
-        batch = layout.arrays(observation)
-        single = layout.is_single(batch)
-        if single:
-            batch = {key: part[None] for key, part in batch.items()} if isinstance(batch, dict) else batch[None]
-        action = self.env_action(self.act(batch, deterministic))
-        return (action[0] if single else action), state
 
 
 class Agent(Actor):
@@ -158,14 +123,23 @@ class Agent(Actor):
     def setup(self, init: torch.Generator, network: OwnNetwork | None) -> None:
         """Make encoder, policy and whatever else learns; random weights are drawn with ``init``."""
 
-    def act(self, obs: Observation, deterministic: bool = False, rng: Any = None) -> Actions:
+    def act(
+        self, obs: Observation, deterministic: bool = False, rng: Any = None, state: Array | None = None
+    ) -> Actions:
         """Actions [N, d] for a batch of observations [N, *shape], in the form that buffers hold.
 
         Give ``env_action(action)`` to the environment: a sample may lie outside a Box's bounds, and its density is
         that of the sample, not of the clipped action. ``rng``: a generator to sample with, in place of the agent's.
         Lists and tensors do for arrays, and an image may have its channels at either end; UsageError for other shapes.
+
+        ``state``: what a recurrent policy remembers, [N, S], as ``initial_state`` gives it, moved on in place; None
+        where each observation is an episode's first.
         """
-        return self.policy.act(obs, None if deterministic else self.rng if rng is None else rng)
+        return self.policy.act(obs, None if deterministic else self.rng if rng is None else rng, state)
+
+    def collect(self, obs: Observation, buffer: Any) -> Actions:
+        """``act`` for a step that ``buffer`` takes next: with what the policy remembers of its environments."""
+        return self.act(obs)
 
     def distribution(self, obs: Observation) -> Any:
         """The policy at observations [B, *shape], as data: no gradients, no view of the weights."""
@@ -240,7 +214,7 @@ class Agent(Actor):
         if "policy" not in taken or not _equal(*(agent.policy(agent.encoder.probe()) for agent in (self, other))):
             for weight, own in zip(self.policy.parameters(), before, strict=True):
                 weight.copy_(own)
-            options = "--hidden-sizes, --activation, --network, --bottleneck.size"
+            options = "--hidden-sizes, --activation, --network, --memory, --bottleneck.size"
             raise UsageError(f"the policy has another network, or other actions: {options}")
         self.encoder.load_state_dict(other.encoder.state_dict())
         return [*taken, *(["statistics of observations"] if self.encoder.normalize else [])]
@@ -331,12 +305,15 @@ def check_widths(options: Mapping[str, Any], saved: State) -> None:
     widths, code = options.get("hidden_sizes", ()), options.get("bottleneck", {}).get("size", 0)
     weights = sum(a * b for a, b in pairwise(widths)) + 2 * code * max(1, *widths[-1:])
     weights += max(0, *widths[-1:]) ** 2 if options.get("critic") == "bayesian" else 0
+    weights += 6 * options.get("memory_size", 0) ** 2 if options.get("memory", "none") != "none" else 0
     held = sum(part.numel() for part in tree_leaves(saved) if isinstance(part, Tensor))
     if weights > max(held, _SMALL):
         raise ValueError(f"hidden layers of {weights:,} weights, but {held:,} numbers are saved")
 
 
 def chunks(inputs: Inputs) -> list[Inputs]:
-    """Encoded observations in pieces of at most 2048 rows."""
+    """Encoded observations in pieces of at most 2048 rows; those of sequences in one."""
+    if SEQUENCE in inputs:
+        return [inputs]
     first = next(iter(inputs.values()))
     return [{k: v[i : i + CHUNK] for k, v in inputs.items()} for i in range(0, len(first), CHUNK)]

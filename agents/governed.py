@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import numpy as np
 from torch import Tensor
 
-from klrl.agents.base import Actions, Actor, Agent
+from klrl.agents.actor import Actions, Actor, check_forgets
+from klrl.agents.base import Agent
 from klrl.config import Range, convert
 from klrl.errors import UsageError
 from klrl.kl import project_states, reverse_kl
@@ -42,6 +43,8 @@ class Governed(Actor):
             mine, theirs = getattr(agent, part), getattr(reference, part)
             if mine != theirs:
                 raise UsageError(f"the reference's {part.replace('_', ' ')} is {theirs}, not the agent's {mine}")
+        check_forgets(agent, "an agent that is governed")
+        check_forgets(reference, "the reference")
         self.agent, self.reference, self.kappa = agent, reference, kappa
         self.policy, self.encoder = agent.policy, agent.encoder
         probe = agent.encoder.probe()
@@ -59,7 +62,9 @@ class Governed(Actor):
         old, new = (agent.distribution(obs).map_parameters(Tensor.double) for agent in (self.reference, self.agent))
         return project_states(old, new, self.kappa, "reverse")
 
-    def act(self, obs: Observation, deterministic: bool = False, rng: Any = None) -> Actions:
+    def act(
+        self, obs: Observation, deterministic: bool = False, rng: Any = None, state: Array | None = None
+    ) -> Actions:
         """Actions [N, d] for a batch of observations [N, *shape], as ``Agent.act``."""
         mine, theirs = (
             head.numbers(agent.policy.outputs(obs))

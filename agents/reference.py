@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from klrl.agents import registry
+from klrl.agents.actor import check_forgets
 from klrl.agents.base import Agent, State
 from klrl.config import Checked, NonNegative, PositiveInt
 from klrl.errors import UsageError
@@ -68,7 +69,9 @@ class FrozenPolicy:
     @classmethod
     def read(cls, path: str | Path, device: torch.device) -> "FrozenPolicy":
         """The policy of a run or checkpoint. Raises UsageError where there is none."""
-        return cls.from_state(cls(registry.read(path).agent).state_dict(), device)
+        agent = registry.read(path).agent
+        check_forgets(agent, str(path))
+        return cls.from_state(cls(agent).state_dict(), device)
 
     def distribution(self, obs: Observation) -> Any:
         """The policy at observations [B, *shape], as data."""

@@ -15,7 +15,8 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 
-from klrl.agents.base import Actions, Agent, State, UpdateResult
+from klrl.agents.actor import Actions
+from klrl.agents.base import Agent, State, UpdateResult
 from klrl.agents.reference import Reference
 from klrl.agents.sac_continuous import SampledActions
 from klrl.agents.sac_discrete import EnumeratedActions
@@ -24,7 +25,7 @@ from klrl.buffers.replay import ReplayBuffer, Transitions
 from klrl.errors import SkippedUpdateError, UsageError
 from klrl.kl import Dual, Move, Penalty, at_least, hold_states
 from klrl.policies.encoder import Inputs, ObservationEncoder
-from klrl.policies.networks import OwnNetwork, TwinCritic, make_network
+from klrl.policies.networks import Array, OwnNetwork, TwinCritic, make_network
 from klrl.policies.observations import Observation
 from klrl.policies.parameters import FlatParameters, adam_step, gradients
 from klrl.policies.policy import Policy
@@ -103,7 +104,9 @@ class SAC(Agent):
         self.informed = True
         return taken
 
-    def act(self, obs: Observation, deterministic: bool = False, rng: Any = None) -> Actions:
+    def act(
+        self, obs: Observation, deterministic: bool = False, rng: Any = None, state: Array | None = None
+    ) -> Actions:
         """Actions [N, d] in [-1, 1], or joint actions [N, 1]; at random until the first update of a new policy."""
         if self.n_updates > 0 or self.informed or deterministic or rng is not None:
             return super().act(obs, deterministic, self.noise if rng is None else rng)

@@ -9,7 +9,8 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from klrl.agents.base import Actions, State, UpdateResult
+from klrl.agents.actor import Actions
+from klrl.agents.base import State, UpdateResult
 from klrl.agents.limits import KLTarget
 from klrl.agents.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_loss
 from klrl.agents.reference import FrozenPolicy
@@ -19,7 +20,7 @@ from klrl.errors import NonFiniteError, SkippedUpdateError, UsageError
 from klrl.kl import distillation_loss, kl, select, state_mean
 from klrl.policies.encoder import ObservationEncoder
 from klrl.policies.heads import JointCategoricalHead, NormalHead
-from klrl.policies.networks import OwnNetwork
+from klrl.policies.networks import Array, OwnNetwork
 from klrl.policies.observations import Observation
 from klrl.policies.squashed import SquashedHead
 
@@ -72,6 +73,8 @@ class Student(OnPolicyAgent):
     Config: ClassVar[type[OnPolicyConfig]] = StudentConfig
 
     def setup(self, init: torch.Generator, network: OwnNetwork | None) -> None:
+        if self.config.memory != "none":
+            raise UsageError("a student has no --memory")
         super().setup(init, network)
         self.limit.on_overshoot = "project"
         self.teachers: list[FrozenPolicy] = []
@@ -125,7 +128,9 @@ class Student(OnPolicyAgent):
             raise UsageError(f"teacher {run}: {problem}; {advice}") from None
         return teacher
 
-    def act(self, obs: Observation, deterministic: bool = False, rng: Any = None) -> Actions:
+    def act(
+        self, obs: Observation, deterministic: bool = False, rng: Any = None, state: Array | None = None
+    ) -> Actions:
         """A teacher's actions, while those act, unless the student's own are asked for: the mode, or by ``rng``."""
         if deterministic or rng is not None or self.n_updates >= self.config.teacher_updates:
             return super().act(obs, deterministic, rng)

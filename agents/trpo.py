@@ -20,6 +20,7 @@ from klrl.kl import Move, fisher_vector_product
 from klrl.kl.divergence import parameters_of
 from klrl.kl.trust_region import LineSearch, NaturalStep, line_search, natural_step
 from klrl.policies.jacobian import Pull, Push, jacobian
+from klrl.policies.memory import SEQUENCE
 from klrl.policies.networks import OwnNetwork
 from klrl.policies.parameters import adam_step, gradients
 
@@ -113,7 +114,8 @@ class TRPO(OnPolicyAgent):
     def _linearize(self, batch: Batch) -> list[Piece]:
         """The policy at the batch's states, with its Jacobian in the weights, chunk by chunk."""
         params, pieces = self.policy_params, []
-        for part in (batch.take(slice(i, i + CHUNK)) for i in range(0, len(batch.weight), CHUNK)):
+        whole = SEQUENCE in batch.inputs
+        for part in [batch] if whole else (batch.take(slice(i, i + CHUNK)) for i in range(0, len(batch.weight), CHUNK)):
             if suits(self.policy, params):
                 pieces.append((part, *FusedPolicy(self.policy).linearize(part.inputs, params)))
                 continue

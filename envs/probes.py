@@ -142,3 +142,26 @@ class Truncation(Probe):
     @staticmethod
     def value(bit: int, gamma: float) -> float:
         return 1.0 / (1.0 - gamma)
+
+
+class Recall(RewardByBoth):
+    """The bit is shown once, then three zeros; reward 1 for the action that it called for, at the last step.
+
+    Fails where a policy does not remember, or remembers across episodes. Of ``observation`` "box" alone.
+    """
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self.steps = 0
+        return super().reset(seed=seed)
+
+    def observe(self) -> Any:
+        return super().observe() * np.float32(self.steps == 0)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        last = self.steps == 4
+        return self.observe(), self.reward(action) if last else 0.0, last, False, {}
+
+    @staticmethod
+    def value(bit: int, gamma: float) -> float:
+        return gamma**3

@@ -22,7 +22,7 @@ from klrl.envs.make import EnvConfig, make_vector
 def collect(agent: OnPolicyAgent, env: Any, buffer: RolloutBuffer, obs: Any) -> Any:
     """Fill the buffer; returns the next observation."""
     while True:
-        action = agent.act(obs)
+        action = agent.collect(obs, buffer)
         next_obs, reward, terminated, truncated, _ = env.step(agent.env_action(action))
         buffer.add(obs, action, reward, terminated, truncated, next_obs)
         obs = next_obs

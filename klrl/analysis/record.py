@@ -68,7 +68,7 @@ def record(path: str, config: RecordConfig) -> list[Path]:
         envs = stack.enter_context(contextlib.closing(_make_envs(trained, config)))
         fps = float(envs.metadata.get("render_fps") or 30)
         videos = [stack.enter_context(contextlib.closing(Video(folder / name, fps))) for name in names]
-        overlay = Overlay(trained) if config.overlay else None
+        overlay = Overlay(trained) if config.overlay and not trained.agent.policy.state_size else None
 
         def capture(obs: Observation, running: Any, returns: Any, step: int, first: int) -> None:
             lines = overlay.lines(obs) if overlay is not None else None

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils._pytree import tree_map
 
+from klrl.agents.actor import check_forgets
 from klrl.agents.base import Agent
 from klrl.policies.observations import Observation
 from klrl.training.loop import Envs
@@ -57,8 +58,9 @@ class Visits:
 def visit(agent: Agent, envs: Envs, steps: int, seed: int) -> Visits:
     """Let ``agent`` act for ``steps`` states, with sampled actions that follow from ``seed``.
 
-    The agent's own random state is left alone.
+    The agent's own random state is left alone. Raises UsageError where the policy has a memory.
     """
+    check_forgets(agent, "the agent")
     rng = np.random.default_rng(seed)
     layout = agent.encoder.layout
     shown, _ = envs.reset(seed=seed)

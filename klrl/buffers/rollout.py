@@ -47,6 +47,8 @@ class RolloutBuffer(Buffer):
         self.truncated: npt.NDArray[np.bool_] = np.zeros((n_steps, n_envs), np.bool_)
         self.valid: npt.NDArray[np.bool_] = np.ones((n_steps, n_envs), np.bool_)
         self._ended: npt.NDArray[np.bool_] = np.zeros(n_envs, np.bool_)
+        self.begins: npt.NDArray[np.bool_] = np.ones(n_envs, np.bool_)
+        """[N]: which environments show an episode's first observation now; under NEXT_STEP autoreset."""
         self._finals: dict[tuple[int, int], Any] = {}
         self._shown = False  # whether obs holds what the environments showed last
         self.filled = 0
@@ -81,7 +83,7 @@ class RolloutBuffer(Buffer):
         _store(self.obs, t + 1, next_obs)
         self.action[t], self.reward[t] = action, reward
         self.terminated[t], self.truncated[t] = terminated, truncated
-        self.valid[t] = ~self._ended
+        self.valid[t], self.begins = ~self._ended, self._ended
         if self.autoreset is AutoresetMode.NEXT_STEP:
             self._ended = ended  # only then the next step resets, and nothing else
         else:
@@ -116,11 +118,13 @@ class RolloutBuffer(Buffer):
             for (t, env), final in self._finals.items()
             if t < filled
         }
-        return {"filled": filled, "ended": self._ended.tolist(), "facts": facts, "obs": obs, "finals": finals}
+        flags = {"ended": self._ended.tolist(), "begins": self.begins.tolist()}
+        return {"filled": filled, **flags, "facts": facts, "obs": obs, "finals": finals}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.filled = filled = state["filled"]
         self._ended, self._shown = np.array(state["ended"], np.bool_), filled > 0
+        self.begins = np.array(state.get("begins", state["ended"]), np.bool_)
         for place, final in state["finals"].items():
             t, env = map(int, place.split())
             self._finals[t, env] = {key: part.numpy() for key, part in final.items()}
@@ -132,7 +136,7 @@ class RolloutBuffer(Buffer):
 
     def forget_unfinished(self) -> None:
         self.filled, self._finals = 0, {}
-        self._ended[:] = False
+        self._ended, self.begins = np.zeros_like(self._ended), np.ones_like(self._ended)
 
     def check_finite(self) -> None:
         """Raise NonFiniteError naming field, environment index and step of the first value that is not finite.

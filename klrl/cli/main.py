@@ -163,7 +163,7 @@ def _record(arguments: list[str]) -> None:
 
 
 def _eval(arguments: list[str]) -> None:
-    from klrl.agents.base import Actor
+    from klrl.agents.actor import Actor
     from klrl.agents.governed import Governed
     from klrl.training.evaluation import EvalConfig, evaluation_seed, run_episodes, summary
     from klrl.training.load import load_policy

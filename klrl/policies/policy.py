@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from klrl.policies.encoder import Inputs, ObservationEncoder
+from klrl.policies.memory import RecurrentNetwork
 from klrl.policies.networks import Array, Network
 from klrl.policies.observations import Observation
 
@@ -46,16 +47,31 @@ class Policy(nn.Module):
         """The distribution at encoded observations."""
         return self.head(self.network(inputs))
 
-    def act(self, obs: Observation, rng: Any) -> Array:
-        """Actions for observations [N, *shape], as buffers hold them; with the mode where ``rng`` is None."""
-        head: Any = self._modules["head"]  # looking a module's modules up costs a microsecond each
-        return head.sample(self.outputs(obs), rng)
+    @property
+    def state_size(self) -> int:
+        """How many numbers a recurrent network remembers of an episode; 0 for any other."""
+        network: Any = self._modules["network"]
+        return network.state_size if type(network) is RecurrentNetwork else 0
 
-    def outputs(self, obs: Observation) -> Array:
+    def act(self, obs: Observation, rng: Any, state: Array | None = None) -> Array:
+        """Actions for observations [N, *shape], as buffers hold them; with the mode where ``rng`` is None.
+
+        ``state``: what a recurrent network remembers, [N, S], moved on in place; None where episodes begin.
+        """
+        head: Any = self._modules["head"]  # looking a module's modules up costs a microsecond each
+        return head.sample(self.outputs(obs, state), rng)
+
+    def outputs(self, obs: Observation, state: Array | None = None) -> Array:
         """The network's outputs at observations [N, *shape], in NumPy."""
         encoder = self.encoder
         network: Any = self._modules["network"]
-        output = None
+        output: Any = None
+        if state is not None and len(state) and type(network) is RecurrentNetwork:
+            with torch.inference_mode():
+                before = torch.from_numpy(state).to(encoder.device)
+                output, after = network.step(encoder(encoder.layout.batch(obs)), before)
+            state[:] = after.cpu().numpy()
+            return output.cpu().numpy()
         hooked = network._forward_hooks or network._forward_pre_hooks
         if type(network) is Network and not hooked and encoder.plain and encoder.device.type == "cpu":
             mlp: Any = network._modules["mlp"]

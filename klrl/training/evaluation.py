@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from klrl.agents.base import Actor
+from klrl.agents.actor import Actor
 from klrl.config import Checked, EnvCount, Range
 from klrl.envs.make import Imports, can_replay
 from klrl.envs.wrappers import counted_from
@@ -98,9 +98,12 @@ def run_episodes(
         number = begin + first
         obs, _ = envs.reset(seed=seed + number, options=counted_from(number) if can_replay(envs) else None)
         running, total = np.arange(width) < rows, np.zeros(width)
+        state = agent.initial_state(width)
+        remembered = (state,) if state.size else ()  # an agent of one's own need not know of any
         watch(obs, running, total, 0, first)
         for step in range(1, 1 + (max_steps or _MOST_EVAL_STEPS)):
-            obs, reward, terminated, truncated, _ = envs.step(agent.env_action(agent.act(obs, deterministic, rng)))
+            action = agent.act(obs, deterministic, rng, *remembered)
+            obs, reward, terminated, truncated, _ = envs.step(agent.env_action(action))
             total += np.where(running, reward, 0.0)  # what comes after an episode may be infinite
             lengths[here] += running[:rows]
             watch(obs, running, total, step, first)

@@ -245,7 +245,7 @@ class Loop:
                 raise UsageError(
                     f"{self.agent.name()}: neither update nor finish_window gave an UpdateResult at the end"
                 )
-            action = self.agent.act(self.obs)
+            action = self.agent.collect(self.obs, self.buffer)
             env_action = self.agent.env_action(action)
             try:
                 # A copy, as an environment may change what it is given, and its replay takes what it was given.

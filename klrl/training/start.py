@@ -7,7 +7,7 @@ from klrl.agents import registry
 from klrl.agents.base import Agent
 from klrl.errors import UsageError
 
-_FORM = ("hidden_sizes", "activation", "network", "critic", "head", "observation_keys")
+_FORM = ("hidden_sizes", "activation", "network", "memory", "memory_size", "critic", "head", "observation_keys")
 _ANEW = ["optimizers", "coefficients", "learning rate", "counts", "buffers"]
 
 

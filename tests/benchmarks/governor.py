@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 import klrl
 from klrl import Governed
-from klrl.agents.base import Actor
+from klrl.agents.actor import Actor
 from klrl.analysis.figures import COLOURS, tidy
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.training.evaluation import run_episodes
