@@ -1,16 +1,13 @@
 """Recurrent policies: their formulas, sequences against single steps, KL, resume, and tasks that need a memory."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from helpers import benchmark, collect, make, rows
-from stable_baselines3.common.evaluation import evaluate_policy
+from helpers import collect, make, rows
 
 import klrl
 from klrl.agents.limits import KLTarget
@@ -22,7 +19,7 @@ from klrl.envs.make import EnvConfig, make_vector
 from klrl.envs.probes import Recall
 from klrl.errors import UsageError
 from klrl.kl import kl
-from klrl.policies.memory import SEQUENCE, STATE, RecurrentNetwork, places
+from klrl.policies.memory import SEQUENCE, RecurrentNetwork, places
 from klrl.policies.parameters import gradients
 from klrl.training.evaluation import run_episodes
 
@@ -45,6 +42,9 @@ def test_a_gru_and_an_lstm_of_one_number_by_hand() -> None:
             getattr(network.cell, which).data[:] = torch.tensor(weights)[:, None] * (2 if which[7] == "h" else 1)
         state = torch.tensor([[0.5]] if cell == "gru" else [[0.5, 0.25]])
         _, outputs[cell] = network.step({"vector": torch.tensor([[0.8]])}, state)
+        moved = state.numpy().copy()
+        network.step_numpy(np.array([[0.8]], np.float32), moved)
+        assert moved == pytest.approx(outputs[cell].detach().numpy(), abs=1e-6)
     x, h = 0.8, 0.5
     reset, update = sigmoid(0.3 * x + 0.6 * h), sigmoid(-0.2 * x - 0.4 * h)
     expected = (1 - update) * np.tanh(0.7 * x + reset * 1.4 * h) + update * h
@@ -167,7 +167,7 @@ def test_the_fisher_product_is_the_hessian_of_kl_through_the_sequences(cell: str
 
 
 def test_predict_carries_the_state_as_sb3_s_does() -> None:
-    agent, buffer, outputs = rolled("lstm", normalize_observation=False)
+    agent, buffer, _ = rolled("lstm", normalize_observation=False)
     obs = buffer.obs
     state, starts, at_once = None, np.ones(4, bool), []
     for t in range(4):

@@ -66,17 +66,21 @@ class Policy(nn.Module):
         encoder = self.encoder
         network: Any = self._modules["network"]
         output: Any = None
-        if state is not None and len(state) and type(network) is RecurrentNetwork:
-            with torch.inference_mode():
-                before = torch.from_numpy(state).to(encoder.device)
-                output, after = network.step(encoder(encoder.layout.batch(obs)), before)
-            state[:] = after.cpu().numpy()
-            return output.cpu().numpy()
+        recurrent = state is not None and type(network) is RecurrentNetwork
         hooked = network._forward_hooks or network._forward_pre_hooks
-        if type(network) is Network and not hooked and encoder.plain and encoder.device.type == "cpu":
-            mlp: Any = network._modules["mlp"]
-            output = mlp.forward_numpy(encoder.to_numpy(obs))  # type: ignore[arg-type]
+        if not hooked and encoder.plain and encoder.device.type == "cpu":
+            if recurrent:
+                output = network.step_numpy(encoder.to_numpy(obs), state)  # type: ignore[arg-type]
+            elif type(network) is Network:
+                mlp: Any = network._modules["mlp"]
+                output = mlp.forward_numpy(encoder.to_numpy(obs))  # type: ignore[arg-type]
         if output is None:
             with torch.inference_mode():
-                output = network(encoder(encoder.layout.batch(obs))).cpu().numpy()
+                inputs = encoder(encoder.layout.batch(obs))
+                if recurrent:
+                    output, after = network.step(inputs, torch.from_numpy(state).to(encoder.device))
+                    state[:] = after.cpu().numpy()  # type: ignore[index]
+                else:
+                    output = network(inputs)
+                output = output.cpu().numpy()
         return output
