@@ -50,8 +50,12 @@ class OnPolicyConfig(Checked):
     """Divide rewards by the running standard deviation of the discounted return."""
     hidden_sizes: Widths = (64, 64)
     """Widths of the hidden layers, of the policy and of the critic."""
+    critic_hidden_sizes: Widths = ()
+    """Widths of the critic's hidden layers; by default as hidden_sizes."""
     activation: Activation = "tanh"
     """Activation of the hidden layers."""
+    layer_norm: bool = False
+    """Normalise each hidden layer's numbers before their activation."""
     critic: Literal["point", "bayesian"] = "point"
     """Values by weights that are numbers, or by a last layer that is a distribution, which says how sure it is
     (experimental)."""
@@ -115,11 +119,14 @@ def value_loss(value: Tensor, batch: Batch, clip_range_vf: float = 0.0) -> Tenso
     return batch.weight @ squared
 
 
-def make_critic(make: Callable[[int, float], nn.Module], config: OnPolicyConfig, init: torch.Generator) -> Critic:
-    """The critic that ``config`` asks for, on a network of ``make``'s, from outputs and their gain."""
+def make_critic(
+    make: Callable[[int, float], nn.Module], config: OnPolicyConfig, widths: tuple[int, ...], init: torch.Generator
+) -> Critic:
+    """The critic that ``config`` asks for, on a network of ``make``'s, from outputs and their gain, that has hidden
+    layers of ``widths``."""
     if config.critic == "point":
         return Critic(make(1, 1.0))
-    width = config.hidden_sizes[-1]
+    width = widths[-1]
     return BayesianCritic(make(width, 2**0.5), width, config.critic_kl, init)
 
 
@@ -131,11 +138,12 @@ class OnPolicyAgent(Agent):
     def setup(self, init: torch.Generator, network: OwnNetwork | None) -> None:
         config = self.config
         self.encoder, head = self.make_encoder(), self.make_head()
-        make = partial(make_network, network, self.encoder, config.hidden_sizes, config.activation, init)
+        make = partial(make_network, network, self.encoder, config.activation, config.layer_norm, init)
         self.bottleneck = Bottleneck(getattr(config, "bottleneck", BottleneckConfig()), self)
-        layers = self.bottleneck.network(make, head.size, init)
+        layers = self.bottleneck.network(partial(make, config.hidden_sizes), head.size, init)
         self.policy = Policy(self.encoder, layers, head).to(self.device)
-        self.critic = make_critic(make, config, init).to(self.device)
+        widths = config.critic_hidden_sizes or config.hidden_sizes
+        self.critic = make_critic(partial(make, widths), config, widths, init).to(self.device)
         self.policy_params = FlatParameters(self.policy, "policy")
         self.critic_params = FlatParameters(self.critic, "critic")
         self.reward_scale = RewardScale(config.gamma, config.normalize_reward)
@@ -238,10 +246,9 @@ class OnPolicyAgent(Agent):
     def take_step(self, gradient: Tensor, learning_rate: Tensor, max_grad_norm: float, apart: bool = False) -> Tensor:
         """Take one step of Adam along ``gradient`` clipped to ``max_grad_norm``, ``apart``: policy and critic each.
 
-        Returns the norm before, a scalar tensor. learning_rate: a scalar tensor on the agent's device.
+        Returns the norm before, a scalar tensor. learning_rate: a scalar tensor on the agent's device, or [2], of each.
         """
-        end = self.policy_params.flat.numel()
-        parts = (gradient[:end], gradient[end:]) if apart else (gradient,)
+        parts = gradient.tensor_split([self.policy_params.flat.numel()]) if apart else (gradient,)
         norms = [clip_(part, max_grad_norm) for part in parts]
         adam_step(gradient, learning_rate, self.policy_params, self.critic_params)
         return torch.hypot(*norms) if apart else norms[0]
