@@ -18,7 +18,7 @@ from klrl.agents.fused_heads import CategoricalSlopes, NormalSlopes
 from klrl.agents.on_policy import Batch
 from klrl.kl import KLLimit
 from klrl.kl.rules import ARRAY_RULES, weigh
-from klrl.policies.distributions import DiagonalNormal
+from klrl.policies.distributions import DiagonalNormal, MultiCategorical
 from klrl.policies.encoder import Inputs
 from klrl.policies.heads import CategoricalHead, NormalHead
 from klrl.policies.jacobian import Pull, Push
@@ -106,12 +106,10 @@ class Rows(Batch):
 
 
 def _arrays(policy: Any) -> tuple[Array, Array] | None:
-    """A policy's parameters as ``Rows`` has them."""
-    if policy is None:
-        return None
-    normal = isinstance(policy, DiagonalNormal)
-    pair = (policy.loc, policy.log_std) if normal else (policy.log_probs, policy.probs)
-    return pair[0].numpy(), pair[1].numpy()
+    """A policy's parameters as ``Rows`` has them; None of one that is not written out."""
+    if isinstance(policy, DiagonalNormal):
+        return policy.loc.numpy(), policy.log_std.numpy()
+    return (policy.log_probs.numpy(), policy.probs.numpy()) if isinstance(policy, MultiCategorical) else None
 
 
 class FusedMLP:

@@ -30,6 +30,7 @@ from klrl.policies.encoder import Inputs, ObservationEncoder
 from klrl.policies.heads import make_head
 from klrl.policies.networks import Activation, Critic, OwnNetwork, make_network
 from klrl.policies.observations import Observation
+from klrl.policies.own import HeadName
 from klrl.policies.parameters import FlatParameters, adam_step, clip_, gradients
 from klrl.policies.policy import Policy
 
@@ -63,6 +64,9 @@ class OnPolicyConfig(Checked):
     """Weight of a bayesian critic's KL to its prior beside the squared error."""
     log_std_init: Annotated[float, Range(-80, 80)] = 0.0
     """Logarithm of the initial standard deviation of continuous actions, where a bounded action spans -1 to 1."""
+    head: HeadName = "plain"
+    """The policy's distribution: a normal or categoricals, as actions are (plain), a normal whose standard deviation
+    depends on the state, a Beta over bounded actions, or by a head of one's own, made with the action space."""
     kl: KLTarget = field(default_factory=KLTarget)
 
 
@@ -156,7 +160,7 @@ class OnPolicyAgent(Agent):
 
     def make_head(self) -> Any:
         """The policy's head, a ``Head``."""
-        return make_head(self.action_space, self.config.log_std_init)
+        return make_head(self.action_space, self.config.log_std_init, self.config.head)
 
     def prepare(self) -> None:
         self.reference.read()

@@ -77,8 +77,8 @@ class SAC(Agent):
         head, sizes, norm = self.actions.head, config.hidden_sizes, config.layer_norm
         layers = make_network(network, self.encoder, config.activation, norm, init, sizes, head.size, 1.0)
         self.policy = Policy(self.encoder, layers, head).to(self.device)
-        critic: Any = (*self.actions.critic_shape, config.critic_hidden_sizes or sizes, init, config.critic_activation)
-        self.critic = TwinCritic(self.encoder, *critic, norm).to(self.device)
+        form: Any = (config.critic_hidden_sizes or sizes, init, config.critic_activation, norm)
+        self.critic = TwinCritic(self.encoder, *self.actions.critic_shape, *form).to(self.device)
         self.old_policy, self.target_critic = copy.deepcopy(self.policy), copy.deepcopy(self.critic)
         self.policy_params, self.old_params = (
             FlatParameters(module, "policy", eps=1e-8) for module in (self.policy, self.old_policy)

@@ -17,7 +17,7 @@ from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import NonNegative, Positive, PositiveInt, Range
 from klrl.errors import SkippedUpdateError, UsageError
 from klrl.kl import Move, fisher_vector_product
-from klrl.kl.divergence import parameters_of
+from klrl.kl.divergence import map_parameters, parameters_of
 from klrl.kl.trust_region import LineSearch, NaturalStep, line_search, natural_step
 from klrl.policies.jacobian import Pull, Push, jacobian
 from klrl.policies.networks import OwnNetwork
@@ -127,7 +127,7 @@ class TRPO(OnPolicyAgent):
         total = torch.zeros_like(self.policy_params.flat)
         for part, policy, _, pull in pieces:
             with torch.enable_grad():
-                leaf = policy.map_parameters(lambda parameter: parameter.detach().requires_grad_())
+                leaf = map_parameters(policy, lambda parameter: parameter.detach().requires_grad_())
                 slopes = torch.autograd.grad(objective(leaf, part, self.reference), parameters_of(leaf))
             total += pull(slopes)
         return self.ranks.total(total.double())[0]

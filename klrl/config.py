@@ -80,6 +80,20 @@ class Length:
 
 
 @dataclasses.dataclass(frozen=True)
+class Named:
+    """The texts ``known``, and those of the form module:Class, which name a class of one's own."""
+
+    known: tuple[str, ...]
+
+    def __contains__(self, value: str) -> bool:
+        return value in self.known or re.fullmatch(r"[^\s:]+:[^\s:]+", value) is not None
+
+    def words(self, value: str) -> str:
+        """What ``value``, which is not among them, should have been."""
+        return f"one of {', '.join(self.known)} or module:Class{suggest(value, self.known)}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Reads:
     """A mark of a field that takes other values, too: ``plain`` makes of them what the field holds."""
 
@@ -239,7 +253,7 @@ def convert(annotation: Any, value: Any, path: str) -> Any:
             value = mark.plain(value) if isinstance(mark, Reads) else value
         converted = convert(arguments[0], value, path)
         for mark in arguments[1:]:
-            if isinstance(mark, Range | Form | Length) and converted not in mark:
+            if isinstance(mark, Range | Form | Length | Named) and converted not in mark:
                 raise UsageError(f"{option(path)} must be {mark.words(converted)}, got {_short(value)}")
         return converted
     if origin is Literal:

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from torch.nn import functional
 from klrl.errors import UsageError
 from klrl.kl import Ranks
 from klrl.policies.encoder import Inputs, ObservationEncoder
+from klrl.policies.own import find_class
 
 Activation = Literal["tanh", "relu", "silu", "gelu", "elu"]
 Array = np.ndarray[Any, Any]
@@ -229,14 +229,10 @@ def name_of_network(own: OwnNetwork) -> str:
 
 def named_network(name: str) -> type[nn.Module]:
     """The network class called "module:Class", of a module that is imported. Raises UsageError where there is none."""
-    module, _, path = name.partition(":")
-    found: Any = sys.modules.get(module)
-    for part in path.split("."):
-        found = getattr(found, part, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        unknown = ":" in name and module and module not in sys.modules
-        advice = f"--import {module}, if you trust it" if unknown else "--network module:Class names one"
-        raise UsageError(f"network {name!r} is no imported nn.Module class: {advice}; from Python, give network=")
+    try:
+        found: type[nn.Module] = find_class(name, nn.Module, "network", "network")
+    except UsageError as problem:
+        raise UsageError(f"{problem}; from Python, give network=") from None
     return found
 
 

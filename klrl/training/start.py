@@ -7,8 +7,8 @@ from klrl.agents import registry
 from klrl.agents.base import Agent
 from klrl.errors import UsageError
 
-_FORM = ("hidden_sizes", "activation", "layer_norm", "network", "head", "observation_keys")
-_FORM += ("critic", "critic_hidden_sizes", "critic_activation")
+_OF_POLICIES = ("hidden_sizes", "activation", "layer_norm", "network", "head", "observation_keys")
+_FORM = (*_OF_POLICIES, "critic", "critic_hidden_sizes", "critic_activation")
 _ANEW = ["optimizers", "coefficients", "learning rate", "counts", "buffers"]
 
 
