@@ -121,6 +121,7 @@ class Agent(Actor):
         self.network_name = "" if network is None else name_of_network(network)
         self.n_updates = 0
         with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # which parts of one's own may draw from
             self.setup(torch.Generator().manual_seed(seed), network)
 
     def join(self, ranks: Ranks) -> None:
