@@ -1,6 +1,7 @@
 """What on-policy agents share: two networks, a batch from a rollout, and what an update changes and undoes.
 
-Policy and critic are two networks, so the critic's gradient cannot move the policy.
+Policy and critic are two networks, so the critic's gradient cannot move the policy; on request they share one, whose
+hidden layers are the policy's.
 """
 
 import copy
@@ -26,6 +27,7 @@ from klrl.config import Checked, Fraction, NonNegative, Range, Widths
 from klrl.errors import UsageError
 from klrl.kl import ALONE, Ranks, select
 from klrl.policies.bayesian import BayesianCritic
+from klrl.policies.bottleneck import BottleneckNetwork
 from klrl.policies.encoder import Inputs, ObservationEncoder
 from klrl.policies.heads import make_head
 from klrl.policies.networks import Activation, Critic, OwnNetwork, make_network
@@ -33,6 +35,7 @@ from klrl.policies.observations import Observation
 from klrl.policies.own import HeadName
 from klrl.policies.parameters import FlatParameters, adam_step, clip_, gradients
 from klrl.policies.policy import Policy
+from klrl.policies.shared import SharedCritic
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,14 @@ def value_loss(value: Tensor, batch: Batch, clip_range_vf: float = 0.0) -> Tenso
     return batch.weight @ squared
 
 
-def make_critic(
-    make: Callable[[int, float], nn.Module], config: OnPolicyConfig, widths: tuple[int, ...], init: torch.Generator
-) -> Critic:
-    """The critic that ``config`` asks for, on a network of ``make``'s, from outputs and their gain, that has hidden
-    layers of ``widths``."""
+def make_critic(make: Callable[..., nn.Module], config: Any, policy: Policy, init: torch.Generator) -> Critic:
+    """The critic that ``config`` asks for, on a network of ``make``'s, from widths, outputs and their gain."""
+    if getattr(config, "share_network", False):
+        if config.critic != "point" or config.critic_hidden_sizes or isinstance(policy.network, BottleneckNetwork):
+            raise UsageError("--share-network goes without --critic bayesian, --critic-hidden-sizes and a bottleneck")
+        return SharedCritic(policy.network, init)  # type: ignore[arg-type]
+    widths = config.critic_hidden_sizes or config.hidden_sizes
+    make = partial(make, widths)
     if config.critic == "point":
         return Critic(make(1, 1.0))
     width = widths[-1]
@@ -146,8 +152,7 @@ class OnPolicyAgent(Agent):
         self.bottleneck = Bottleneck(getattr(config, "bottleneck", BottleneckConfig()), self)
         layers = self.bottleneck.network(partial(make, config.hidden_sizes), head.size, init)
         self.policy = Policy(self.encoder, layers, head).to(self.device)
-        widths = config.critic_hidden_sizes or config.hidden_sizes
-        self.critic = make_critic(partial(make, widths), config, widths, init).to(self.device)
+        self.critic = make_critic(make, config, self.policy, init).to(self.device)
         self.policy_params = FlatParameters(self.policy, "policy")
         self.critic_params = FlatParameters(self.critic, "critic")
         self.reward_scale = RewardScale(config.gamma, config.normalize_reward)

@@ -48,6 +48,9 @@ class PPOConfig(OnPolicyConfig):
     """Weight of the value loss beside the policy's."""
     max_grad_norm: Positive = 0.5
     """Longest gradient, of policy and critic together; a longer one is scaled down."""
+    share_network: bool = False
+    """Give the critic a linear layer on the policy's last hidden layer, and no network of its own. Joint steps learn
+    both; the hidden layers count as the policy's, and steps of the critic alone leave them."""
     clip_grads_apart: bool = False
     """Scale the gradients of policy and critic down each by itself."""
     kl: KLConfig = field(default_factory=KLConfig)

@@ -159,6 +159,7 @@ _ELSEWHERE = {
     "normalize_advantage": "norm_adv normalize_advantages",
     "normalize_observation": "norm_obs normalize_obs",
     "normalize_reward": "norm_reward normalize_rewards",
+    "share_network": "share_features_extractor vf_share_layers",
     "hidden_sizes": "net_arch hidden layers hidden_size hidden_layers policy_kwargs",
     "kl.target": "target_kl max_kl desired_kl kl_target delta",
     "kl.coef": "kl_coef kl_coeff beta",

@@ -63,11 +63,14 @@ class MLP(nn.Module):
             found = self.forward_numpy(x.numpy())
             if found is not None:
                 return torch.from_numpy(found)
-        *hidden, last = self.layers
-        for i, layer in enumerate(hidden):
+        return self.layers[-1](self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the last layer takes, [B, width]."""
+        for i, layer in enumerate(self.layers[:-1]):
             x = layer(x) if self.norms is None else self.norms[i](layer(x))
             x = _ACTIVATIONS[self.activation](x)
-        return last(x)
+        return x
 
     @property
     def is_plain(self) -> bool:
@@ -163,6 +166,10 @@ class Network(nn.Module):
     def forward(self, inputs: Inputs) -> Tensor:
         return self.mlp(self.torso(inputs))
 
+    def hidden(self, inputs: Inputs) -> Tensor:
+        """The last hidden layer's numbers, [B, width]."""
+        return self.mlp.hidden(self.torso(inputs))
+
 
 class FeatureNetwork(nn.Module):
     """A network of one's own, to features [B, F], and a linear layer from those to outputs [B, outputs].
@@ -178,7 +185,7 @@ class FeatureNetwork(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=rng)))
-            # A copy in any case: policy and critic never share weights, whose KL could not be held.
+            # A copy in any case: policy and critic share no weights unless ``SharedCritic`` is asked for.
             features = copy.deepcopy(own if isinstance(own, nn.Module) else own(encoder.space))
             # In evaluation mode, as a policy is a function of its weights: no dropout, no batch's statistics.
             self.features = features.eval()
@@ -197,7 +204,11 @@ class FeatureNetwork(nn.Module):
         return super().train(False)
 
     def forward(self, inputs: Inputs) -> Tensor:
-        return self.output(self.features(self._given(inputs)))
+        return self.output(self.hidden(inputs))
+
+    def hidden(self, inputs: Inputs) -> Tensor:
+        """The features, [B, F]."""
+        return self.features(self._given(inputs))
 
     @staticmethod
     def _given(inputs: Inputs) -> Tensor | Inputs:

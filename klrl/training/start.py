@@ -8,7 +8,7 @@ from klrl.agents.base import Agent
 from klrl.errors import UsageError
 
 _OF_POLICIES = ("hidden_sizes", "activation", "layer_norm", "network", "head", "observation_keys")
-_FORM = (*_OF_POLICIES, "critic", "critic_hidden_sizes", "critic_activation")
+_FORM = (*_OF_POLICIES, "critic", "critic_hidden_sizes", "critic_activation", "share_network")
 _ANEW = ["optimizers", "coefficients", "learning rate", "counts", "buffers"]
 
 
