@@ -86,6 +86,7 @@ class Agent(Actor):
         self.network_name = "" if network is None else name_of_network(network)
         self.n_updates = 0
         with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # which parts of one's own may draw from
             self.setup(torch.Generator().manual_seed(seed), network)
 
     def join(self, ranks: Ranks) -> None:
@@ -303,8 +304,10 @@ def check_widths(options: Mapping[str, Any], saved: State) -> None:
     """Raise ValueError where the hidden layers that ``options`` ask for cannot be those whose weights are saved, before
     they are made: what a prepared file asks for may take all memory, or hours."""
     widths, code = options.get("hidden_sizes", ()), options.get("bottleneck", {}).get("size", 0)
-    weights = sum(a * b for a, b in pairwise(widths)) + 2 * code * max(1, *widths[-1:])
-    weights += max(0, *widths[-1:]) ** 2 if options.get("critic") == "bayesian" else 0
+    critics = options.get("critic_hidden_sizes") or widths
+    weights = max(sum(a * b for a, b in pairwise(part)) for part in (widths, critics))
+    weights += 2 * code * max(1, *widths[-1:])
+    weights += max(0, *critics[-1:]) ** 2 if options.get("critic") == "bayesian" else 0
     weights += 6 * options.get("memory_size", 0) ** 2 if options.get("memory", "none") != "none" else 0
     held = sum(part.numel() for part in tree_leaves(saved) if isinstance(part, Tensor))
     if weights > max(held, _SMALL):

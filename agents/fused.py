@@ -2,7 +2,7 @@
 
 The same numbers as autograd on ``policy_loss`` and ``value_loss`` gives, without a graph: on 64 to 256 rows a step is
 about as long as its calls, and NumPy's take a third of torch's time. Where it does not apply (images, a network of
-one's own, frozen weights, CUDA) the agents use autograd.
+one's own, layer norm, silu and gelu, frozen weights, CUDA) the agents use autograd.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,15 +18,21 @@ from klrl.agents.fused_heads import CategoricalSlopes, NormalSlopes
 from klrl.agents.on_policy import Batch
 from klrl.kl import KLLimit
 from klrl.kl.rules import ARRAY_RULES, weigh
-from klrl.policies.distributions import DiagonalNormal
+from klrl.policies.distributions import DiagonalNormal, MultiCategorical
 from klrl.policies.encoder import Inputs
 from klrl.policies.heads import CategoricalHead, NormalHead
 from klrl.policies.jacobian import Pull, Push
-from klrl.policies.networks import MLP, Array, Critic, Network, tanh_
+from klrl.policies.networks import MLP, Array, Critic, Network, activated
 from klrl.policies.parameters import FlatParameters
 from klrl.policies.policy import Policy
 
 F = TypeVar("F", bound=Callable[..., Any])
+_SLOPES: dict[str, Callable[[Array], Array]] = {
+    "tanh": lambda x: 1 - x * x,
+    "relu": lambda x: (x > 0).astype(x.dtype),
+    "elu": lambda x: np.minimum(x, 0.0) + 1,
+}
+"""Activations whose derivative follows from what they gave."""
 _CACHED = 4096  # rows whose activations stay in a processor's cache
 
 
@@ -58,7 +64,8 @@ def applies(module: Any, *groups: FlatParameters) -> bool:
     on the CPU and none is frozen."""
     network = module.network
     plain = type(module) in (Policy, Critic) and type(network) is Network and not network.torso.image_keys
-    plain = plain and type(network.mlp) is MLP and network.mlp.is_plain and not any(map(_hooked, module.modules()))
+    plain = plain and type(network.mlp) is MLP and network.mlp.is_plain and network.mlp.activation in _SLOPES
+    plain = plain and not any(map(_hooked, module.modules()))
     return plain and all(group.frozen is None and group.flat.device.type == "cpu" for group in groups)
 
 
@@ -99,12 +106,10 @@ class Rows(Batch):
 
 
 def _arrays(policy: Any) -> tuple[Array, Array] | None:
-    """A policy's parameters as ``Rows`` has them."""
-    if policy is None:
-        return None
-    normal = isinstance(policy, DiagonalNormal)
-    pair = (policy.loc, policy.log_std) if normal else (policy.log_probs, policy.probs)
-    return pair[0].numpy(), pair[1].numpy()
+    """A policy's parameters as ``Rows`` has them; None of one that is not written out."""
+    if isinstance(policy, DiagonalNormal):
+        return policy.loc.numpy(), policy.log_std.numpy()
+    return (policy.log_probs.numpy(), policy.probs.numpy()) if isinstance(policy, MultiCategorical) else None
 
 
 class FusedMLP:
@@ -114,7 +119,7 @@ class FusedMLP:
         """``more``: how many weights follow the MLP's, whose gradient is ``rest``."""
         layers: Any = network.mlp.layers
         self.layers = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in layers]
-        self.tanh = network.mlp.activation == "tanh"
+        self.activation: Any = network.mlp.activation
         self.inputs: list[Array] = []
         self.slopes: dict[int, Array] = {}
         sizes = [part.size for layer in self.layers for part in layer]
@@ -127,7 +132,7 @@ class FusedMLP:
         self.inputs, self.slopes = [], {}
         for i, (weight, bias) in enumerate(self.layers):
             if i > 0:
-                x = tanh_(x) if self.tanh else np.maximum(x, 0.0, out=x)
+                x = activated(x, self.activation)
             self.inputs.append(x)
             x = x @ weight.T
             x += bias
@@ -157,8 +162,7 @@ class FusedMLP:
     def _slope(self, i: int) -> Array:
         """The derivative of the activation that gave layer i's input, which follows from that."""
         if i not in self.slopes:
-            x = self.inputs[i]
-            self.slopes[i] = 1 - x * x if self.tanh else (x > 0).astype(x.dtype)
+            self.slopes[i] = _SLOPES[self.activation](self.inputs[i])
         return self.slopes[i]
 
 

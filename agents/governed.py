@@ -12,8 +12,10 @@ from klrl.agents.base import Agent
 from klrl.config import Range, convert
 from klrl.errors import UsageError
 from klrl.kl import project_states, reverse_kl
+from klrl.policies.distributions import DiagonalNormal, MultiCategorical
 from klrl.policies.networks import Array
 from klrl.policies.observations import Observation
+from klrl.policies.squashed import SquashedNormal
 
 _NEWTON, _TRIALS = 8, 60  # steps of Newton's method, and together with the halvings that follow where it is slow
 _TINY = 1e-8
@@ -50,7 +52,7 @@ class Governed(Actor):
         probe = agent.encoder.probe()
         self._heads: Any = agent.policy.head, reference.policy.head
         own, other = agent.policy_at(probe), reference.policy_at(reference.encoder.probe())
-        if type(own) is not type(other) or not all(hasattr(head, "numbers") for head in self._heads):
+        if type(own) is not type(other) or not isinstance(own, MultiCategorical | DiagonalNormal | SquashedNormal):
             raise UsageError(f"no geometric mean of {type(own).__name__} and {type(other).__name__} policies is known")
         try:
             reverse_kl(other, own)

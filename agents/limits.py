@@ -2,17 +2,20 @@
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from klrl.config import Checked, NonNegative, Positive, PositiveInt
+from klrl.config import Checked, Named, NonNegative, Positive, PositiveInt, Reads
 from klrl.errors import UsageError
-from klrl.kl import Direction, KLLimit, at_most
+from klrl.kl import Coefficient, Direction, KLLimit, StateRule, at_most
 from klrl.kl.limit import Check, Overshoot
 from klrl.kl.measure import Of
-from klrl.kl.rules import PENALTIES, STATE_RULES, PenaltyRule, Start, StateRuleName
+from klrl.kl.rules import PENALTIES, STATE_RULES, Start
+from klrl.policies.own import make_own, metavar, name_of, unusable
 
+PenaltyName = Annotated[str, Reads(name_of), Named(tuple(PENALTIES)), metavar(*PENALTIES)]
+RuleName = Annotated[str, Reads(name_of), Named(tuple(STATE_RULES)), metavar(*STATE_RULES)]
 _OPTIONS = {"direction", "of", "penalty", "coef", "influence", "stop", "check", "on_overshoot"}  # of KLLimit
 
 
@@ -46,10 +49,10 @@ class KLTarget(Checked):
 class KLConfig(KLTarget):
     """How far an update may move the policy, and what answers an excess."""
 
-    penalty: PenaltyRule = "none"
+    penalty: PenaltyName = "none"
     """KL penalty in the loss. Its coefficient doubles after an update above 1.5 targets (above 1 where overshoots are
     undone or moved back) and halves after one below 1/1.5; climbs and falls with the excess; stays; follows a schedule;
-    or is 0."""
+    is 0; or is one of your own, a klrl.kl.Coefficient made from a klrl.kl.Start."""
     coef: NonNegative = 1.0
     """The penalty's coefficient at the start; an adaptive or lagrange one stays within 1e-4 to 1e4."""
     anneal_to: NonNegative = 0.0
@@ -58,9 +61,10 @@ class KLConfig(KLTarget):
     """How many updates that schedule takes."""
     influence: NonNegative = 0.0
     """Beyond this many targets, a state's KL pulls no harder in the penalty; 0, or no target, sets no bound."""
-    per_state: StateRuleName = "none"
+    per_state: RuleName = "none"
     """Where a state's own KL is above kl.state_limit, drop what of the surrogate would move it further (gate), turn
-    it back (reverse), or learn by the nearest policy that is within it, and draw the network to that (project)."""
+    it back (reverse), or learn by the nearest policy that is within it, and draw the network to that (project); or a
+    rule of your own, a klrl.kl.StateRule made from kl.state_limit and kl.turn."""
     state_limit: Positive = 0.05
     """The KL of a single state, in nats, from which on kl.per_state acts."""
     turn: Positive = 1.0
@@ -78,12 +82,32 @@ class KLConfig(KLTarget):
         options = super().options()
         answered = options["bound"] if self.target else at_most(options["max_limit"])
         start = Start(self.coef, answered, self.on_overshoot == "keep", self.anneal_to, self.anneal_over)
-        try:
-            penalty = PENALTIES[self.penalty](start)
-        except ValueError as problem:
-            raise UsageError(f"--kl.penalty {self.penalty}, with --kl.coef and --kl.anneal-to: {problem}") from None
-        rule = STATE_RULES[self.per_state](self.state_limit, self.turn)
+        if ":" in self.penalty:
+            penalty = _own_coefficient(self.penalty, start)
+        else:
+            try:
+                penalty = PENALTIES[self.penalty](start)  # type: ignore[index]
+            except ValueError as problem:
+                raise UsageError(f"--kl.penalty {self.penalty}, with --kl.coef and --kl.anneal-to: {problem}") from None
+        if ":" in self.per_state:
+            rule = make_own(self.per_state, StateRule, "rule", "kl.per_state", self.state_limit, self.turn)
+        else:
+            rule = STATE_RULES[self.per_state](self.state_limit, self.turn)  # type: ignore[index]
         return {**options, "penalty": penalty, "rules": [] if rule is None else [rule]}
+
+
+def _own_coefficient(name: str, start: Start) -> Coefficient:
+    """A coefficient of one's own, which was seen to have a value, to answer and to be saved."""
+    made: Coefficient = make_own(name, object, "coefficient", "kl.penalty", start)
+    twin = make_own(name, object, "coefficient", "kl.penalty", start)
+    try:
+        twin.adapt(0.0, start.bound)
+        twin.load_state_dict(made.state_dict())
+        if not twin.value == made.value >= 0:
+            raise ValueError(f"its value is {made.value}, and {twin.value} once its state is loaded")
+    except Exception as problem:
+        raise unusable("coefficient", name, problem) from None
+    return made
 
 
 @dataclass(frozen=True)
@@ -92,7 +116,7 @@ class OffPolicyKLConfig(KLConfig):
 
     target: NonNegative = 0.0
     """Limit on the KL(old||new) of a window, in nats, action dimensions summed; 0 sets none."""
-    penalty: PenaltyRule = "adaptive"
+    penalty: PenaltyName = "adaptive"
     stop: NonNegative = 1.5
     on_overshoot: Overshoot = "keep"
     every: PositiveInt = 1000

@@ -39,6 +39,7 @@ class Memory:
         agent.compiles = ()  # sequences have new lengths in every minibatch
         for option, given in [
             ("--bottleneck.size", getattr(config, "bottleneck", None) and config.bottleneck.size),
+            ("--share-network", getattr(config, "share_network", False)),
             ("--fisher-fraction below 1", getattr(config, "fisher_fraction", 1) < 1),
         ]:
             if given:

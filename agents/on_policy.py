@@ -1,6 +1,7 @@
 """What on-policy agents share: two networks, a batch from a rollout, and what an update changes and undoes.
 
-Policy and critic are two networks, so the critic's gradient cannot move the policy.
+Policy and critic are two networks, so the critic's gradient cannot move the policy; on request they share one, whose
+hidden layers are the policy's.
 """
 
 import copy
@@ -29,13 +30,16 @@ from klrl.config import Checked, Fraction, NonNegative, PositiveInt, Range, Widt
 from klrl.errors import UsageError
 from klrl.kl import ALONE, Ranks, select
 from klrl.policies.bayesian import BayesianCritic
+from klrl.policies.bottleneck import BottleneckNetwork
 from klrl.policies.encoder import Inputs, ObservationEncoder
 from klrl.policies.heads import make_head
 from klrl.policies.memory import SEQUENCE, environment_rows
 from klrl.policies.networks import Activation, Critic, OwnNetwork
 from klrl.policies.observations import Observation
+from klrl.policies.own import HeadName
 from klrl.policies.parameters import FlatParameters, adam_step, clip_, gradients
 from klrl.policies.policy import Policy
+from klrl.policies.shared import SharedCritic
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,12 @@ class OnPolicyConfig(Checked):
     """Divide rewards by the running standard deviation of the discounted return."""
     hidden_sizes: Widths = (64, 64)
     """Widths of the hidden layers, of the policy and of the critic."""
+    critic_hidden_sizes: Widths = ()
+    """Widths of the critic's hidden layers; by default as hidden_sizes."""
     activation: Activation = "tanh"
     """Activation of the hidden layers."""
+    layer_norm: bool = False
+    """Normalise each hidden layer's numbers before their activation."""
     critic: Literal["point", "bayesian"] = "point"
     """Values by weights that are numbers, or by a last layer that is a distribution, which says how sure it is
     (experimental)."""
@@ -68,6 +76,9 @@ class OnPolicyConfig(Checked):
     CPU an lstm is the faster one."""
     memory_size: PositiveInt = 64
     """Numbers of that layer's hidden state."""
+    head: HeadName = "plain"
+    """The policy's distribution: a normal or categoricals, as actions are (plain), a normal whose standard deviation
+    depends on the state, a Beta over bounded actions, or by a head of one's own, made with the action space."""
     kl: KLTarget = field(default_factory=KLTarget)
 
 
@@ -124,11 +135,17 @@ def value_loss(value: Tensor, batch: Batch, clip_range_vf: float = 0.0) -> Tenso
     return batch.weight @ squared
 
 
-def make_critic(make: Callable[[int, float], nn.Module], config: OnPolicyConfig, init: torch.Generator) -> Critic:
-    """The critic that ``config`` asks for, on a network of ``make``'s, from outputs and their gain."""
+def make_critic(make: Callable[..., nn.Module], config: Any, policy: Policy, init: torch.Generator) -> Critic:
+    """The critic that ``config`` asks for, on a network of ``make``'s, from widths, outputs and their gain."""
+    if getattr(config, "share_network", False):
+        if config.critic != "point" or config.critic_hidden_sizes or isinstance(policy.network, BottleneckNetwork):
+            raise UsageError("--share-network goes without --critic bayesian, --critic-hidden-sizes and a bottleneck")
+        return SharedCritic(policy.network, init)  # type: ignore[arg-type]
+    widths = config.critic_hidden_sizes or config.hidden_sizes
+    make = partial(make, widths)
     if config.critic == "point":
         return Critic(make(1, 1.0))
-    width = config.hidden_sizes[-1]
+    width = widths[-1]
     return BayesianCritic(make(width, 2**0.5), width, config.critic_kl, init)
 
 
@@ -141,12 +158,12 @@ class OnPolicyAgent(Agent):
         config = self.config
         self.encoder, head = self.make_encoder(), self.make_head()
         self.memory = Memory(self)
-        parts = (network, self.encoder, config.hidden_sizes, config.activation, init)
+        parts = (network, self.encoder, config.activation, config.layer_norm, init)
         make, make_value = (partial(self.memory.make(of_critic), *parts) for of_critic in (False, True))
         self.bottleneck = Bottleneck(getattr(config, "bottleneck", BottleneckConfig()), self)
-        layers = self.bottleneck.network(make, head.size, init)
+        layers = self.bottleneck.network(partial(make, config.hidden_sizes), head.size, init)
         self.policy = Policy(self.encoder, layers, head).to(self.device)
-        self.critic = make_critic(make_value, config, init).to(self.device)
+        self.critic = make_critic(make_value, config, self.policy, init).to(self.device)
         self.policy_params = FlatParameters(self.policy, "policy")
         self.critic_params = FlatParameters(self.critic, "critic")
         self.reward_scale = RewardScale(config.gamma, config.normalize_reward)
@@ -159,7 +176,7 @@ class OnPolicyAgent(Agent):
 
     def make_head(self) -> Any:
         """The policy's head, a ``Head``."""
-        return make_head(self.action_space, self.config.log_std_init)
+        return make_head(self.action_space, self.config.log_std_init, self.config.head)
 
     def prepare(self) -> None:
         self.reference.read()
@@ -252,10 +269,9 @@ class OnPolicyAgent(Agent):
     def take_step(self, gradient: Tensor, learning_rate: Tensor, max_grad_norm: float, apart: bool = False) -> Tensor:
         """Take one step of Adam along ``gradient`` clipped to ``max_grad_norm``, ``apart``: policy and critic each.
 
-        Returns the norm before, a scalar tensor. learning_rate: a scalar tensor on the agent's device.
+        Returns the norm before, a scalar tensor. learning_rate: a scalar tensor on the agent's device, or [2], of each.
         """
-        end = self.policy_params.flat.numel()
-        parts = (gradient[:end], gradient[end:]) if apart else (gradient,)
+        parts = gradient.tensor_split([self.policy_params.flat.numel()]) if apart else (gradient,)
         norms = [clip_(part, max_grad_norm) for part in parts]
         adam_step(gradient, learning_rate, self.policy_params, self.critic_params)
         return torch.hypot(*norms) if apart else norms[0]

@@ -34,6 +34,8 @@ class PPOConfig(OnPolicyConfig):
     lr_schedule: Literal["constant", "linear", "kl"] = "kl"
     """Keep it, lower it linearly to 0 over the run, or let it follow the KL: a factor of 1.5 up after an update below
     half a kl.target, down after one that had reached two, within a thirtieth and three times learning_rate."""
+    critic_learning_rate: NonNegative = 0.0
+    """Adam's step size for the critic, which a linear schedule lowers and no KL moves; 0 takes the policy's."""
     clip_range: NonNegative = 0.2
     """How far the probability ratio may leave 1, by clip_rule; 0 leaves that to the KL's rules."""
     clip_rule: RatioRuleName = "clip"
@@ -46,6 +48,9 @@ class PPOConfig(OnPolicyConfig):
     """Weight of the value loss beside the policy's."""
     max_grad_norm: Positive = 0.5
     """Longest gradient, of policy and critic together; a longer one is scaled down."""
+    share_network: bool = False
+    """Give the critic a linear layer on the policy's last hidden layer, and no network of its own. Joint steps learn
+    both; the hidden layers count as the policy's, and steps of the critic alone leave them."""
     clip_grads_apart: bool = False
     """Scale the gradients of policy and critic down each by itself."""
     kl: KLConfig = field(default_factory=KLConfig)
@@ -93,8 +98,8 @@ _TRACED = ("train/policy_gradient_loss", "train/value_loss", "health/grad_norm")
 class PPO(OnPolicyAgent):
     """Proximal policy optimisation for Box, Discrete, MultiDiscrete and MultiBinary actions.
 
-    Policy and critic take their steps together, with one learning rate and one gradient norm. An update that is rolled
-    back for its KL still keeps what the critic learned, and one whose policy stops early goes on with the critic.
+    Policy and critic take their steps together, with one gradient norm. An update that is rolled back for its KL still
+    keeps what the critic learned, and one whose policy stops early goes on with the critic.
     """
 
     Config: ClassVar[type[OnPolicyConfig]] = PPOConfig
@@ -121,10 +126,12 @@ class PPO(OnPolicyAgent):
         """
         config, before = self.config, self.snapshot()
         batch = self.make_batch(rollout)
-        rate = self.learning_rate.value * (1 - progress if config.lr_schedule == "linear" else 1)
+        left = 1 - progress if config.lr_schedule == "linear" else 1
+        rate, of_critic = self.learning_rate.value * left, config.critic_learning_rate * left
+        rates = torch.tensor([rate, of_critic] if of_critic else rate, device=self.device)
         try:
             with self.hold(batch) as move:
-                trace = self._learn(batch, torch.tensor(rate, device=self.device), move)
+                trace = self._learn(batch, rates, move)
                 metrics = dict(zip(_TRACED, torch.stack(trace).double().mean(0).tolist(), strict=True))
                 largest = max(float(part.flat.abs().max()) for part in (self.policy_params, self.critic_params))
                 for tag, figure in [*metrics.items(), ("largest weight", largest)]:
@@ -170,7 +177,7 @@ class PPO(OnPolicyAgent):
                 loss = value_loss(self.critic(minibatch.inputs), minibatch, config.clip_range_vf)
                 gradient = gradients(config.vf_coef * (loss + self.critic.cost(minibatch)), self.critic_params)
         clip_(gradient := self.ranks.total(gradient)[0], config.max_grad_norm)
-        adam_step(gradient, learning_rate, self.critic_params)
+        adam_step(gradient, learning_rate.flatten()[-1], self.critic_params)
 
     def _step(self, minibatch: Batch, learning_rate: Tensor) -> Tensor:
         """Take one step of Adam on a minibatch: -E[ratio A], E[(V - return)^2] and the gradient's norm, [3]."""

@@ -84,7 +84,9 @@ class FrozenPolicy:
     def state_dict(self) -> State:
         """What it takes to make the policy again."""
         weights = {name: weight.detach().clone() for name, weight in self.agent.policy.state_dict().items()}
-        return {**self.agent.description(), "policy": weights, "encoder": self.agent.encoder.state_dict()}
+        about = self.agent.description()
+        about["options"]["critic_hidden_sizes"] = []  # of a critic that is not kept
+        return {**about, "policy": weights, "encoder": self.agent.encoder.state_dict()}
 
     @classmethod
     def from_state(cls, state: State, device: torch.device) -> "FrozenPolicy":

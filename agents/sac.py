@@ -75,10 +75,11 @@ class SAC(Agent):
             if isinstance(space, spaces.Box)
             else EnumeratedActions(space, config.target_entropy_fraction)
         )
-        head, sizes = self.actions.head, config.hidden_sizes
-        layers = make_network(network, self.encoder, sizes, config.activation, init, head.size, 1.0)
+        head, sizes, norm = self.actions.head, config.hidden_sizes, config.layer_norm
+        layers = make_network(network, self.encoder, config.activation, norm, init, sizes, head.size, 1.0)
         self.policy = Policy(self.encoder, layers, head).to(self.device)
-        self.critic = TwinCritic(self.encoder, *self.actions.critic_shape, sizes, init).to(self.device)
+        form: Any = (config.critic_hidden_sizes or sizes, init, config.critic_activation, norm)
+        self.critic = TwinCritic(self.encoder, *self.actions.critic_shape, *form).to(self.device)
         self.old_policy, self.target_critic = copy.deepcopy(self.policy), copy.deepcopy(self.critic)
         self.policy_params, self.old_params = (
             FlatParameters(module, "policy", eps=1e-8) for module in (self.policy, self.old_policy)
@@ -89,7 +90,8 @@ class SAC(Agent):
         rate = config.ent_coef_lr / self.actions.dimensions
         self.alpha = Dual(config.ent_coef, rate=rate, minimum=1e-6, maximum=1e6)
         self.temperature = Penalty(at_least(self.actions.target_entropy), self.alpha)
-        self.learning_rate = torch.tensor(config.learning_rate, device=self.device)
+        rates = config.learning_rate, config.critic_learning_rate or config.learning_rate
+        self.learning_rate, self.critic_rate = (torch.tensor(rate, device=self.device) for rate in rates)
         self.noise = CorrelatedNoise(self.rng, config.noise_correlation)
         self.limit = config.kl.make_limit(self.device)
         self.reference = Reference(config.reference, self)
@@ -218,7 +220,7 @@ class SAC(Agent):
         ``moves``: whether the policy is to move; the critics learn in any case.
         """
         loss_q, target, of_critic = self.ranks.average(*self._critic_gradient(batch, noise[0], alpha))
-        adam_step(of_critic, self.learning_rate, self.critic_params)
+        adam_step(of_critic, self.critic_rate, self.critic_params)
         learn = partial(self._policy_gradient, batch, noise[1], alpha, moves)
         found = self.total(learn, 3, *([self.policy_params] if moves else []))
         loss_pi, entropy, room, *of_policy = (part / self.ranks.size for part in found)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from klrl.agents.limits import OffPolicyKLConfig
 from klrl.agents.reference import ReferenceConfig
-from klrl.config import Checked, Fraction, Positive, PositiveInt, Range, Widths
+from klrl.config import Checked, Fraction, NonNegative, Positive, PositiveInt, Range, Widths
 from klrl.policies.networks import Activation
 
 
@@ -28,6 +28,8 @@ class SACConfig(Checked):
     """Rewards summed before a value is bootstrapped."""
     learning_rate: Positive = 3e-4
     """Adam's step size, for the policy and the critics."""
+    critic_learning_rate: NonNegative = 0.0
+    """Adam's step size for the critics; 0 takes learning_rate."""
     gamma: Fraction = 0.99
     """Discount factor."""
     tau: Fraction = 0.005
@@ -44,7 +46,13 @@ class SACConfig(Checked):
     """Continuous actions: correlation of an environment's noise from step to step, where white noise averages out."""
     hidden_sizes: Widths = (256, 256)
     """Widths of the hidden layers, of the policy and of the critics."""
+    critic_hidden_sizes: Widths = ()
+    """Widths of the critics' hidden layers; by default as hidden_sizes."""
     activation: Activation = "relu"
-    """Activation of the policy's hidden layers; the critics' are relu."""
+    """Activation of the policy's hidden layers."""
+    critic_activation: Activation = "relu"
+    """Activation of the critics' hidden layers."""
+    layer_norm: bool = False
+    """Normalise each hidden layer's numbers before their activation, in the policy and in the critics."""
     kl: OffPolicyKLConfig = field(default_factory=OffPolicyKLConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from gymnasium import spaces
@@ -15,17 +15,18 @@ from klrl.agents.limits import KLTarget
 from klrl.agents.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_loss
 from klrl.agents.reference import FrozenPolicy
 from klrl.buffers.rollout import RolloutBuffer
-from klrl.config import Count, Positive, PositiveInt
+from klrl.config import Count, Named, Positive, PositiveInt, Reads
 from klrl.errors import NonFiniteError, SkippedUpdateError, UsageError
 from klrl.kl import distillation_loss, kl, select, state_mean
 from klrl.policies.encoder import ObservationEncoder
-from klrl.policies.heads import JointCategoricalHead, NormalHead
+from klrl.policies.heads import HEADS, CategoricalHead, JointCategoricalHead, NormalHead
 from klrl.policies.networks import Array, OwnNetwork
 from klrl.policies.observations import Observation
+from klrl.policies.own import metavar, name_of
 from klrl.policies.squashed import SquashedHead
 
-Family = Literal["plain", "squashed", "joint"]
-_HEADS: dict[str, type[nn.Module]] = {"squashed": SquashedHead, "joint": JointCategoricalHead}
+_OTHERS: dict[str, type[nn.Module]] = {"squashed": SquashedHead, "joint": JointCategoricalHead}
+_FAMILIES = ("plain", *_OTHERS, *HEADS)
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class StudentConfig(OnPolicyConfig):
     """Updates whose steps the teachers take, in turn; afterwards the student learns where it gets by itself."""
     temperature: Positive = 2.0
     """Divides the logits of teacher and student in the loss, where actions are discrete."""
-    head: Family = "plain"
-    """The teachers' family of policies: a normal or categoricals, a normal squashed by tanh, or one categorical over
-    all joint actions."""
+    head: Annotated[str, Reads(name_of), Named(_FAMILIES), metavar(*_FAMILIES)] = "plain"
+    """The teachers' family of policies: a normal or categoricals, a normal squashed by tanh, one categorical over all
+    joint actions, a normal whose standard deviation depends on the state, a Beta, or a head of one's own."""
     observation_keys: tuple[str, ...] = ()
     """Parts of a Dict observation that the student sees; by default all."""
     batch_size: PositiveInt = 256
@@ -54,9 +55,11 @@ class StudentConfig(OnPolicyConfig):
     kl: KLTarget = field(default_factory=lambda: KLTarget(target=0.0))
 
 
-def family_of(head: Any) -> Family:
+def family_of(head: Any) -> str:
     """The family of policies that a head makes, as ``StudentConfig.head`` names it."""
-    return next((name for name in get_args(Family) if type(head) is _HEADS.get(name)), "plain")
+    plain = {"plain": type(head)} if type(head) in (NormalHead, CategoricalHead) else {}
+    known = {**plain, **_OTHERS, **HEADS}
+    return next((name for name, kind in known.items() if type(head) is kind), str(name_of(type(head))))
 
 
 _TRACED = ("train/distillation_loss", "train/value_loss", "health/grad_norm")
@@ -89,11 +92,11 @@ class Student(OnPolicyAgent):
 
     def make_head(self) -> Any:
         name = self.config.head
-        if name == "plain":
+        if name not in _OTHERS:
             return super().make_head()
         if isinstance(self.action_space, spaces.Box) != (name == "squashed"):
             raise UsageError(f"--head {name} makes no policy over the actions {self.action_space}")
-        return _HEADS[name](self.action_space)
+        return _OTHERS[name](self.action_space)
 
     @property
     def stored_space(self) -> spaces.Space[Any]:

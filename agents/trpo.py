@@ -18,6 +18,7 @@ from klrl.config import NonNegative, Positive, PositiveInt, Range
 from klrl.errors import SkippedUpdateError, UsageError
 from klrl.kl import Move, fisher_vector_product
 from klrl.kl.divergence import parameters_of
+from klrl.kl.hold import as_leaves
 from klrl.kl.trust_region import LineSearch, NaturalStep, line_search, natural_step
 from klrl.policies.jacobian import Pull, Push, jacobian
 from klrl.policies.memory import SEQUENCE
@@ -78,6 +79,12 @@ class TRPO(OnPolicyAgent):
         if self.config.kl.target == 0:
             raise UsageError("--kl.target 0: TRPO's step has the length that its KL limit allows, so it needs one")
         super().setup(init, network)
+        if ":" in self.config.head:
+            probe = self.policy_at(self.encoder.probe())
+            try:
+                fisher_vector_product(probe, *map(torch.zeros_like, parameters_of(probe)))
+            except ValueError as problem:
+                raise UsageError(f"head {self.config.head} does not suit TRPO: {problem}") from None
 
     @torch.no_grad()
     def update(self, rollout: RolloutBuffer, progress: float = 0.0) -> UpdateResult:
@@ -129,8 +136,8 @@ class TRPO(OnPolicyAgent):
         total = torch.zeros_like(self.policy_params.flat)
         for part, policy, _, pull in pieces:
             with torch.enable_grad():
-                leaf = policy.map_parameters(lambda parameter: parameter.detach().requires_grad_())
-                slopes = torch.autograd.grad(objective(leaf, part, self.reference), parameters_of(leaf))
+                policy, leaves = as_leaves(policy)
+                slopes = torch.autograd.grad(objective(policy, part, self.reference), leaves)
             total += pull(slopes)
         return self.ranks.total(total.double())[0]
 

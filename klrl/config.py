@@ -80,6 +80,20 @@ class Length:
 
 
 @dataclasses.dataclass(frozen=True)
+class Named:
+    """The texts ``known``, and those of the form module:Class, which name a class of one's own."""
+
+    known: tuple[str, ...]
+
+    def __contains__(self, value: str) -> bool:
+        return value in self.known or re.fullmatch(r"[^\s:]+:[^\s:]+", value) is not None
+
+    def words(self, value: str) -> str:
+        """What ``value``, which is not among them, should have been."""
+        return f"one of {', '.join(self.known)} or module:Class{suggest(value, self.known)}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Reads:
     """A mark of a field that takes other values, too: ``plain`` makes of them what the field holds."""
 
@@ -130,7 +144,8 @@ _ELSEWHERE = {
     "save_every": "save_freq save_interval checkpoint_every checkpoint_freq",
     "env.kwargs": "env_kwargs env_args env_config",
     "n_steps": "num_steps rollout_length rollout_steps horizon",
-    "learning_rate": "lr alpha_lr policy_lr q_lr pi_lr vf_lr step_size",
+    "learning_rate": "lr alpha_lr policy_lr pi_lr vf_lr step_size",
+    "critic_learning_rate": "critic_lr q_lr qf_lr",
     "lr_schedule": "anneal_lr schedule",
     "gamma": "discount discount_factor",
     "gae_lambda": "lam lambda gae lambda_ gae_lam",
@@ -144,6 +159,7 @@ _ELSEWHERE = {
     "normalize_advantage": "norm_adv normalize_advantages",
     "normalize_observation": "norm_obs normalize_obs",
     "normalize_reward": "norm_reward normalize_rewards",
+    "share_network": "share_features_extractor vf_share_layers",
     "hidden_sizes": "net_arch hidden layers hidden_size hidden_layers policy_kwargs",
     "kl.target": "target_kl max_kl desired_kl kl_target delta",
     "kl.coef": "kl_coef kl_coeff beta",
@@ -238,7 +254,7 @@ def convert(annotation: Any, value: Any, path: str) -> Any:
             value = mark.plain(value) if isinstance(mark, Reads) else value
         converted = convert(arguments[0], value, path)
         for mark in arguments[1:]:
-            if isinstance(mark, Range | Form | Length) and converted not in mark:
+            if isinstance(mark, Range | Form | Length | Named) and converted not in mark:
                 raise UsageError(f"{option(path)} must be {mark.words(converted)}, got {_short(value)}")
         return converted
     if origin is Literal:

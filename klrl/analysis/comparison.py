@@ -23,13 +23,15 @@ from klrl.envs.make import Imports
 from klrl.errors import NonFiniteError, UsageError
 from klrl.kl import concatenate, js, kl, reverse_kl, select
 from klrl.kl.state import own_noise
-from klrl.policies.distributions import MultiCategorical
+from klrl.policies.beta import JointBeta
+from klrl.policies.distributions import DiagonalNormal, MultiCategorical
 from klrl.policies.observations import Observation
 from klrl.policies.spaces import category_sizes
 from klrl.policies.squashed import SquashedHead, SquashedNormal
 from klrl.training.evaluation import Evaluation, evaluation_seed, run_episodes
 from klrl.training.load import LoadedPolicy
 
+_KINDS = (MultiCategorical, DiagonalNormal, SquashedNormal, JointBeta)
 _ENVS = 2  # few, so that long episodes are seen to their end
 _SAMPLES = 64  # of each policy at a state, for a JS without closed form
 _ROWS = 128  # states at a time: a joint action space is written out, or sampled, for each
@@ -171,6 +173,10 @@ def _check_alike(old: LoadedPolicy, new: LoadedPolicy) -> None:
             )
     if len({isinstance(trained.agent.policy.head, SquashedHead) for trained in (old, new)}) == 2:
         raise UsageError(f"no closed-form KL between a normal and a squashed normal policy: {old.path} and {new.path}")
+    kinds = [type(trained.agent.policy_at(trained.agent.encoder.probe())) for trained in (old, new)]
+    if len({*kinds}) == 2 or not issubclass(kinds[0], _KINDS):
+        names = " and ".join(kind.__name__ for kind in kinds)
+        raise UsageError(f"compare takes two policies of one of klrl's families, not {names}")
 
 
 def compare_at(old: Agent, new: Agent, obs: Observation, seed: int = 0) -> StateComparison:
@@ -262,7 +268,7 @@ def _likely_actions(agent: Agent, dist: Any, obs: Observation) -> list[dict[str,
     if isinstance(dist, MultiCategorical):
         columns["probability"] = dist.log_prob(dist.mode).exp()
     else:
-        columns |= {"mean": dist.mean, "std": dist.log_std.exp()}
+        columns |= {"mean": dist.mean, "std": dist.stddev if isinstance(dist, JointBeta) else dist.log_std.exp()}
     return [{name: column[i].tolist() for name, column in columns.items()} for i in range(len(dist.mode))]
 
 

@@ -13,13 +13,7 @@ Bools = npt.NDArray[np.bool_]
 
 
 def gae(
-    reward: Floats,
-    value: Floats,
-    next_value: Floats,
-    terminated: Bools,
-    ended: Bools,
-    gamma: float,
-    gae_lambda: float,
+    reward: Floats, value: Floats, next_value: Floats, terminated: Bools, ended: Bools, gamma: float, gae_lambda: float
 ) -> tuple[Floats, Floats]:
     """Generalised advantage estimates and the returns (advantage + value) that a critic regresses on, each [T, N].
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from klrl.agents import registry
 from klrl.cli.options import options_of
-from klrl.config import suggest
+from klrl.config import Named, suggest
 from klrl.envs.make import presets
 from klrl.errors import UsageError
 
@@ -70,7 +70,9 @@ def _config(path: str) -> Any:
 def _choices(kind: Any) -> list[str]:
     """The values of an option that has only a few."""
     while get_origin(kind) is Annotated:
-        kind = get_args(kind)[0]
+        kind, *marks = get_args(kind)
+        if named := [mark for mark in marks if isinstance(mark, Named)]:
+            return [*named[0].known]
     return [str(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
 
 

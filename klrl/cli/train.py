@@ -12,10 +12,11 @@ import tyro
 from klrl.agents import registry
 from klrl.agents.student import Student
 from klrl.cli.options import parse, wants_help
-from klrl.config import convert, merge
+from klrl.config import convert, merge, option
 from klrl.console import rank
 from klrl.envs.make import check, check_imported, import_module, import_packages, module_of
 from klrl.errors import UsageError, refusals
+from klrl.policies.own import OPTIONS, names_in
 from klrl.training.distill import say_sizes, taught_by
 from klrl.training.launch import launch
 from klrl.training.options import RayConfig, RunConfig
@@ -51,8 +52,9 @@ def distill(arguments: list[str]) -> None:
 def _early(options: list[str]) -> dict[str, list[str]]:
     """The options that tyro's defaults depend on, each with what is given."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--config", "--import", "--network", "--from"):
-        early.add_argument(name, dest=name, nargs="?", action="append", default=[])
+    for name in ("--config", "--import", "--from", *map(option, OPTIONS)):
+        spellings = {name, f"--{name[2:].replace('-', '_')}"}
+        early.add_argument(*spellings, dest=name, nargs="?", action="append", default=[])
     return {name: [word for word in words if word] for name, words in vars(early.parse_known_args(options)[0]).items()}
 
 
@@ -66,11 +68,12 @@ def _begin(
     if found["--from"]:
         saved["init_from"] = found["--from"][-1]
     import_packages(found["--import"])
-    for network in filter(module_of, found["--network"]):
-        import_module(module_of(network), f"--network {network}")
+    for path in OPTIONS:
+        for name in filter(module_of, found[option(path)]):
+            import_module(module_of(name), f"{option(path)} {name}")
     wanted = convert(tuple[str, ...], saved.pop("imports", ()), "imports")
-    network = "" if found["--network"] else convert(str, saved.get("network", ""), "network")
-    check_imported([*wanted, module_of(network)], "".join(found["--config"][-1:]))
+    named = [name for path, name in names_in(saved).items() if not found[option(path)]]
+    check_imported([*wanted, *map(module_of, named)], "".join(found["--config"][-1:]))
     agent_class = registry.find(agent, env)
     config_class = agent_class.Config
     run_config, agent_config = resolve(agent_class, env, saved)

@@ -22,7 +22,7 @@ from klrl.kl.limit import KLLimit, Move
 from klrl.kl.measure import Direction, KLReport, measure, state_mean
 from klrl.kl.projection import geometric_mean, project_states
 from klrl.kl.ranks import ALONE, Ranks
-from klrl.kl.rules import PENALTIES, RATIO_RULES, SPO, STATE_RULES, Clip, Gate, Project, Reverse, StateRule
+from klrl.kl.rules import PENALTIES, RATIO_RULES, SPO, STATE_RULES, Clip, Gate, Project, Reverse, Start, StateRule
 from klrl.kl.tracking import track
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "Project",
     "Ranks",
     "Reverse",
+    "Start",
     "StateEstimates",
     "StateRule",
     "at_least",

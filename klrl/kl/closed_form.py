@@ -227,6 +227,16 @@ class _ScaleNormalKL(torch.autograd.Function):
         return tuple(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=True))
 
 
+def beta_kl(one_old: Tensor, zero_old: Tensor, one_new: Tensor, zero_new: Tensor) -> Tensor:
+    """KL(old || new) of Betas by their concentrations at 1 and at 0, elementwise, in float64, >= 0.
+
+    In an exponential family it is the Bregman divergence of the log-normaliser: log G(a) + log G(b) - log G(a + b).
+    """
+    (a, b, c, d) = (x.double() for x in (one_old, zero_old, one_new, zero_new))
+    parts = [lgamma_excess(x, y) for x, y in ((a, c), (b, d), (a + b, c + d))]
+    return (parts[0] + parts[1] - parts[2]).clamp_min(0.0)
+
+
 def lgamma_excess(x: Tensor, y: Tensor) -> Tensor:
     """log G(y) - log G(x) - (y - x) digamma(x) for float64 x, y > 0: that of log-gamma over its tangent at x, >= 0."""
     d = y - x

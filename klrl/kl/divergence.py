@@ -274,10 +274,8 @@ def _multivariate_normal(
 
 
 def _beta(old: td.Beta, new: td.Beta) -> Tensor:
-    # In an exponential family, KL is the Bregman divergence of the log-normaliser: log G(a) + log G(b) - log G(a + b).
-    (a, b), (c, d) = ((x.concentration1.double(), x.concentration0.double()) for x in (old, new))
-    parts = [closed_form.lgamma_excess(x, y) for x, y in ((a, c), (b, d), (a + b, c + d))]
-    return (parts[0] + parts[1] - parts[2]).clamp_min(0.0).to(new.concentration1.dtype)
+    parameters = (old.concentration1, old.concentration0, new.concentration1, new.concentration0)
+    return closed_form.beta_kl(*parameters).to(new.concentration1.dtype)
 
 
 def _transformed(old: td.TransformedDistribution, new: td.TransformedDistribution) -> Tensor:

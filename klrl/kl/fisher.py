@@ -43,7 +43,7 @@ def fisher_vector_product(dist: td.Distribution, *vectors: Tensor) -> tuple[Tens
     if isinstance(dist, td.MultivariateNormal):
         return _multivariate_normal(dist, *vectors)
     if isinstance(dist, td.Beta):
-        return _beta(dist, *vectors)
+        return beta_fisher(dist.concentration1, dist.concentration0, *vectors)
     raise ValueError(f"the Fisher information of {name_of(dist)} is not known in closed form")
 
 
@@ -69,7 +69,7 @@ def _multivariate_normal(dist: td.MultivariateNormal, to_mean: Tensor, to_factor
     return mean, torch.linalg.solve_triangular(factor.mT, n, upper=True).tril()
 
 
-def _beta(dist: td.Beta, to_one: Tensor, to_zero: Tensor) -> tuple[Tensor, Tensor]:
-    a, b = dist.concentration1, dist.concentration0
+def beta_fisher(a: Tensor, b: Tensor, to_one: Tensor, to_zero: Tensor) -> tuple[Tensor, Tensor]:
+    """F v of Betas with concentrations a at 1 and b at 0, elementwise."""
     both = torch.polygamma(1, a + b) * (to_one + to_zero)
     return torch.polygamma(1, a) * to_one - both, torch.polygamma(1, b) * to_zero - both

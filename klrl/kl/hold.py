@@ -38,13 +38,7 @@ def hold_states(old: td.Distribution, new: D, rules: Iterable[StateRule], direct
     if len(new.batch_shape) != 1:
         raise ValueError(f"the policy has batch shape {tuple(new.batch_shape)}, not [B]: wrap it in joint(...)")
     with torch.enable_grad():
-        leaves: list[Tensor] = []  # what parameters_of gives of a Beta is a view that the KL does not read
-
-        def detached(parameter: Tensor) -> Tensor:
-            leaves.append(parameter.detach().requires_grad_())
-            return leaves[-1]
-
-        leaf = map_parameters(new, detached)
+        leaf, leaves = as_leaves(new)
         divergence = (kl if direction == "forward" else reverse_kl)(old, leaf)
         slopes = torch.autograd.grad(divergence.sum(), leaves)
     reached = divergence.detach()
@@ -58,6 +52,17 @@ def hold_states(old: td.Distribution, new: D, rules: Iterable[StateRule], direct
 
     held = iter(_Weighed.apply(factors, *parameters_of(new)))  # type: ignore[no-untyped-call]
     return map_parameters(new, lambda _: next(held))
+
+
+def as_leaves(dist: D) -> tuple[D, list[Tensor]]:
+    """``dist`` on detached parameters that ask for gradients, and those, in order."""
+    leaves: list[Tensor] = []  # what parameters_of gives of a Beta is a view that its KL does not read
+
+    def detached(parameter: Tensor) -> Tensor:
+        leaves.append(parameter.detach().requires_grad_())
+        return leaves[-1]
+
+    return map_parameters(dist, detached), leaves
 
 
 def _shares(dist: Any) -> list[Tensor | None]:

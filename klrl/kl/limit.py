@@ -28,7 +28,7 @@ _WITHOUT = (
 )
 
 
-def _check_names(*given: tuple[Any, Any]) -> None:
+def _check_name(*given: tuple[Any, Any]) -> None:
     for name, known in given:
         if isinstance(name, str) and name not in get_args(known):
             raise ValueError(f"{name!r} is none of {', '.join(get_args(known))}")
@@ -100,9 +100,7 @@ class KLLimit:
         ranks: Ranks = ALONE,
     ) -> None:
         self.bound = _checked(at_most(math.inf) if bound is None else bound)
-        _check_names(
-            (direction, Direction), (of, Of), (check, Check), (on_overshoot, Overshoot), (penalty, PenaltyRule)
-        )
+        _check_name((direction, Direction), (of, Of), (check, Check), (on_overshoot, Overshoot), (penalty, PenaltyRule))
         _check_numbers(coef=coef, stop=stop, max_limit=max_limit, influence=influence)
         check_rules(rules := list(rules))
         self.direction, self.of, self.max_limit, self.influence = direction, of, max_limit, influence

@@ -7,7 +7,7 @@ entered in torch's own ``kl_divergence`` with the exact forms of ``klrl.kl``.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ from klrl.kl.fisher import softmax_fisher
 from klrl.kl.projection import mix_logits, mix_normals
 
 LOG_SQRT_TWO_PI = 0.5 * math.log(2 * math.pi)
+
+
+@runtime_checkable
+class KnowsUniform(Protocol):
+    """A policy of a kind that can take all actions alike."""
+
+    def uniform(self) -> td.Distribution: ...
 
 
 class MultiCategorical(td.Distribution):
@@ -66,6 +73,10 @@ class MultiCategorical(td.Distribution):
     def between(self, old: "MultiCategorical", weight: Tensor) -> "MultiCategorical":
         """The geometric mean with ``old``; weight: [B], this policy's part."""
         return MultiCategorical(mix_logits(old.logits, self.logits, weight[..., None, None]))
+
+    def uniform(self) -> "MultiCategorical":
+        """The policy of the same kind that takes all allowed actions alike."""
+        return self.map_parameters(lambda logits: torch.where(logits == -torch.inf, logits, 0.0))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log pi(a|s), shape [B]."""
@@ -149,10 +160,11 @@ def _kl_diagonal_normal(old: DiagonalNormal, new: DiagonalNormal) -> Tensor:
 
 
 def uniform_like(policy: td.Distribution) -> td.Distribution:
-    """The policy of the same kind that takes all allowed actions alike; KL(policy||it) is log n less the entropy.
+    """The policy of the same kind that takes all allowed actions alike; KL(policy||it) is that one's entropy, log n of
+    n actions, less the policy's.
 
-    Raises UsageError for a policy over infinitely many actions.
+    Raises UsageError for a kind of which none does.
     """
-    if not isinstance(policy, MultiCategorical):
-        raise UsageError("only discrete actions can be uniform: a normal's KL to a uniform one is infinite")
-    return policy.map_parameters(lambda logits: torch.where(logits == -torch.inf, logits, 0.0))
+    if not isinstance(policy, KnowsUniform):
+        raise UsageError("only discrete actions, and a Beta's, can be uniform: a normal's KL to that is infinite")
+    return policy.uniform()

@@ -8,8 +8,12 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from klrl.errors import UsageError
+from klrl.kl import freeze
+from klrl.policies.beta import BetaHead
 from klrl.policies.distributions import DiagonalNormal, MultiCategorical
 from klrl.policies.networks import Array
+from klrl.policies.own import make_own, unusable
 from klrl.policies.policy import Head
 from klrl.policies.spaces import category_sizes, check_joint, is_bounded
 
@@ -125,6 +129,56 @@ class NormalHead(nn.Module):
         return {"train/std": float((self.log_std.detach().exp() / self.scale).mean())}
 
 
-def make_head(space: spaces.Space[Any], log_std_init: float = 0.0) -> Head:
-    """The head that suits an action space."""
-    return NormalHead(space, log_std_init) if isinstance(space, spaces.Box) else CategoricalHead(space)
+class StateDependentNormalHead(NormalHead):
+    """A ``NormalHead`` whose standard deviation depends on the state: outputs [B, 2d], means and what the logarithms
+    of the standard deviations are more than ``log_std``."""
+
+    def __init__(self, space: spaces.Box, log_std_init: float = 0.0) -> None:
+        super().__init__(space, log_std_init)
+        self.dimensions, self.size = self.size, 2 * self.size
+
+    def forward(self, output: Tensor) -> DiagonalNormal:
+        mean, more = output.tensor_split(2, dim=-1)
+        return DiagonalNormal(torch.addcmul(self.center, mean, self.scale), self.log_std + more)
+
+    def numbers(self, output: Array) -> tuple[Array, Array]:
+        """The means and log standard deviations, each [B, d], that outputs stand for."""
+        mean, log_std = super().numbers(output[:, : self.dimensions])
+        return mean, log_std + output[:, self.dimensions :]
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+def make_head(space: spaces.Space[Any], log_std_init: float = 0.0, name: str = "plain") -> Head:
+    """The head called ``name`` for an action space: a normal or categoricals, as that is, "state-dependent-std",
+    "beta", or a "module:Class" that is made with the space. Raises UsageError where it does not suit."""
+    if ":" in name:
+        return _own(space, name)
+    if name not in HEADS:
+        return NormalHead(space, log_std_init) if isinstance(space, spaces.Box) else CategoricalHead(space)
+    if not isinstance(space, spaces.Box):
+        raise UsageError(f"--head {name} makes no policy over the actions {space}: it needs a Box")
+    return HEADS[name](space, log_std_init)
+
+
+HEADS: dict[str, Any] = {"state-dependent-std": StateDependentNormalHead, "beta": BetaHead}
+"""The heads of Boxes that ``make_head`` makes by name, each from the space and ``log_std_init``."""
+
+
+def _own(space: spaces.Space[Any], name: str) -> Any:
+    """A head of one's own, which was seen to give distributions and actions."""
+    head = make_own(name, nn.Module, "head", "head", space)
+    try:
+        with torch.no_grad():
+            policy = head(torch.zeros(2, head.size))
+            action = head.sample(np.zeros((2, head.size), np.float32), np.random.default_rng(0))
+            if freeze(policy).log_prob(torch.as_tensor(action)).shape != (2,):
+                raise ValueError("its distributions' batch shape is not [B]: wrap them in klrl.kl.joint")
+            taken = head.to_env(action)
+            if taken.shape != (2, *(space.shape or ())):
+                raise ValueError(f"to_env gives {taken.shape} for 2 actions of {space}")
+            head.metrics()
+    except Exception as problem:
+        raise unusable("head", name, problem) from None
+    return head

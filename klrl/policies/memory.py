@@ -31,9 +31,10 @@ class RecurrentNetwork(nn.Module):
         size: int,
         of_critic: bool,
         encoder: ObservationEncoder,
-        hidden_sizes: Sequence[int],
         activation: Activation,
+        layer_norm: bool,
         rng: torch.Generator,
+        hidden_sizes: Sequence[int],
         outputs: int,
         output_gain: float,
     ) -> None:
@@ -47,7 +48,7 @@ class RecurrentNetwork(nn.Module):
                 continue
             for gate in weight.detach().chunk(weight.shape[0] // size):
                 nn.init.orthogonal_(gate, generator=rng)
-        self.mlp = MLP([size, *hidden_sizes, outputs], activation, output_gain, rng)
+        self.mlp = MLP([size, *hidden_sizes, outputs], activation, output_gain, rng, layer_norm)
 
     @property
     def state_size(self) -> int:

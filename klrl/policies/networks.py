@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -11,27 +10,48 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
+from torch.nn import functional
 
 from klrl.errors import UsageError
 from klrl.kl import Ranks
 from klrl.policies.encoder import Inputs, ObservationEncoder
+from klrl.policies.own import find_class
 
-Activation = Literal["tanh", "relu"]
+Activation = Literal["tanh", "relu", "silu", "gelu", "elu"]
 Array = np.ndarray[Any, Any]
 OwnNetwork = nn.Module | Callable[[spaces.Space[Any]], nn.Module]
 """A network of one's own, which is copied for each use, or what makes one for an observation space."""
 _IMAGE_FEATURES = 512
+# Of a layer's outputs, which tanh and relu overwrite: the way back of the others may read them.
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh_,
+    "relu": torch.relu_,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "elu": functional.elu,
+}
 # NumPy's tanh of an element: 0.2 ns with AVX-512, but 3 without, where torch's sigmoid is 1 and torch's tanh 4.
 _NUMPY_IS_FAST = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class MLP(nn.Module):
-    """Linear layers with an activation between them: x [B, inputs] to [B, outputs]."""
+    """Linear layers with an activation between them: x [B, inputs] to [B, outputs].
 
-    def __init__(self, sizes: Sequence[int], activation: Activation, output_gain: float, rng: torch.Generator) -> None:
+    ``layer_norm``: what goes into an activation is normalised first. Source: Ba et al. (2016), "Layer normalization".
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        activation: Activation,
+        output_gain: float,
+        rng: torch.Generator,
+        layer_norm: bool = False,
+    ) -> None:
         super().__init__()
         gains = [2**0.5] * (len(sizes) - 2) + [output_gain]
         self.layers = nn.ModuleList(linear(a, b, g, rng) for (a, b), g in zip(pairwise(sizes), gains, strict=True))
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for size in sizes[1:-1]) if layer_norm else None
         self.activation = activation
         self._numpy: tuple[list[int], list[tuple[Array, Array]]] = [], []
 
@@ -43,11 +63,14 @@ class MLP(nn.Module):
             found = self.forward_numpy(x.numpy())
             if found is not None:
                 return torch.from_numpy(found)
-        *hidden, last = self.layers
-        for layer in hidden:
-            x = layer(x)
-            x = x.tanh_() if self.activation == "tanh" else x.relu_()
-        return last(x)
+        return self.layers[-1](self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the last layer takes, [B, width]."""
+        for i, layer in enumerate(self.layers[:-1]):
+            x = layer(x) if self.norms is None else self.norms[i](layer(x))
+            x = _ACTIVATIONS[self.activation](x)
+        return x
 
     @property
     def is_plain(self) -> bool:
@@ -56,7 +79,7 @@ class MLP(nn.Module):
 
     def _find(self) -> list[int] | None:
         """Where the weights and biases lie, None where a layer is no plain one, or the MLP."""
-        if type(self) is not MLP or self._forward_hooks or self._forward_pre_hooks:
+        if type(self) is not MLP or self.norms is not None or self._forward_hooks or self._forward_pre_hooks:
             return None
         modules: Any = self._modules["layers"]
         lie_at: list[int] = []
@@ -82,8 +105,17 @@ class MLP(nn.Module):
                 x = x @ weight
                 x += bias
                 if i < last:
-                    x = tanh_(x) if self.activation == "tanh" else np.maximum(x, 0.0, out=x)
+                    x = activated(x, self.activation)
         return x
+
+
+def activated(x: Array, activation: Activation) -> Array:
+    """The activation of ``x``, which it may overwrite."""
+    if activation == "tanh":
+        return tanh_(x)
+    if activation == "relu":
+        return np.maximum(x, 0.0, out=x)
+    return _ACTIVATIONS[activation](torch.from_numpy(x)).numpy()
 
 
 def tanh_(x: Array) -> Array:
@@ -125,13 +157,18 @@ class Network(nn.Module):
         activation: Activation,
         output_gain: float,
         rng: torch.Generator,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__()
         self.torso = Torso(encoder, rng)
-        self.mlp = MLP([self.torso.width, *hidden_sizes, outputs], activation, output_gain, rng)
+        self.mlp = MLP([self.torso.width, *hidden_sizes, outputs], activation, output_gain, rng, layer_norm)
 
     def forward(self, inputs: Inputs) -> Tensor:
         return self.mlp(self.torso(inputs))
+
+    def hidden(self, inputs: Inputs) -> Tensor:
+        """The last hidden layer's numbers, [B, width]."""
+        return self.mlp.hidden(self.torso(inputs))
 
 
 class FeatureNetwork(nn.Module):
@@ -148,7 +185,7 @@ class FeatureNetwork(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=rng)))
-            # A copy in any case: policy and critic never share weights, whose KL could not be held.
+            # A copy in any case: policy and critic share no weights unless ``SharedCritic`` is asked for.
             features = copy.deepcopy(own if isinstance(own, nn.Module) else own(encoder.space))
             # In evaluation mode, as a policy is a function of its weights: no dropout, no batch's statistics.
             self.features = features.eval()
@@ -167,7 +204,11 @@ class FeatureNetwork(nn.Module):
         return super().train(False)
 
     def forward(self, inputs: Inputs) -> Tensor:
-        return self.output(self.features(self._given(inputs)))
+        return self.output(self.hidden(inputs))
+
+    def hidden(self, inputs: Inputs) -> Tensor:
+        """The features, [B, F]."""
+        return self.features(self._given(inputs))
 
     @staticmethod
     def _given(inputs: Inputs) -> Tensor | Inputs:
@@ -178,16 +219,17 @@ class FeatureNetwork(nn.Module):
 def make_network(
     own: OwnNetwork | None,
     encoder: ObservationEncoder,
-    hidden_sizes: Sequence[int],
     activation: Activation,
+    layer_norm: bool,
     rng: torch.Generator,
+    hidden_sizes: Sequence[int],
     outputs: int,
     output_gain: float,
 ) -> nn.Module:
     """The network from encoded observations to outputs: on features of one's own where ``own`` is given."""
     if own is not None:
         return FeatureNetwork(own, encoder, outputs, output_gain, rng)
-    return Network(encoder, hidden_sizes, outputs, activation, output_gain, rng)
+    return Network(encoder, hidden_sizes, outputs, activation, output_gain, rng, layer_norm)
 
 
 def name_of_network(own: OwnNetwork) -> str:
@@ -198,14 +240,10 @@ def name_of_network(own: OwnNetwork) -> str:
 
 def named_network(name: str) -> type[nn.Module]:
     """The network class called "module:Class", of a module that is imported. Raises UsageError where there is none."""
-    module, _, path = name.partition(":")
-    found: Any = sys.modules.get(module)
-    for part in path.split("."):
-        found = getattr(found, part, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        unknown = ":" in name and module and module not in sys.modules
-        advice = f"--import {module}, if you trust it" if unknown else "--network module:Class names one"
-        raise UsageError(f"network {name!r} is no imported nn.Module class: {advice}; from Python, give network=")
+    try:
+        found: type[nn.Module] = find_class(name, nn.Module, "network", "network")
+    except UsageError as problem:
+        raise UsageError(f"{problem}; from Python, give network=") from None
     return found
 
 
@@ -242,8 +280,11 @@ class TwinCritic(nn.Module):
         outputs: int,
         hidden_sizes: Sequence[int],
         rng: torch.Generator,
+        activation: Activation = "relu",
+        layer_norm: bool = False,
     ) -> None:
         super().__init__()
+        self.activation = activation
         self.torso = Torso(encoder, rng)
         sizes = [self.torso.width + action_width, *hidden_sizes, outputs]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
@@ -251,13 +292,20 @@ class TwinCritic(nn.Module):
             bound = 1 / math.sqrt(a)  # torch's own initialisation of a linear layer
             self.weights.append(nn.Parameter((2 * torch.rand(2, a, b, generator=rng) - 1) * bound))
             self.biases.append(nn.Parameter((2 * torch.rand(2, 1, b, generator=rng) - 1) * bound))
+        self.gains, self.shifts = nn.ParameterList(), nn.ParameterList()
+        for width in hidden_sizes if layer_norm else ():
+            self.gains.append(nn.Parameter(torch.ones(2, 1, width)))
+            self.shifts.append(nn.Parameter(torch.zeros(2, 1, width)))
 
     def forward(self, inputs: Inputs, *action: Tensor) -> Tensor:
         x = self.torso(inputs, *action)
         x = x.expand(2, *x.shape)
         *hidden, (weight, bias) = zip(self.weights, self.biases, strict=True)
-        for hidden_weight, hidden_bias in hidden:
-            x = torch.baddbmm(hidden_bias, x, hidden_weight).relu_()
+        for i, (hidden_weight, hidden_bias) in enumerate(hidden):
+            x = torch.baddbmm(hidden_bias, x, hidden_weight)
+            if len(self.gains):
+                x = torch.addcmul(self.shifts[i], self.gains[i], functional.layer_norm(x, x.shape[-1:]))
+            x = _ACTIVATIONS[self.activation](x)
         return torch.baddbmm(bias, x, weight)
 
 

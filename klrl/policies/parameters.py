@@ -118,10 +118,14 @@ def gradients(
 def adam_step(gradient: Tensor, learning_rate: Tensor, *groups: FlatParameters) -> None:
     """One step of Adam with all ``groups`` and the first's eps, along ``gradient``: those of each in turn.
 
-    learning_rate: a scalar tensor on their device.
+    learning_rate: a scalar tensor on their device, or one number for each group, [groups].
     """
-    parts = zip(groups, torch.split(gradient, [group.flat.numel() for group in groups]), strict=True)
-    along = [part if group.frozen is None else part.masked_fill(group.frozen, 0.0) for group, part in parts]
+    parts = torch.split(gradient, [group.flat.numel() for group in groups])
+    if learning_rate.dim() > 0:
+        for part, rate, group in zip(parts, learning_rate, groups, strict=True):
+            adam_step(part, rate, group)
+        return
+    along = [p if g.frozen is None else p.masked_fill(g.frozen, 0.0) for g, p in zip(groups, parts, strict=True)]
     for group in groups:
         group.count.add_(1)
     flat, first, second, count = ([getattr(group, name) for group in groups] for name in _TENSORS)

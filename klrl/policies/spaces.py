@@ -35,11 +35,11 @@ def is_bounded(space: spaces.Box) -> npt.NDArray[np.bool_]:
     return space.high.astype(np.float64) - space.low < _UNBOUNDED
 
 
-def check_bounded(space: spaces.Box) -> None:
-    """Raise UsageError unless every bound of the action space is finite, as those of a squashed policy must be."""
+def check_bounded(space: spaces.Box, whose: str = "SAC's actions") -> None:
+    """Raise UsageError unless every bound of the action space is finite, as ``whose`` must be."""
     if not is_bounded(space).all():
         raise UsageError(
-            f"action space {space} has infinite bounds, and SAC's actions are bounded: "
+            f"action space {space} has infinite bounds, and {whose} are finite: "
             "gymnasium.wrappers.TransformAction(env, lambda action: action, Box(-1, 1, shape)) gives it finite ones"
         )
 

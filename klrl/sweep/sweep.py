@@ -23,11 +23,12 @@ from klrl.agents import registry
 from klrl.analysis import tables
 from klrl.analysis.report import ReportConfig, report
 from klrl.analysis.scores import score_of
-from klrl.config import Checked, Count, PositiveInt, Range, cores
+from klrl.config import Checked, Count, PositiveInt, Range, cores, option
 from klrl.console import attempt, is_terminal, printable, say, warn
 from klrl.envs.make import EnvConfig, Imports, check, import_module, import_packages, make_vector, module_of
 from klrl.errors import Interrupted, UsageError, refusals
 from klrl.policies.networks import named_network
+from klrl.policies.own import find_class, names_in
 from klrl.sweep.grid import Setting, expand, file_name, parse_choices
 from klrl.sweep.on_ray import run_on_ray
 from klrl.sweep.search import Proposals, ranges_in
@@ -91,9 +92,11 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
         raise UsageError('this needs ray: pip install "klrl[ray]"')
     propose = Proposals(made, choices, ranges) if config.search == "optuna" else None
     settings = made(choices) if propose is None else [propose.example()]
+    for path, name in dict.fromkeys(named for setting in settings for named in names_in(setting.options).items()):
+        import_module(module_of(name), f"{option(path)} {name}")
+        if path != "network":
+            find_class(name, object, path, path)
     for network in {str(setting.options["network"]): None for setting in settings}:
-        if module_of(network):
-            import_module(module_of(network), f"--network {network}")
         if network:
             named_network(network)
     for kwargs in {json.dumps(s.options["env"]["kwargs"]): s.options["env"]["kwargs"] for s in settings}.values():

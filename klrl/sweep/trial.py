@@ -19,6 +19,7 @@ import tomli_w
 
 from klrl.envs.make import module_of
 from klrl.errors import UsageError
+from klrl.policies.own import names_in
 from klrl.rundir import checkpoint
 from klrl.rundir.folder import in_use, replace_file, try_lock
 from klrl.rundir.history import History, read_history, setting_of
@@ -115,7 +116,7 @@ class Trial:
         """The arguments of klrl that resume the trial's run, or begin it; a run that cannot be resumed is removed."""
         stopped, options = self.history, self.setting.options
         # A run's own folder imports nothing: what the sweep was given is given again.
-        packages = [*options["imports"], module_of(options["network"]), module_of(options["env_id"])]
+        packages = [*options["imports"], *map(module_of, names_in(options).values()), module_of(options["env_id"])]
         imports = [f"--import={package}" for package in dict.fromkeys(packages) if package]
         if stopped is not None and _saved_at(stopped) >= 0:
             return ["resume", str(stopped.folder), *imports]

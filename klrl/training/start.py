@@ -7,7 +7,8 @@ from klrl.agents import registry
 from klrl.agents.base import Agent
 from klrl.errors import UsageError
 
-_FORM = ("hidden_sizes", "activation", "network", "memory", "memory_size", "critic", "head", "observation_keys")
+_OF_POLICIES = ("hidden_sizes", "activation", "layer_norm", "memory", "memory_size", "network", "head")
+_FORM = (*_OF_POLICIES, "observation_keys", "critic", "critic_hidden_sizes", "critic_activation", "share_network")
 _ANEW = ["optimizers", "coefficients", "learning rate", "counts", "buffers"]
 
 
