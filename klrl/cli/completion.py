@@ -18,6 +18,7 @@ _CONFIGS = {
     "report": "klrl.analysis.report:ReportConfig",
     "compare": "klrl.analysis.compare:CompareConfig",
     "record": "klrl.analysis.record:RecordConfig",
+    "export": "klrl.analysis.export:ExportConfig",
 }
 _FIRST = {"bash": "", "zsh": "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n"}
 
