@@ -1,4 +1,4 @@
-"""The command: ``klrl train | resume | distill | sweep | eval | report | compare | record | export | list |
+"""The command: ``klrl train | resume | distill | sweep | eval | report | compare | record | export | push | list |
 plot | completion``.
 
 torch is imported only inside the commands.
@@ -45,6 +45,7 @@ commands:
   klrl compare A B [options]       how two policies differ: KL both ways, JS, returns
   klrl record RUN [options]        a video of a run's policy
   klrl export RUN [options]        the policy as an ONNX or torch file that runs without klrl
+  klrl push RUN USER/NAME          the run to the Hugging Face Hub, with a card
   klrl list                        agents, presets and their measured scores
   klrl plot FIGURE [options]       kl-gaussian, kl-2d, fit or families, as .png or .svg
   klrl completion SHELL            a script that completes all this in bash or zsh, e.g. for bash
@@ -173,6 +174,14 @@ def _export(arguments: list[str]) -> None:
     _show(f"{written.path}: acts as klrl on {written.check}")
 
 
+def _push(arguments: list[str]) -> None:
+    from klrl.analysis.push import PushConfig, push
+
+    example = "push needs a run folder and the repository's name: klrl push runs/a user/name"
+    (run, name), given = parse_command(PushConfig, arguments, "push RUN USER/NAME", 2, 2, example)
+    _show(push(run, name, given))
+
+
 def _eval(arguments: list[str]) -> None:
     from klrl.agents.base import Actor
     from klrl.agents.governed import Governed
@@ -260,6 +269,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compare": _compare,
     "record": _record,
     "export": _export,
+    "push": _push,
     "list": _list,
     "plot": _plot,
     "completion": _completion,
