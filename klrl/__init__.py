@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from klrl.agents.student import StudentConfig as StudentConfig
     from klrl.agents.trpo import TRPO as TRPO
     from klrl.agents.trpo import TRPOConfig as TRPOConfig
+    from klrl.analysis.export import export as export
     from klrl.buffers.replay import ReplayBuffer as ReplayBuffer
     from klrl.buffers.rollout import RolloutBuffer as RolloutBuffer
     from klrl.errors import EnvironmentFailedError as EnvironmentFailedError
@@ -47,6 +48,7 @@ _NAMES = {
     "klrl.agents.sac_options": ["SACConfig"],
     "klrl.agents.student": ["Student", "StudentConfig"],
     "klrl.agents.trpo": ["TRPO", "TRPOConfig"],
+    "klrl.analysis.export": ["export"],
     "klrl.buffers.replay": ["ReplayBuffer"],
     "klrl.buffers.rollout": ["RolloutBuffer"],
     "klrl.errors": ["EnvironmentFailedError", "Interrupted", "NonFiniteError", "UsageError"],

@@ -18,6 +18,8 @@ _CONFIGS = {
     "report": "klrl.analysis.report:ReportConfig",
     "compare": "klrl.analysis.compare:CompareConfig",
     "record": "klrl.analysis.record:RecordConfig",
+    "export": "klrl.analysis.export:ExportConfig",
+    "push": "klrl.analysis.push:PushConfig",
 }
 _FIRST = {"bash": "", "zsh": "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n"}
 

@@ -1,4 +1,5 @@
-"""The command: ``klrl train | resume | distill | sweep | eval | report | compare | record | list | plot | completion``.
+"""The command: ``klrl train | resume | distill | sweep | eval | report | compare | record | export | push | list |
+plot | completion``.
 
 torch is imported only inside the commands.
 """
@@ -43,6 +44,8 @@ commands:
   klrl report RUN... [options]     one file that shows what runs did: figures, scores, anomalies
   klrl compare A B [options]       how two policies differ: KL both ways, JS, returns
   klrl record RUN [options]        a video of a run's policy
+  klrl export RUN [options]        the policy as an ONNX or torch file that runs without klrl
+  klrl push RUN USER/NAME          the run to the Hugging Face Hub, with a card
   klrl list                        agents, presets and their measured scores
   klrl plot FIGURE [options]       kl-gaussian, kl-2d, fit or families, as .png or .svg
   klrl completion SHELL            a script that completes all this in bash or zsh, e.g. for bash
@@ -162,6 +165,23 @@ def _record(arguments: list[str]) -> None:
     _show(*map(str, record(run, given)))
 
 
+def _export(arguments: list[str]) -> None:
+    from klrl.analysis.export import ExportConfig, export
+
+    example = "export needs a run folder or checkpoint: klrl export runs/a --output policy.onnx"
+    (run,), given = parse_command(ExportConfig, arguments, "export RUN", 1, 1, example)
+    written = export(run, **vars(given))
+    _show(f"{written.path}: acts as klrl on {written.check}")
+
+
+def _push(arguments: list[str]) -> None:
+    from klrl.analysis.push import PushConfig, push
+
+    example = "push needs a run folder and the repository's name: klrl push runs/a user/name"
+    (run, name), given = parse_command(PushConfig, arguments, "push RUN USER/NAME", 2, 2, example)
+    _show(push(run, name, given))
+
+
 def _eval(arguments: list[str]) -> None:
     from klrl.agents.actor import Actor
     from klrl.agents.governed import Governed
@@ -248,6 +268,8 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "report": _report,
     "compare": _compare,
     "record": _record,
+    "export": _export,
+    "push": _push,
     "list": _list,
     "plot": _plot,
     "completion": _completion,

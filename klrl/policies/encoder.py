@@ -127,14 +127,20 @@ class ObservationEncoder:
 
     def unscaled(self, obs: Observation) -> Inputs:
         """Encode observations without normalisation, for ``scaled``, of this encoder or another's of the space."""
-        inputs: Inputs = {}
-        vectors: list[Tensor] = []
-        given = self.layout.arrays(obs)
+        given, seen = self.layout.arrays(obs), {}
         for name, part in self.parts.items():
             array = given[name] if isinstance(given, dict) else given
             if isinstance(part, spaces.Discrete | spaces.MultiDiscrete):
                 array = _one_hot(array, part)
-            value = torch.as_tensor(array, device=self.device)
+            seen[name] = torch.as_tensor(array, device=self.device)
+        return self.joined(seen)
+
+    def joined(self, seen: dict[str, Tensor]) -> Inputs:
+        """Network inputs from the parts of observations, choices one-hot, in torch alone."""
+        inputs: Inputs = {}
+        vectors: list[Tensor] = []
+        for name, part in self.parts.items():
+            value = seen[name]
             if name in self.images:
                 value = value.reshape(-1, *part.shape or ())
                 inputs[f"image {name}"] = value.permute(0, 3, 1, 2) if part.shape != self.images[name] else value

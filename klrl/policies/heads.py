@@ -62,6 +62,17 @@ class CategoricalHead(nn.Module):
         counted = shaped + getattr(self.space, "start", 0)
         return counted if counted.dtype == self.space.dtype else counted.astype(self.space.dtype)
 
+    def deployed(self, output: Tensor, noise: Tensor | None) -> Tensor:
+        """``to_env`` of the mode, or of the action that standard Gumbel noise [N, k, n] draws, in torch."""
+        logits = self(output).logits
+        return self.counted((logits if noise is None else logits + noise).argmax(-1))
+
+    def counted(self, action: Tensor) -> Tensor:
+        """``to_env`` in torch."""
+        start = torch.as_tensor(getattr(self.space, "start", 0))
+        shaped = action.reshape(-1, *(self.space.shape or ())) + start
+        return shaped.to(torch.from_numpy(np.zeros(0, self.space.dtype)).dtype)
+
     def metrics(self) -> dict[str, float]:
         return {}
 
@@ -77,6 +88,10 @@ class JointCategoricalHead(CategoricalHead):
 
     def to_env(self, action: Array) -> Array:
         return self.parts.to_env(np.stack(np.unravel_index(action[:, 0], self.sizes), axis=-1))
+
+    def counted(self, action: Tensor) -> Tensor:
+        below = [math.prod(self.sizes[i + 1 :]) for i in range(len(self.sizes))]
+        return self.parts.counted(action // torch.tensor(below) % torch.tensor(self.sizes))
 
 
 class NormalHead(nn.Module):
@@ -123,6 +138,12 @@ class NormalHead(nn.Module):
         shaped = action.reshape(len(action), *self.space.shape)
         within = np.minimum(np.maximum(shaped, self.space.low), self.space.high)  # np.clip takes twice as long
         return within if within.dtype == self.space.dtype else within.astype(self.space.dtype)
+
+    def deployed(self, output: Tensor, noise: Tensor | None) -> Tensor:
+        """``to_env`` of the mode, or of the action that standard normal noise [N, d] draws, in torch."""
+        policy, (low, high) = self(output), (torch.from_numpy(x) for x in (self.space.low, self.space.high))
+        action = policy.mode if noise is None else torch.addcmul(policy.loc, policy.log_std.exp(), noise)
+        return action.reshape(-1, *low.shape).clamp(low, high).to(low.dtype)
 
     def metrics(self) -> dict[str, float]:
         """The mean standard deviation, in half ranges where the space is bounded."""

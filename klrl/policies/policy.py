@@ -25,7 +25,8 @@ class Head(Protocol):
         handful of numbers costs less than torch's calls. Where a head has ``numbers``, their ``draw``."""
 
     def to_env(self, action: Array) -> Array:
-        """Actions [N, d] as the environment takes them, [N, *space.shape]."""
+        """Actions [N, d] as the environment takes them, [N, *space.shape]. To be exported, a head has besides
+        ``deployed(output, noise)``, which gives these in torch."""
 
     def metrics(self) -> dict[str, float]:
         """What is worth logging of the head's own weights."""

@@ -125,6 +125,13 @@ class SquashedHead(nn.Module):
         scaled = low + (action.reshape(len(action), *self.space.shape) + 1) / 2 * (high - low)
         return scaled.clip(low, high).astype(self.space.dtype)
 
+    def deployed(self, output: Tensor, noise: Tensor | None) -> Tensor:
+        """``to_env`` of the mode, or of the action that standard normal noise [N, d] draws, in torch."""
+        policy, (low, high) = self(output), (torch.from_numpy(x) for x in (self.space.low, self.space.high))
+        action = policy.mode if noise is None else policy.squash(noise)[0]
+        scaled = low + (action.reshape(-1, *low.shape) + 1) / 2 * (high - low)
+        return scaled.clamp(low, high).to(low.dtype)
+
     def metrics(self) -> dict[str, float]:
         return {}
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from klrl.console import warn
 from klrl.errors import EnvironmentFailedError, UsageError, refusals
 from klrl.rundir.folder import new_file, open_file
+from klrl.rundir.hub import PREFIX, downloaded
 from klrl.rundir.trees import join, split
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -185,6 +186,10 @@ def load_rows(path: Path, entries: list[dict[str, Any]]) -> Iterator[tuple[int, 
 
 def newest(path: Path, which: str = "last", with_rows: bool = False) -> tuple[Path, dict[str, Any]]:
     """Load what ``resolve`` names; where a run's checkpoint is damaged, the one before it, and say so on stderr."""
+    if (name := str(path)).startswith(PREFIX):
+        with downloaded(name) as folder:
+            source, content = newest(folder, which, with_rows)
+            return name.removeprefix(PREFIX) / source.relative_to(folder), content
     first = resolve(path, which)
     if first == path:
         return path, load(path, with_rows)

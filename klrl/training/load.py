@@ -62,6 +62,8 @@ def load(
 ) -> Agent:
     """The agent of a run folder or checkpoint, or one that ``Agent.save`` wrote, with its normaliser, on the CPU.
 
+    ``path`` may be "hf:user/name" or "hf:user/name@revision", which ``klrl push`` wrote to the Hugging Face Hub.
+
     ``agent``, ``network``: the class and network of a run that was given such, where they are not imported already;
     ``imports``: packages to import first, for those. What the run itself names is not imported.
     Raises UsageError where ``path`` is no such thing, or where a file is missing, truncated or altered.
