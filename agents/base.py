@@ -329,8 +329,8 @@ def check_widths(options: Mapping[str, Any], saved: State) -> None:
     """Raise ValueError where the hidden layers that ``options`` ask for cannot be those whose weights are saved, before
     they are made: what a prepared file asks for may take all memory, or hours."""
     widths, code = options.get("hidden_sizes", ()), options.get("bottleneck", {}).get("size", 0)
-    weights = sum(a * b for a, b in pairwise(widths)) + 2 * code * max(1, *widths[-1:])
-    weights += max(0, *widths[-1:]) ** 2 if options.get("critic") == "bayesian" else 0
+    weights = sum(a * b for a, b in pairwise(widths)) + 2 * code * max([1, *widths[-1:]])
+    weights += max([0, *widths[-1:]]) ** 2 if options.get("critic") == "bayesian" else 0
     held = sum(part.numel() for part in tree_leaves(saved) if isinstance(part, Tensor))
     if weights > max(held, _SMALL):
         raise ValueError(f"hidden layers of {weights:,} weights, but {held:,} numbers are saved")

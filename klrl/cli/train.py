@@ -15,6 +15,7 @@ from klrl.cli.options import parse, wants_help
 from klrl.config import convert, merge
 from klrl.console import rank
 from klrl.envs.make import check, check_imported, import_module, import_packages, module_of
+from klrl.envs.pixels import modules_of
 from klrl.errors import UsageError, refusals
 from klrl.training.distill import say_sizes, taught_by
 from klrl.training.launch import launch
@@ -53,6 +54,7 @@ def _early(options: list[str]) -> dict[str, list[str]]:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--config", "--import", "--network", "--from"):
         early.add_argument(name, dest=name, nargs="?", action="append", default=[])
+    early.add_argument("--env.wrappers", dest="--env.wrappers", nargs="*", action="extend", default=[])
     return {name: [word for word in words if word] for name, words in vars(early.parse_known_args(options)[0]).items()}
 
 
@@ -68,6 +70,8 @@ def _begin(
     import_packages(found["--import"])
     for network in filter(module_of, found["--network"]):
         import_module(module_of(network), f"--network {network}")
+    for module in modules_of(found["--env.wrappers"]):
+        import_module(module, "--env.wrappers")
     wanted = convert(tuple[str, ...], saved.pop("imports", ()), "imports")
     network = "" if found["--network"] else convert(str, saved.get("network", ""), "network")
     check_imported([*wanted, module_of(network)], "".join(found["--config"][-1:]))
