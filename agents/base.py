@@ -306,8 +306,8 @@ def check_widths(options: Mapping[str, Any], saved: State) -> None:
     widths, code = options.get("hidden_sizes", ()), options.get("bottleneck", {}).get("size", 0)
     critics = options.get("critic_hidden_sizes") or widths
     weights = max(sum(a * b for a, b in pairwise(part)) for part in (widths, critics))
-    weights += 2 * code * max(1, *widths[-1:])
-    weights += max(0, *critics[-1:]) ** 2 if options.get("critic") == "bayesian" else 0
+    weights += 2 * code * max([1, *widths[-1:]])
+    weights += max([0, *critics[-1:]]) ** 2 if options.get("critic") == "bayesian" else 0
     weights += 6 * options.get("memory_size", 0) ** 2 if options.get("memory", "none") != "none" else 0
     held = sum(part.numel() for part in tree_leaves(saved) if isinstance(part, Tensor))
     if weights > max(held, _SMALL):

@@ -63,7 +63,7 @@ def applies(module: Any, *groups: FlatParameters) -> bool:
     """Whether the network of a critic or policy is a plain MLP without hooks, whose weights, those of ``groups``, are
     on the CPU and none is frozen."""
     network = module.network
-    plain = type(module) in (Policy, Critic) and type(network) is Network and not network.torso.image_keys
+    plain = type(module) in (Policy, Critic) and type(network) is Network and network.torso.is_plain
     plain = plain and type(network.mlp) is MLP and network.mlp.is_plain and network.mlp.activation in _SLOPES
     plain = plain and not any(map(_hooked, module.modules()))
     return plain and all(group.frozen is None and group.flat.device.type == "cpu" for group in groups)

@@ -20,10 +20,11 @@ from gymnasium.vector import SyncVectorEnv, VectorEnv
 import klrl.envs  # registers the probes
 from klrl.config import Checked, Range, cores, suggest
 from klrl.envs.guards import FAILURES, each_line_once
+from klrl.envs.pixels import named_wrappers, wrapped
 from klrl.envs.pool import Pool
 from klrl.envs.workers import Workers, make_seeded
 from klrl.envs.wrappers import EpisodePosition, NamedFaults, SeededEpisodes, next_step
-from klrl.errors import UsageError, one_line
+from klrl.errors import UsageError, needs, one_line
 
 _MOST_WORKERS = 512
 EnvFactory = Callable[[], gym.Env[Any, Any]]
@@ -45,6 +46,9 @@ class EnvConfig(Checked):
 
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments for the environment, as name=value pairs: --env.kwargs continuous=true gravity=-8."""
+    wrappers: tuple[str, ...] = ()
+    """Wrappers of each environment, the innermost first: atari (the usual preprocessing), grayscale, resize:84, stack:4
+    or module:Wrapper."""
     vectorization: Literal["auto", "sync", "async", "vector", "envpool"] = "sync"
     """Step the environments in this process, in worker processes (pays off where a step takes a millisecond), whichever
     of these is faster (auto), as the vector environment that the id itself offers, or as EnvPool's. A run on the last
@@ -67,9 +71,15 @@ def make_vector(
     Raises UsageError for an unknown id, a missing extra or arguments that the environment refuses.
     """
     config = settled(env, n_envs, config)
+    wraps = named_wrappers(config.wrappers)
+    if wraps and config.vectorization in ("vector", "envpool"):
+        way = f"--env.vectorization {config.vectorization}"
+        raise UsageError(f"--env.wrappers wraps single environments, which {way} has not: use sync or async")
     if isinstance(env, str):
         check(env)
         if _spec(env).entry_point is None or config.vectorization == "vector":
+            if wraps:
+                raise UsageError(f"--env.wrappers wraps single environments, and {env} offers only a vector of them")
             if _spec(env).vector_entry_point is None:
                 raise UsageError(f"--env.vectorization vector: {env} offers no vector environment of its own; use sync")
             making: Any = partial(gym.make_vec, env, n_envs, vectorization_mode="vector_entry_point", **config.kwargs)
@@ -77,9 +87,11 @@ def make_vector(
         if config.vectorization == "envpool":
             making = partial(Pool, env.rpartition(":")[2], n_envs, **config.kwargs)
             return NamedFaults(_guard(env, config.kwargs, making), env)
-        factory: EnvFactory = partial(gym.make, env, **config.kwargs)
+        factory: EnvFactory = partial(gym.make, env, **env_arguments(env, config))
+        if wraps:
+            factory = partial(wrapped, factory, wraps)
         # One environment made here turns what a worker process would bury into one line.
-        SeededEpisodes(_guard(env, config.kwargs, factory), 0).close()
+        SeededEpisodes(_guard(env, config.kwargs, factory, config.wrappers), 0).close()
     else:
         if not callable(env):
             raise UsageError(
@@ -90,7 +102,7 @@ def make_vector(
             raise UsageError(f"--env.vectorization {config.vectorization} goes with an env id, not with a factory")
         if config.kwargs:
             raise UsageError("--env.kwargs goes with an env id; give a factory its arguments yourself")
-        factory = env
+        factory = partial(wrapped, env, wraps) if wraps else env
     makers = [
         partial(make_seeded, factory, index, config.on_error, position)
         for index, position in enumerate(positions or [None] * n_envs)
@@ -163,6 +175,10 @@ def check(env_id: str) -> None:
     module = module_of(env_id)
     if module or env_id.startswith(":"):
         import_module(module, f"env {env_id!r}")
+    if env_id.startswith("ALE/"):
+        with needs("atari", "ale_py"):
+            import ale_py
+        gym.register_envs(ale_py)
     try:
         _spec(env_id)
     except error.DeprecatedEnv as problem:
@@ -219,11 +235,20 @@ def _spec(env_id: str) -> Any:
     return gym.spec(env_id.rpartition(":")[2])
 
 
-def _guard(env_id: str, kwargs: dict[str, Any], make: Callable[[], Any]) -> Any:
+def env_arguments(env_id: str, config: EnvConfig) -> dict[str, Any]:
+    """The environment's arguments: with ``atari``, which skips frames itself and looks at the screen itself, one of
+    ALE's has to skip none, and need not colour any."""
+    ale = "atari" in config.wrappers and str(_spec(env_id).entry_point).startswith("ale_py")
+    return {"frameskip": 1, "obs_type": "grayscale", **config.kwargs} if ale else config.kwargs
+
+
+def _guard(env_id: str, kwargs: dict[str, Any], make: Callable[[], Any], wrappers: Sequence[str] = ()) -> Any:
     try:
         with each_line_once():
             return make()
     except (error.DependencyNotInstalled, ImportError) as problem:
+        if "opencv" in str(problem):
+            raise UsageError(f"--env.wrappers {' '.join(wrappers)} needs an extra: pip install 'klrl[atari]'") from None
         for extra in ("mujoco", "box2d"):
             if isinstance(problem, error.DependencyNotInstalled) and extra in str(_spec(env_id).entry_point):
                 raise UsageError(f"env {env_id!r} needs an extra: pip install 'klrl[{extra}]'") from None
@@ -232,12 +257,14 @@ def _guard(env_id: str, kwargs: dict[str, Any], make: Callable[[], Any]) -> Any:
         raise
     except FAILURES as problem:
         blamed = f"--env.kwargs {kwargs} does not fit {env_id}" if kwargs else f"env {env_id!r} cannot be made"
+        blamed += f" with --env.wrappers {' '.join(wrappers)}" if wrappers else ""
         raise UsageError(f"{blamed}: {one_line(problem)}") from None
 
 
 @cache
 def presets() -> dict[str, dict[str, Any]]:
-    """Every preset by env id: a table per agent with "config", "source" and what was "measured".
+    """Every preset by env id, or by the namespace of ids: a table per agent with "config", "source" and what was
+    "measured", if anything was.
 
     There may be "scores", too: what was measured with other rules, by what these are to be called.
     """
@@ -247,5 +274,10 @@ def presets() -> dict[str, dict[str, Any]]:
 
 
 def preset(agent: str, env: str | EnvFactory) -> dict[str, Any]:
-    """The options that suit ``agent`` on ``env``; empty where there is no preset, so that the defaults hold."""
-    return presets().get(env.rpartition(":")[2], {}).get(agent, {}).get("config", {}) if isinstance(env, str) else {}
+    """The options that suit ``agent`` on ``env``, by its id or else its namespace; empty where there is no preset, so
+    that the defaults hold."""
+    if not isinstance(env, str):
+        return {}
+    env_id = env.rpartition(":")[2]
+    found = presets().get(env_id) or presets().get(env_id.partition("/")[0], {})
+    return found.get(agent, {}).get("config", {})

@@ -165,3 +165,33 @@ class Recall(RewardByBoth):
     @staticmethod
     def value(bit: int, gamma: float) -> float:
         return gamma**3
+
+
+class Catch(gym.Env[Any, Any]):
+    """A ball falls down an image, and a paddle at the bottom catches it (1) or not (-1). Fails where images are not
+    seen. Source: Osband et al. (2020), "Behaviour suite for reinforcement learning"."""
+
+    action_space = spaces.Discrete(3)  # left, stay, right
+
+    def __init__(self, cells: int = 10, scale: int = 1) -> None:
+        """``cells``: of a side, one for the ball and one for the paddle. ``scale``: pixels of a cell's side."""
+        self.cells, self.scale = cells, scale
+        self.observation_space = spaces.Box(0, 255, (cells * scale, cells * scale, 1), np.uint8)
+        self.row = self.ball = self.paddle = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.row, self.ball, self.paddle = 0, int(self.np_random.integers(self.cells)), self.cells // 2
+        return self.observe(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.paddle = min(max(self.paddle + int(action) - 1, 0), self.cells - 1)
+        self.row += 1
+        landed = self.row == self.cells - 1
+        reward = (1.0 if self.ball == self.paddle else -1.0) if landed else 0.0
+        return self.observe(), reward, landed, False, {}
+
+    def observe(self) -> Any:
+        image = np.zeros((self.cells, self.cells), np.uint8)
+        image[self.row, self.ball] = image[-1, self.paddle] = 255
+        return image.repeat(self.scale, 0).repeat(self.scale, 1)[..., None]

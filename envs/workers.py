@@ -17,7 +17,7 @@ from gymnasium.vector.utils import batch_space
 
 from klrl.console import warn
 from klrl.envs.guards import CLOSE_SECONDS, each_line_once
-from klrl.envs.wrappers import RESTARTED, EpisodePosition, SeededEpisodes
+from klrl.envs.wrappers import LEARNED, RESTARTED, EpisodePosition, SeededEpisodes, as_learned
 from klrl.errors import STOP_SIGNALS, EnvironmentFailedError, UsageError, one_line
 
 T = TypeVar("T")
@@ -60,7 +60,10 @@ class Share(gym.Env[Any, Any]):
         *answer, info = self.envs.step(action)
         rows = np.flatnonzero(info[f"_{RESTARTED}"]) if RESTARTED in info else ()
         reasons = tuple((int(row), info[RESTARTED][row]) for row in rows)
-        return *answer, {_REASONS: reasons} if reasons else {}
+        told: dict[str, Any] = {_REASONS: reasons} if reasons else {}
+        if LEARNED in info:
+            told[LEARNED] = np.stack(as_learned(answer[1], answer[2], info), axis=-1)
+        return *answer, told
 
     def close(self) -> None:
         self.envs.close()
@@ -100,7 +103,10 @@ class Workers(VectorEnv[Any, Any, Any]):
         shared = np.asarray(actions).reshape(len(self.workers.processes), self.share, *np.shape(actions)[1:])
         begin = partial(self.workers.step_async, shared)
         obs, reward, terminated, truncated, info = self._watch(begin, lambda: self.workers.step_wait(self.timeout))
-        return self._flat(obs), reward.reshape(-1), terminated.reshape(-1), truncated.reshape(-1), self._reasons(info)
+        told = self._reasons(info)
+        if LEARNED in info:
+            told |= {LEARNED: info[LEARNED].reshape(-1, 2), f"_{LEARNED}": info[f"_{LEARNED}"].repeat(self.share)}
+        return self._flat(obs), reward.reshape(-1), terminated.reshape(-1), truncated.reshape(-1), told
 
     def _flat(self, obs: Any) -> Any:
         """Observations [P, k, ...] as [N, ...]."""

@@ -18,6 +18,9 @@ from klrl.policies.observations import Layout
 T = TypeVar("T")
 RESTARTED = "klrl.restarted"
 """The key of an info that says why an episode was truncated, and the next one begun."""
+LEARNED = "klrl.learned"
+"""The key of an info that says what an agent is to learn from in place of a step's reward and end: two numbers, the
+reward and whether, for the agent, the episode terminated there though it goes on."""
 _FIRST = "klrl.first"
 
 
@@ -33,6 +36,17 @@ class EpisodePosition:
     """Whether the last action ended the episode, so that the next step only resets."""
 
 
+def as_learned(reward: Any, terminated: Any, info: dict[str, Any]) -> tuple[Any, Any]:
+    """The rewards and terminations [N] that an agent learns from: those of the step, but where its info has LEARNED.
+
+    The row after such a termination is taken for one that resets: left out of losses and statistics.
+    """
+    if LEARNED not in info:
+        return reward, terminated
+    said, (rewards, ends) = info[f"_{LEARNED}"], info[LEARNED].T
+    return np.where(said, rewards, reward), terminated | (said & (ends > 0))
+
+
 def counted_from(first: int) -> dict[str, Any] | None:
     """Options for ``reset`` that number the environments from ``first``."""
     return {_FIRST: first} if first else None
@@ -44,8 +58,8 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
     An environment therefore has no state to save: its ``EpisodePosition`` brings it back. The first ``reset`` replays
     ``position``. Where the replay ends at another observation, and where a step fails under ``on_error`` "restart",
     the episode is truncated at the last observation, and RESTARTED in the info says why. A step fails where it raises,
-    asks the interpreter to exit, or returns what no environment may. The environment's own infos end here: training
-    reads none, and those of several environments need not fit into one.
+    asks the interpreter to exit, or returns what no environment may. The environment's own infos end here, but for
+    LEARNED: training reads no other, and those of several environments need not fit into one.
     """
 
     def __init__(
@@ -88,10 +102,10 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
             if self.on_error == "raise":
                 raise failure from None
             return self._truncate(str(failure))
-        obs, reward, terminated, truncated, _ = answer
+        obs, reward, terminated, truncated, info = answer
         self.obs = obs
         self.steps += 1
-        return obs, reward, terminated, truncated, {}
+        return obs, reward, terminated, truncated, {LEARNED: info[LEARNED]} if LEARNED in info else {}
 
     def close(self) -> None:
         close_or_warn(self.env, self.index)

@@ -17,8 +17,9 @@ from klrl.agents.ppo import PPOConfig
 from klrl.agents.trpo import TRPOConfig
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.policies.encoder import ObservationEncoder
-from klrl.policies.networks import MLP, TwinCritic, linear
+from klrl.policies.networks import MLP, TwinCritic
 from klrl.policies.parameters import FlatParameters, adam_step
+from klrl.policies.torso import linear
 
 ACTIVATIONS: list[Any] = ["tanh", "relu", "silu", "gelu", "elu"]
 

@@ -15,10 +15,11 @@ from torch.nn import functional
 from klrl.policies.distributions import DiagonalNormal, MultiCategorical
 from klrl.policies.encoder import ObservationEncoder
 from klrl.policies.heads import CategoricalHead, JointCategoricalHead, NormalHead, make_head
-from klrl.policies.networks import MLP, Network, TwinCritic, linear
+from klrl.policies.networks import MLP, Network, TwinCritic
 from klrl.policies.parameters import FlatParameters, gradients
 from klrl.policies.policy import Policy
 from klrl.policies.squashed import SquashedHead
+from klrl.policies.torso import linear
 
 CPU = torch.device("cpu")
 

@@ -66,8 +66,9 @@ class ReplayBuffer(Buffer):
         ends = np.cumsum([0, features, action_width, 1, 1, features])
         self._columns = [slice(a, b) for a, b in pairwise(ends)]
         self._rows: Rows = _storage((capacity, int(ends[-1])), np.float32, folder)
+        types = {torch.uint8: np.uint8, torch.float32: np.float32}
         self._images = {
-            f"image {key}": _storage((2, capacity, *shape), np.uint8, folder)
+            f"image {key}": _storage((2, capacity, *shape), types[self.encoder.image_types[key]], folder)
             for key, shape in self.encoder.images.items()
         }
         self.size, self.steps, self.written = 0, 0, 0
@@ -97,12 +98,11 @@ class ReplayBuffer(Buffer):
         with np.errstate(over="ignore"):
             reward = reward.astype(np.float32)
         for name, values in (
-            ("observation", before.get("vector")),
-            ("observation", after.get("vector")),
+            *(("observation", part) for seen in (before, after) for part in seen.values() if part.dtype != np.uint8),
             ("action", action),
             ("reward", reward[:, None]),
         ):
-            if values is not None and not np.isfinite(values).all():
+            if not np.isfinite(values).all():
                 env = int(np.argwhere(~np.isfinite(values))[0, 0])
                 raise NonFiniteError(f"{name} is not finite in env {env} after {self.steps} steps")
         valid = np.flatnonzero(~self._ended)

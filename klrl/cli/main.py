@@ -220,13 +220,15 @@ def _list(arguments: list[str]) -> None:
     rows = []
     for env_id, entries in presets().items():
         for agent, entry in entries.items():
-            rows.append((agent, env_id, *_measured(entry["measured"]), entry["source"]))
+            rows.append((agent, env_id, *_measured(entry.get("measured")), entry["source"]))
             rows += [("", f"with {rule}", *_measured(of), "") for rule, of in entry.get("scores", {}).items()]
     tables.show(("agent", "env", "steps", "mean return", "seeds", "preset from"), rows, "<<>><<")
 
 
-def _measured(score: dict[str, Any]) -> tuple[str, str, str]:
+def _measured(score: dict[str, Any] | None) -> tuple[str, str, str]:
     """Steps, mean return and seeds of a preset's score, as cells."""
+    if score is None:
+        return "", "not measured", ""
     seeds = " ".join(map(str, score["seeds"]))
     return f"{score['steps']:,}", f"{score['mean']:.1f} +- {score['std']:.1f}", seeds
 

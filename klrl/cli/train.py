@@ -15,6 +15,7 @@ from klrl.cli.options import parse, wants_help
 from klrl.config import convert, merge, option
 from klrl.console import rank
 from klrl.envs.make import check, check_imported, import_module, import_packages, module_of
+from klrl.envs.pixels import modules_of
 from klrl.errors import UsageError, refusals
 from klrl.policies.own import OPTIONS, names_in
 from klrl.training.distill import say_sizes, taught_by
@@ -55,6 +56,7 @@ def _early(options: list[str]) -> dict[str, list[str]]:
     for name in ("--config", "--import", "--from", *map(option, OPTIONS)):
         spellings = {name, f"--{name[2:].replace('-', '_')}"}
         early.add_argument(*spellings, dest=name, nargs="?", action="append", default=[])
+    early.add_argument("--env.wrappers", dest="--env.wrappers", nargs="*", action="extend", default=[])
     return {name: [word for word in words if word] for name, words in vars(early.parse_known_args(options)[0]).items()}
 
 
@@ -71,6 +73,8 @@ def _begin(
     for path in OPTIONS:
         for name in filter(module_of, found[option(path)]):
             import_module(module_of(name), f"{option(path)} {name}")
+    for module in modules_of(found["--env.wrappers"]):
+        import_module(module, "--env.wrappers")
     wanted = convert(tuple[str, ...], saved.pop("imports", ()), "imports")
     named = [name for path, name in names_in(saved).items() if not found[option(path)]]
     check_imported([*wanted, *map(module_of, named)], "".join(found["--config"][-1:]))

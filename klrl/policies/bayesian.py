@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from klrl.kl import Ranks, normal_kl, state_mean
 from klrl.policies.encoder import Inputs
-from klrl.policies.networks import Critic, linear
+from klrl.policies.networks import Critic
+from klrl.policies.torso import linear
 
 _PRIOR_LOG_STD, _FIRST_LOG_STD = 0.0, -3.0
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from klrl.kl import normal_kl
 from klrl.policies.encoder import Inputs
-from klrl.policies.networks import linear
+from klrl.policies.torso import linear
 
 
 class BottleneckNetwork(nn.Module):

@@ -11,10 +11,11 @@ from torch import Tensor
 from klrl.errors import UsageError
 from klrl.kl import ALONE
 from klrl.policies.observations import Layout, Observation
-from klrl.policies.spaces import category_sizes
+from klrl.policies.spaces import brightest, category_sizes, is_small_image
 
 Inputs = dict[str, Tensor]
-"""A batch of network inputs: float32 "vector" [B, F], and each image as uint8 [B, C, H, W] under "image KEY"."""
+"""A batch of network inputs: float32 "vector" [B, F], and each image [B, C, H, W] under "image KEY": as uint8, or where
+the environment shows floats, as float32 from 0 to 1."""
 
 _LIMIT = 10.0  # normalised observations are cut off here, as in SB3's VecNormalize
 
@@ -36,15 +37,21 @@ class ObservationEncoder:
         self.layout, self.ranks = Layout(space), ALONE
         self.device, self.parts = device, _chosen(self.layout.parts, keys)
         self.images = {name: shape for name, shape in self.layout.images.items() if name in self.parts}
+        self.image_types = {name: _image_type(self.parts[name]) for name in self.images}
         self.space: spaces.Space[Any] = spaces.Dict(self.parts) if keys else space
+        self.small_images: list[tuple[slice, spaces.Space[Any]]] = []
+        """Those that are among the numbers of "vector": where, and of what space."""
         scaled: list[bool] = []
         for name, part in self.parts.items():
+            if is_small_image(part):
+                self.small_images.append((slice(len(scaled), len(scaled) + _features(part)), part))
             if name not in self.images:
                 scaled += [isinstance(part, spaces.Box)] * _features(part)
         self.features = len(scaled)
         self._scaled = torch.tensor(scaled, dtype=torch.bool, device=device)
         self.normalize = normalize and bool(self._scaled.any())
-        self.plain = isinstance(space, spaces.Box) and not self.images and space.dtype != np.uint8
+        images = self.images or self.small_images
+        self.plain = isinstance(space, spaces.Box) and not images and space.dtype != np.uint8
         """Whether the observation is one vector of numbers, so that ``to_numpy`` applies."""
         self.count = 0.0
         self.mean = torch.zeros(self.features, device=device)
@@ -79,8 +86,8 @@ class ObservationEncoder:
     def zeros(self, rows: int) -> Inputs:
         """Inputs of ``rows`` observations that are all zero."""
         vector = {"vector": torch.zeros(rows, self.features, device=self.device)} if self.features else {}
-        shapes = {f"image {key}": shape for key, shape in self.images.items()}
-        return vector | {k: torch.zeros(rows, *s, dtype=torch.uint8, device=self.device) for k, s in shapes.items()}
+        kinds = {f"image {key}": (shape, self.image_types[key]) for key, shape in self.images.items()}
+        return vector | {key: torch.zeros(rows, *s, dtype=t, device=self.device) for key, (s, t) in kinds.items()}
 
     def probe(self) -> Inputs:
         """Inputs of four random observations, always the same: two networks that agree on them are alike."""
@@ -142,8 +149,7 @@ class ObservationEncoder:
         for name, part in self.parts.items():
             value = seen[name]
             if name in self.images:
-                value = value.reshape(-1, *part.shape or ())
-                inputs[f"image {name}"] = value.permute(0, 3, 1, 2) if part.shape != self.images[name] else value
+                inputs[f"image {name}"] = _image(value, part, self.images[name])
             else:
                 vector = value.reshape(-1, _features(part)).float()
                 vectors.append(vector / 255.0 if part.dtype == np.uint8 else vector)
@@ -170,6 +176,22 @@ def _chosen(parts: dict[str, spaces.Space[Any]], keys: Sequence[str]) -> dict[st
             known = f"its parts are {', '.join(parts)}" if any(parts) else "it is no Dict"
             raise UsageError(f"the observation has no part {key!r}: {known}")
     return {n: p for n, p in parts.items() if not keys or any(f"{n}.".startswith(f"{key}.") for key in keys)}
+
+
+def _image_type(space: spaces.Space[Any]) -> torch.dtype:
+    return torch.float32 if np.issubdtype(space.dtype, np.floating) else torch.uint8
+
+
+def _image(value: Tensor, space: spaces.Space[Any], shape: tuple[int, int, int]) -> Tensor:
+    """Images [..., *space.shape] as [B, C, H, W], in the type that ``Inputs`` has them."""
+    assert isinstance(space, spaces.Box)
+    if space.dtype == np.bool_:
+        value = value.to(torch.uint8) * 255
+    elif space.dtype != np.uint8:
+        value = value.float() / brightest(space)
+    if len(space.shape) == 3 and space.shape != shape:
+        return value.reshape(-1, *space.shape).permute(0, 3, 1, 2)
+    return value.reshape(-1, *shape)
 
 
 def _features(space: spaces.Space[Any]) -> int:

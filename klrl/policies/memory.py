@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from klrl.errors import UsageError
 from klrl.policies.encoder import Inputs, ObservationEncoder
-from klrl.policies.networks import MLP, Activation, Array, OwnNetwork, Torso
+from klrl.policies.networks import MLP, Activation, Array, OwnNetwork
+from klrl.policies.torso import Torso
 
 Cell = Literal["gru", "lstm"]
 SEQUENCE = "sequence"

@@ -1,4 +1,4 @@
-"""Networks: an MLP over encoded observations (after convolutions for images), one's own, and the critics."""
+"""Networks: an MLP over what a torso makes of observations, one's own, and the critics."""
 
 import copy
 import math
@@ -16,12 +16,12 @@ from klrl.errors import UsageError
 from klrl.kl import Ranks
 from klrl.policies.encoder import Inputs, ObservationEncoder
 from klrl.policies.own import find_class
+from klrl.policies.torso import Torso, brightness, linear
 
 Activation = Literal["tanh", "relu", "silu", "gelu", "elu"]
 Array = np.ndarray[Any, Any]
 OwnNetwork = nn.Module | Callable[[spaces.Space[Any]], nn.Module]
 """A network of one's own, which is copied for each use, or what makes one for an observation space."""
-_IMAGE_FEATURES = 512
 # Of a layer's outputs, which tanh and relu overwrite: the way back of the others may read them.
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh_,
@@ -129,23 +129,6 @@ def tanh_(x: Array) -> Array:
     return x
 
 
-class Torso(nn.Module):
-    """Encoded observations as one vector [B, width]: what a convolutional net sees in each image, then the numbers."""
-
-    def __init__(self, encoder: ObservationEncoder, rng: torch.Generator) -> None:
-        super().__init__()
-        self.image_keys = [f"image {key}" for key in encoder.images]
-        self.image_nets = nn.ModuleList(image_net(shape, rng) for shape in encoder.images.values())
-        self.width = encoder.features + _IMAGE_FEATURES * len(self.image_keys)
-
-    def forward(self, inputs: Inputs, *more: Tensor) -> Tensor:
-        """``more``: further numbers to append, each [B, d]."""
-        nets = zip(self.image_nets, self.image_keys, strict=True)
-        parts = [net(inputs[key].float() / 255.0) for net, key in nets]
-        parts += [inputs["vector"], *more] if "vector" in inputs else more
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-
 class Network(nn.Module):
     """Encoded observations to outputs [B, outputs]: an MLP on a torso."""
 
@@ -212,7 +195,7 @@ class FeatureNetwork(nn.Module):
 
     @staticmethod
     def _given(inputs: Inputs) -> Tensor | Inputs:
-        scaled = {key: part.float() / 255.0 if part.dtype == torch.uint8 else part for key, part in inputs.items()}
+        scaled = {key: brightness(part) if key.startswith("image ") else part for key, part in inputs.items()}
         return next(iter(scaled.values())) if len(scaled) == 1 else scaled
 
 
@@ -307,27 +290,3 @@ class TwinCritic(nn.Module):
                 x = torch.addcmul(self.shifts[i], self.gains[i], functional.layer_norm(x, x.shape[-1:]))
             x = _ACTIVATIONS[self.activation](x)
         return torch.baddbmm(bias, x, weight)
-
-
-def linear(inputs: int, outputs: int, gain: float, rng: torch.Generator) -> nn.Linear:
-    """A linear layer with orthogonal weights (Saxe et al. 2014) times ``gain`` and zero bias."""
-    layer = nn.Linear(inputs, outputs)
-    nn.init.orthogonal_(layer.weight, gain, generator=rng)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def image_net(shape: tuple[int, int, int], rng: torch.Generator) -> nn.Sequential:
-    """The convolutional net of Mnih et al. (2015) for images [C, H, W], to 512 features."""
-    layers: list[nn.Module] = []
-    channels = shape[0]
-    for out, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
-        layer = nn.Conv2d(channels, out, kernel, stride)
-        nn.init.orthogonal_(layer.weight, 2**0.5, generator=rng)
-        layer.bias.data.zero_()  # type: ignore[union-attr]
-        layers += [layer, nn.ReLU()]
-        channels = out
-    layers.append(nn.Flatten())
-    with torch.no_grad():
-        flat = nn.Sequential(*layers)(torch.zeros(1, *shape)).shape[1]
-    return nn.Sequential(*layers, linear(flat, _IMAGE_FEATURES, 2**0.5, rng), nn.ReLU())

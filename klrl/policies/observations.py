@@ -6,7 +6,7 @@ import numpy as np
 from gymnasium import spaces
 
 from klrl.errors import UsageError
-from klrl.policies.spaces import check_observation_space, is_image, leaves
+from klrl.policies.spaces import channels_first, check_observation_space, is_image, leaves
 
 Observation = np.ndarray[Any, Any] | dict[str, np.ndarray[Any, Any]]
 
@@ -25,7 +25,7 @@ class Layout:
         self.parts: dict[str, spaces.Space[Any]] = dict(
             sorted((".".join(map(str, path)), part) for path, part in leaves(space))
         )
-        self.images = {name: _channels_first(part) for name, part in self.parts.items() if is_image(part)}
+        self.images = {name: channels_first(part) for name, part in self.parts.items() if is_image(part)}
         self._usual = [(name, part.shape or (), part.dtype) for name, part in self.parts.items()]
         self._last: tuple[int, ...] | None = None  # the shape of the last batch without a key, and of most that follow
 
@@ -149,13 +149,7 @@ def _converted(called: str, value: np.ndarray[Any, Any], part: spaces.Space[Any]
     return value.astype(part.dtype)
 
 
-def _channels_first(space: spaces.Space[Any]) -> tuple[int, int, int]:
-    assert space.shape is not None
-    first, middle, last = space.shape
-    return (first, middle, last) if first <= last else (last, first, middle)
-
-
-def _transposed(shape: tuple[int, ...], channels_first: tuple[int, int, int]) -> tuple[int, ...]:
+def _transposed(shape: tuple[int, ...], first: tuple[int, int, int]) -> tuple[int, ...]:
     """The shape of the same image with its channels at the other end."""
-    channels, height, width = channels_first
-    return (height, width, channels) if shape == channels_first else channels_first
+    channels, height, width = first
+    return (height, width, channels) if shape == first else first

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from klrl.policies.encoder import Inputs
-from klrl.policies.networks import Critic, FeatureNetwork, Network, linear
+from klrl.policies.networks import Critic, FeatureNetwork, Network
+from klrl.policies.torso import linear
 
 
 class SharedCritic(Critic):

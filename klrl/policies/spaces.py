@@ -11,6 +11,7 @@ from klrl.errors import UsageError
 
 _MAX_JOINT = 4096
 _MOST_NUMBERS = 2**26  # of an observation or action
+_LARGE, _SMALLEST = 36, 5  # sides of images for the net of Mnih et al., and for any
 _UNBOUNDED = 1e9  # bounds further apart stand for "no bounds", as float32's largest numbers often do
 
 
@@ -92,15 +93,63 @@ def check_observation_space(space: spaces.Space[Any]) -> None:
             raise UsageError(f"observation space {part} is empty: an observation of it says nothing")
 
 
+class Numbers(spaces.Box):
+    """A Box that is no image, whatever its shape: how runs have theirs that began before such were taken for images."""
+
+
 def is_image(space: spaces.Space[Any]) -> bool:
-    """Whether ``space`` holds bytes of shape [H, W, C] or [C, H, W] that are large enough for convolutions.
+    """Whether ``space`` holds images that are kept as they are until a convolutional net: of 36 x 36 pixels or more,
+    [H, W, C] or [C, H, W] of bytes, truth values or floats from 0 to 1 or to 255, or [H, W] of bytes.
 
     Others, such as [36, 3, 36], whose channels stand nowhere that is known, are vectors.
     """
-    if not isinstance(space, spaces.Box) or space.dtype != np.uint8 or len(space.shape) != 3:
+    if not isinstance(space, spaces.Box) or isinstance(space, Numbers):
+        return False
+    grey = len(space.shape) == 2 and space.dtype == np.uint8 and min(space.shape) >= _LARGE
+    return grey or _is_large(space) or _smaller_side(space) >= _LARGE
+
+
+def is_small_image(space: spaces.Space[Any]) -> bool:
+    """Whether ``space`` holds images [H, W, C] or [C, H, W] of 5 x 5 pixels or more that ``is_image`` is not for: among
+    the other numbers, and normalised with them, as their bytes are codes as often as brightness."""
+    return _smaller_side(space) >= _SMALLEST and not is_image(space)
+
+
+def channels_first(space: spaces.Space[Any]) -> tuple[int, int, int]:
+    """The shape [C, H, W] of an image's space; where both ends are alike, the channels are the first."""
+    assert space.shape is not None
+    if len(space.shape) == 2:
+        return (1, *space.shape)
+    first, middle, last = space.shape
+    return (first, middle, last) if first <= last else (last, first, middle)
+
+
+def brightest(space: spaces.Box) -> float:
+    """The upper bound of floats that run from 0 to 1, or to 255; 0 where they do not."""
+    low, high = space.low, space.high
+    within = np.issubdtype(space.dtype, np.floating) and (low == 0).all() and (high == high.flat[0]).all()
+    return float(high.flat[0]) if within and high.flat[0] in (1, 255) else 0.0
+
+
+def _smaller_side(space: spaces.Space[Any]) -> int:
+    """Of an image of three dimensions, in pixels; 0 of what is none."""
+    if not isinstance(space, spaces.Box) or isinstance(space, Numbers) or len(space.shape) != 3:
+        return 0
+    channels, *sides = channels_first(space)
+    shown = space.dtype in (np.uint8, np.bool_) or brightest(space) > 0
+    return min(sides) if shown and channels <= min(sides) else 0
+
+
+def _is_large(space: spaces.Box) -> bool:
+    """Whether bytes are what was taken for an image at first."""
+    if space.dtype != np.uint8 or len(space.shape) != 3:
         return False
     first, middle, last = space.shape
-    return middle >= 36 and max(first, last) >= 36
+    return middle >= _LARGE and max(first, last) >= _LARGE
+
+
+def _is_newly_image(space: spaces.Box) -> bool:
+    return (is_image(space) or is_small_image(space)) and not _is_large(space)
 
 
 def to_json(space: spaces.Space[Any]) -> dict[str, Any]:
@@ -125,6 +174,7 @@ def to_json(space: spaces.Space[Any]) -> dict[str, Any]:
                 "dtype": str(space.dtype),
                 "low": _bounds_to_json(space.low),
                 "high": _bounds_to_json(space.high),
+                **({"image": True} if _is_newly_image(space) else {}),
             }
     raise UsageError(f"space {space} is not supported")
 
@@ -148,7 +198,9 @@ def from_json(data: dict[str, Any]) -> spaces.Space[Any]:
         case "Box":
             dtype, shape = np.dtype(data["dtype"]), tuple(data["shape"])
             low, high = (np.broadcast_to(np.array(data[k], dtype), shape) for k in ("low", "high"))
-            return spaces.Box(low, high, shape, dtype.type)
+            box = spaces.Box(low, high, shape, dtype.type)
+            vector = _is_newly_image(box) and not data.get("image")
+            return Numbers(low, high, shape, dtype.type) if vector else box
     raise ValueError(f"unknown space type {data['type']!r}")
 
 

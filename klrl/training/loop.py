@@ -17,7 +17,7 @@ from klrl.config import flatten
 from klrl.console import warn
 from klrl.envs.make import EnvFactory, can_replay
 from klrl.envs.native import TorchVectorEnv
-from klrl.envs.wrappers import RESTARTED, counted_from
+from klrl.envs.wrappers import RESTARTED, as_learned, counted_from
 from klrl.errors import (
     EnvironmentFailedError,
     Interrupted,
@@ -253,7 +253,8 @@ class Loop:
             except Exception:
                 self.buffer.check_finite()  # a nan that the environment showed may be what made it fail
                 raise
-            self.buffer.add(self.obs, action, reward, terminated, truncated, next_obs)
+            learned = as_learned(reward, terminated, info)
+            self.buffer.add(self.obs, action, *learned, truncated, next_obs)
             self.episodes.add(env_action, reward, terminated | truncated)
             for reason in info[RESTARTED][info[f"_{RESTARTED}"]] if RESTARTED in info else ():
                 warn(f"{reason}; the episode counts as truncated")

@@ -41,6 +41,7 @@ from klrl.envs.make import (
     registered,
     settled,
 )
+from klrl.envs.pixels import say_seen
 from klrl.errors import Interrupted, UsageError
 from klrl.kl import ALONE, Ranks
 from klrl.policies import spaces
@@ -261,7 +262,7 @@ def _run(
         envs = stack.enter_context(contextlib.closing(make_vector(env, config.n_envs, config.env, positions)))
         stack.enter_context(process_settings(config))
         spaces.check_observation_space(envs.single_observation_space)
-        spaces_of = envs.single_observation_space, envs.single_action_space
+        spaces_of = _seen_before(envs.single_observation_space, saved), envs.single_action_space
         agent = agent_class(*spaces_of, agent_config, device, config.seed, network)
         if saved is None:
             agent.prepare()
@@ -282,6 +283,8 @@ def _run(
         if ranks.rank == 0:
             replace_file(folder / "config.toml", toml)
             mark(folder)
+            if saved is None:
+                say_seen(envs.single_observation_space, config.env.wrappers, env_id, config.quiet)
             if began is not None:
                 replace_file(folder / "from.toml", tomli_w.dumps(began))
                 if not config.quiet:
@@ -306,6 +309,12 @@ def _own_loop(state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """The saved loop that this rank goes on from: its own, or rank 0's where another number of ranks saved it."""
     loop: dict[str, Any] = of_rank(state, ranks.rank if saved_processes(state) == ranks.size else 0)["loop"]
     return loop
+
+
+def _seen_before(space: gym.Space[Any], saved: tuple[Path, dict[str, Any]] | None) -> gym.Space[Any]:
+    """The environment's observation space, as the run that is ``saved`` has it, which says what is an image to it."""
+    before = space if saved is None else spaces.from_json(saved[1]["state"]["observation_space"])
+    return before if before == space else space
 
 
 def config_of(agent_class: type[Agent], options: Mapping[str, Any]) -> tuple[RunConfig, Any]:
