@@ -3,21 +3,19 @@
 import statistics
 import time
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
 from klrl.agents.base import Agent, UpdateResult
 from klrl.config import flatten
 from klrl.console import warn
-from klrl.envs.make import EnvFactory, can_replay
-from klrl.envs.native import TorchVectorEnv
-from klrl.envs.wrappers import RESTARTED, counted_from
+from klrl.envs.make import EnvFactory
+from klrl.envs.wrappers import RESTARTED
 from klrl.errors import (
     EnvironmentFailedError,
     Interrupted,
@@ -26,7 +24,6 @@ from klrl.errors import (
     UsageError,
 )
 from klrl.kl import Ranks
-from klrl.policies import spaces
 from klrl.rundir import checkpoint
 from klrl.rundir.logger import Console, Logger
 from klrl.training.compiled import compiled
@@ -36,32 +33,13 @@ from klrl.training.evaluations import Evaluations
 from klrl.training.meeting import Meetings, compare_weights
 from klrl.training.options import RunConfig
 from klrl.training.profile import Profile
-from klrl.training.randomness import derived_seed, random_state, restore_random_state, scatter_random_state
-from klrl.training.saving import deal_rows, of_rank, put_rows, save, saved_processes
+from klrl.training.saving import save
 from klrl.training.signals import Signals
+from klrl.training.state import Progress, begin_episodes, state_of
 
 _MOST_SKIPPED = 10
 _SAVE_SECONDS = 60.0
 Envs = VectorEnv[Any, Any, Any]
-
-
-@dataclass
-class Progress:
-    """Where the loop stands, beside what agent, buffer and environments know; saved with them."""
-
-    updates: int = 0
-    began: int = 0
-    """Steps when the collection began whose report is awaited."""
-    best: float = -float("inf")
-    training_time: float = 0.0
-    logged: int = -1
-    """The step of the last logged row."""
-    skipped: int = 0
-    """Updates since the last whole one that met a nan or infinity."""
-    undone: int = 0
-    """Updates in a row up to the last one that were taken back whole."""
-    figures: dict[str, float] | None = None
-    """Those of an update that is not evaluated and logged yet."""
 
 
 @dataclass
@@ -92,62 +70,8 @@ class Loop:
         self.saved_rows: list[dict[str, Any]] = []
         self.per_state: torch.Tensor | None = None  # KL of the last update, until it is logged
         self.provisional = False  # the figures are of an update that goes on if the run does
-        self._saved_at, self._saved_time = 0, time.monotonic()
+        self.saved_at, self._saved_time = 0, time.monotonic()
         self.evaluations = Evaluations(self.agent, self.env, self.config, self.meetings)
-
-    def restore(self, source: Path, content: dict[str, Any]) -> None:
-        """Go on from a checkpoint that ``_save`` wrote; ``episodes`` is restored, and ``envs`` made with its places.
-
-        Raises UsageError where the environment has other spaces.
-        """
-        saved = content["state"]
-        for key in ("observation_space", "action_space"):
-            theirs, mine = spaces.from_json(saved[key]), getattr(self.agent, key)
-            if theirs != mine:
-                raise UsageError(f"checkpoint {source} is of a run with {key} {theirs}, but the environment has {mine}")
-        anew = saved_processes(saved) != self.ranks.size
-        saved = of_rank(saved, 0 if anew else self.ranks.rank)
-        self.agent.load_state_dict(saved["agent"])
-        self.saved_rows, state = content["rows"], saved["loop"]
-        self.progress, self.per_state = Progress(**state["progress"]), state["per_state"]
-        self.env_seed = state.get("env_seed", self.config.seed)
-        if anew:
-            self._begin_anew(source, content)
-        else:
-            put_rows(self.buffer, source, content["rows"], self.ranks)
-            self.buffer.load_state_dict(state["buffer"])
-        self.obs = self._reset()
-        if isinstance(self.envs.unwrapped, TorchVectorEnv) and state.get("envs") and not anew:
-            self.obs = self.envs.unwrapped.load_state_dict(state["envs"])
-        elif not (anew or can_replay(self.envs)):
-            if self.leads:
-                warn("this environment's episodes cannot be replayed: they begin anew")
-            self.buffer.forget_unfinished()
-            self.episodes.forget_unfinished()
-        self.meetings.meet()
-        self._saved_at = self.steps
-        self.resumed_at = self.progress.logged + 1 if self.progress.figures is None else self.steps
-        if not (anew and self.ranks.rank):
-            restore_random_state(state["random"])
-
-    def _begin_anew(self, source: Path, content: dict[str, Any]) -> None:
-        """Go on with another number of ranks than saved the run, which have other environments."""
-        saved = saved_processes(content["state"])
-        if self.leads:
-            warn(f"this run had {saved} ranks, and goes on with {self.ranks.size}: its episodes begin anew")
-        deal_rows(self.buffer, source, content["state"], content["rows"], self.ranks)
-        self.saved_rows = []
-        self.agent.join(self.ranks)  # with noise of its own again, not rank 0's
-        self.env_seed = derived_seed(self.config.seed, content["step"])
-        if self.ranks.rank:
-            scatter_random_state(self.env_seed, self.ranks.rank)
-
-    def _reset(self) -> Any:
-        """Begin the episodes of this rank's environments, which are numbered, and seeded, from those before it."""
-        first = self.ranks.rank * self.config.n_envs
-        if can_replay(self.envs):
-            return self.envs.reset(seed=self.env_seed, options=counted_from(first))[0]
-        return self.envs.reset(seed=derived_seed(self.env_seed, first) if first else self.env_seed)[0]
 
     def run(self, folder: Path) -> Evaluation:
         """Train until the steps are done, logging and saving in ``folder``; the final evaluation.
@@ -166,7 +90,7 @@ class Loop:
             ExitStack() as self.opened,
         ):
             if self.obs is None:
-                self.obs = self._reset()
+                self.obs = begin_episodes(self)
             if config.compile:
                 self.opened.enter_context(compiled(self.agent, config.quiet or not self.leads))
             if config.profile and self.leads:
@@ -294,7 +218,7 @@ class Loop:
         if self.leads:
             self._log(steps, figures)
         improved = score is not None and score.mean > progress.best
-        by_steps = 0 < config.save_every <= steps - self._saved_at
+        by_steps = 0 < config.save_every <= steps - self.saved_at
         by_time = config.save_every == 0 and time.monotonic() - self._saved_time >= _SAVE_SECONDS
         if self.ranks.any(self.finished or improved or by_steps or (by_time and self.leads)):
             self._save(score)
@@ -319,27 +243,8 @@ class Loop:
     def _save(self, score: Evaluation | None) -> None:
         """Save everything, as it is between two updates or in the middle of collecting."""
         self._find_folder()
-        progress = asdict(self.progress)
-        if self.provisional:
-            progress |= {"figures": None, "updates": self.progress.updates - 1}
-        obs = self.agent.encoder.layout.arrays(self.obs)
-        parts = obs if isinstance(obs, dict) else {"": obs}
-        state = {
-            **self.agent.description(),
-            "options": self.options,
-            "agent": self.agent.state_dict(),
-            "loop": {
-                "progress": progress,
-                "env_seed": self.env_seed,
-                "episodes": self.episodes.state_dict(),
-                "buffer": self.buffer.state_dict(),
-                "obs": {key: torch.from_numpy(np.array(part)) for key, part in parts.items()},
-                "random": random_state(),
-                "envs": self.envs.unwrapped.state_dict() if isinstance(self.envs.unwrapped, TorchVectorEnv) else {},
-                "per_state": None if progress["figures"] is None else self.per_state,
-                "complete": self.finished and (score is not None or not self.config.final_episodes),
-            },
-        }
         mean = None if score is None else score.mean
+        complete = self.finished and (score is not None or not self.config.final_episodes)
+        state = state_of(self, complete)
         save(self.checkpoints, self.steps, state, mean, self.buffer, self.saved_rows, self.ranks)
-        self._saved_at, self._saved_time = self.steps, time.monotonic()
+        self.saved_at, self._saved_time = self.steps, time.monotonic()

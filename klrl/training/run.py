@@ -56,6 +56,7 @@ from klrl.training.process import own_device, pick_device, process_settings
 from klrl.training.randomness import random_state_kept, scatter_random_state
 from klrl.training.saving import of_rank, saved_processes
 from klrl.training.start import form_of, start_from
+from klrl.training.state import restore
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,7 @@ def _run(
         loop = Loop(agent, env, envs, episodes, config, options, ranks)
         if saved is not None:
             with checkpoint.refusing_misfits(saved[0]):
-                loop.restore(*saved)
+                restore(loop, *saved)
         if folder is None:
             if ranks.rank == 0:
                 folder = make_folder(config.run_dir, f"{name}-{env_id}-{config.seed}", here)
