@@ -20,12 +20,15 @@ from klrl.errors import (
     EnvironmentFailedError,
     Interrupted,
     NonFiniteError,
+    RankLostError,
     SkippedUpdateError,
     UsageError,
 )
 from klrl.kl import Ranks
 from klrl.rundir import checkpoint
+from klrl.rundir.history import STOPPED_EARLY
 from klrl.rundir.logger import Console, Logger
+from klrl.training.callbacks import LiveRun, tell
 from klrl.training.compiled import compiled
 from klrl.training.episodes import Episodes
 from klrl.training.evaluation import NO_EPISODES, Evaluation, evaluation_seed
@@ -36,6 +39,7 @@ from klrl.training.profile import Profile
 from klrl.training.saving import save
 from klrl.training.signals import Signals
 from klrl.training.state import Progress, begin_episodes, state_of
+from klrl.training.trackers import tracked
 
 _MOST_SKIPPED = 10
 _SAVE_SECONDS = 60.0
@@ -54,6 +58,7 @@ class Loop:
     options: dict[str, Any]
     """The run's ``config.toml``."""
     ranks: Ranks = field(default_factory=Ranks)
+    callbacks: list[object] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.leads = self.ranks.rank == 0
@@ -70,16 +75,18 @@ class Loop:
         self.saved_rows: list[dict[str, Any]] = []
         self.per_state: torch.Tensor | None = None  # KL of the last update, until it is logged
         self.provisional = False  # the figures are of an update that goes on if the run does
+        self.stopped_by = ""
         self.saved_at, self._saved_time = 0, time.monotonic()
         self.evaluations = Evaluations(self.agent, self.env, self.config, self.meetings)
 
     def run(self, folder: Path) -> Evaluation:
-        """Train until the steps are done, logging and saving in ``folder``; the final evaluation.
+        """Train until the steps are done, or a callback stops; log and save in ``folder``; the final evaluation.
 
-        Raises Interrupted after a signal, once saved.
+        Raises Interrupted after a signal, and what a callback raises, once saved.
         """
         config, progress, self.checkpoints = self.config, self.progress, folder / "checkpoints"
         self.ranks.timeout = config.rank_timeout
+        self.live, self.listened = LiveRun(self, folder), self.ranks.any(bool(self.callbacks))
         self.console = Console(config.total_timesteps, config.quiet or not self.leads, config.verbose)
         logger: Any = Logger(folder, flatten(self.options), self.resumed_at) if self.leads else ExitStack()
         with (
@@ -91,6 +98,8 @@ class Loop:
         ):
             if self.obs is None:
                 self.obs = begin_episodes(self)
+            resumed, names = self.resumed_at is not None, config.log if self.leads else ()
+            self.track = self.opened.enter_context(tracked(names, folder, self.options, resumed, config.quiet))
             if config.compile:
                 self.opened.enter_context(compiled(self.agent, config.quiet or not self.leads))
             if config.profile and self.leads:
@@ -98,9 +107,12 @@ class Loop:
             try:
                 while True:
                     if progress.figures is None:
-                        progress.figures = self._learn()
+                        result = self._learn()
+                        assert progress.figures is not None
+                        self._tell("on_update", progress.figures, result)
                     score = self._assess(progress.figures)
                     if self.finished:
+                        tell(self.callbacks, "on_end", self.live)
                         return NO_EPISODES if score is None else score
                     progress.figures, progress.began = None, self.steps
             except (Interrupted, EnvironmentFailedError) as problem:
@@ -124,10 +136,10 @@ class Loop:
 
     @property
     def finished(self) -> bool:
-        return self.steps >= self.config.total_timesteps
+        return self.progress.stopped or self.steps >= self.config.total_timesteps
 
-    def _learn(self) -> dict[str, float]:
-        """Step the environments and update the agent until it reports; the report's figures."""
+    def _learn(self) -> UpdateResult:
+        """Step the environments and update the agent until it reports; the report, whose figures are progress's."""
         progress, start, waited = self.progress, time.perf_counter(), self.ranks.seconds
         try:
             report, learning = self._until_report()
@@ -153,7 +165,8 @@ class Loop:
         figures["time/collect_share"] = 1 - learning / seconds
         if self.ranks.size > 1:
             figures["time/reduce_share"] = (self.ranks.seconds - waited) / seconds
-        return figures
+        progress.figures = figures
+        return report
 
     def _until_report(self) -> tuple[UpdateResult, float]:
         """Step and update until there is a report; it, and the seconds that the updates took."""
@@ -200,21 +213,22 @@ class Loop:
         """Evaluate where it is time, log, and save; the score of the final evaluation."""
         config, progress, steps = self.config, self.progress, self.steps
         figures, score = dict(learned), None
-        final = self.finished and config.final_episodes > 0
         self._find_folder()
+        due = config.eval_every and progress.updates % config.eval_every == 0
+        if due and not (self.finished and config.final_episodes):
+            score = self.evaluations.run(config.eval_episodes, evaluation_seed("during", config.seed))
+            self._add_score(figures, score)  # of which a callback may say that it is enough
+        final = self.finished and config.final_episodes > 0
         if final:
             self._save(None)  # an evaluation may fail, or take longer than anyone waits
             self.envs.close()  # of some tasks no two instances may exist
             self.evaluations.close()
             show = partial(self.console.evaluating, total=config.final_episodes)
             score = self.evaluations.run(config.final_episodes, evaluation_seed("final", config.seed), show)
-        elif config.eval_every and progress.updates % config.eval_every == 0:
-            score = self.evaluations.run(config.eval_episodes, evaluation_seed("during", config.seed))
-        if score is not None:
-            figures["eval/mean_reward"], figures["eval/std_reward"] = score.mean, score.std
-            figures["eval/mean_ep_length"] = statistics.fmean(score.lengths)
-            if final:
-                figures["eval/final_return"] = score.mean
+            self._add_score(figures, score)
+            figures["eval/final_return"] = score.mean
+        if progress.stopped:
+            figures[STOPPED_EARLY] = 1.0
         if self.leads:
             self._log(steps, figures)
         improved = score is not None and score.mean > progress.best
@@ -226,9 +240,39 @@ class Loop:
         progress.logged = steps
         return score if final else None
 
+    def _add_score(self, figures: dict[str, float], score: Evaluation) -> None:
+        figures["eval/mean_reward"], figures["eval/std_reward"] = score.mean, score.std
+        figures["eval/mean_ep_length"] = statistics.fmean(score.lengths)
+        self._tell("on_evaluation", figures, score)
+
+    def _tell(self, hook: str, figures: dict[str, float], *about: Any) -> None:
+        """Call the callbacks and put what they log into ``figures``; where one on any rank returns True, the run stops.
+
+        Raises what one raises, once all ranks have saved the run.
+        """
+        if not self.listened:
+            return
+        self.live.figures, by, problem = figures, "", None
+        try:
+            by = tell(self.callbacks, hook, self.live, *about)
+        except Exception as raised:
+            problem = raised
+        self.live.into(figures)
+        with self.ranks.patient():
+            stops, problems = self.ranks.sum(float(bool(by)), float(problem is not None))
+        if problems:
+            self._save(None)
+            if problem is None:
+                raise RankLostError("a callback of another rank failed")
+            problem.add_note(f"saved after {self.steps:,} steps in {self.live.folder}, for klrl resume")
+            raise problem
+        if stops and not self.finished:
+            self.progress.stopped, self.stopped_by = True, by or "another rank"
+
     def _log(self, steps: int, figures: dict[str, float]) -> None:
         every = self.config.histogram_every
         self.logger.write(steps, figures)
+        self.track(steps, figures)
         if self.per_state is not None and every and self.progress.updates % every == 0:
             # In logarithms: KLs spread over decades, and on a plain axis all but the largest are one bar.
             magnitudes = self.per_state.double().clamp(1e-12, 1e12).log10().cpu().numpy()

@@ -35,6 +35,8 @@ class Progress:
     """Updates in a row up to the last one that were taken back whole."""
     figures: dict[str, float] | None = None
     """Those of an update that is not evaluated and logged yet."""
+    stopped: bool = False
+    """Whether a callback ended the run before its steps were done."""
 
 
 def state_of(loop: Any, complete: bool) -> State:
