@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     from klrl.errors import Interrupted as Interrupted
     from klrl.errors import NonFiniteError as NonFiniteError
     from klrl.errors import UsageError as UsageError
+    from klrl.training.callbacks import Callback as Callback
+    from klrl.training.callbacks import LiveRun as LiveRun
     from klrl.training.distill import distill as distill
     from klrl.training.load import load as load
-    from klrl.training.run import Run as Run
+    from klrl.training.result import Run as Run
     from klrl.training.run import resume as resume
     from klrl.training.run import train as train
 
@@ -52,9 +54,11 @@ _NAMES = {
     "klrl.buffers.replay": ["ReplayBuffer"],
     "klrl.buffers.rollout": ["RolloutBuffer"],
     "klrl.errors": ["EnvironmentFailedError", "Interrupted", "NonFiniteError", "UsageError"],
+    "klrl.training.callbacks": ["Callback", "LiveRun"],
     "klrl.training.distill": ["distill"],
     "klrl.training.load": ["load"],
-    "klrl.training.run": ["Run", "resume", "train"],
+    "klrl.training.result": ["Run"],
+    "klrl.training.run": ["resume", "train"],
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -141,6 +141,8 @@ _ELSEWHERE = {
     "run_dir": "output out log_dir logdir tensorboard_log save_path",
     "eval_every": "eval_freq evaluation_interval",
     "eval_episodes": "n_eval_episodes num_eval_episodes",
+    "stop_at_return": "reward_threshold stop_reward target_return solved_at",
+    "log": "track report_to logger loggers",
     "save_every": "save_freq save_interval checkpoint_every checkpoint_freq",
     "env.kwargs": "env_kwargs env_args env_config",
     "n_steps": "num_steps rollout_length rollout_steps horizon",

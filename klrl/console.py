@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 Stream = Literal["stdout", "stderr"]
@@ -88,6 +89,54 @@ def is_open(name: Stream) -> bool:
 def is_terminal(name: Stream = "stdout") -> bool:
     """Whether the stream is there, and a terminal; one of somebody's own may not even know."""
     return is_open(name) and bool(getattr(getattr(sys, name), "isatty", lambda: False)())
+
+
+class TerminalLine:
+    """A line that rich writes anew."""
+
+    def __init__(self) -> None:
+        from rich.progress import Progress, TextColumn
+        from rich.table import Column
+
+        column = TextColumn("{task.description}", table_column=Column(no_wrap=True))
+        self._progress = Progress(column, auto_refresh=False)  # by a thread, which a closed terminal would end
+        self._task = self._progress.add_task("")
+        attempt(self._progress.start)
+
+    def show(self, line: str) -> None:
+        attempt(partial(self._progress.update, self._task, description=line, refresh=True))
+
+    def close(self) -> None:
+        """Leave the line as it is and give the terminal back."""
+        attempt(self._progress.stop)
+
+
+class NotebookLine:
+    """A line of a cell's output that Jupyter's front end writes anew."""
+
+    def __init__(self) -> None:
+        from IPython.display import display
+
+        self._handle = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def show(self, line: str) -> None:
+        self._handle.update({"text/plain": line}, raw=True)
+
+    def close(self) -> None:
+        pass
+
+
+def live_line() -> TerminalLine | NotebookLine | None:
+    """A line to write anew, where somebody watches: on a terminal, or in a notebook."""
+    if in_notebook():
+        return NotebookLine()
+    return TerminalLine() if is_terminal() else None
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None
 
 
 def keep_standard_files() -> None:

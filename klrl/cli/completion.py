@@ -12,7 +12,7 @@ from klrl.envs.make import presets
 from klrl.errors import UsageError
 
 _CONFIGS = {
-    "resume": "klrl.training.run:ResumeConfig",
+    "resume": "klrl.training.options:ResumeConfig",
     "sweep": "klrl.sweep.sweep:SweepConfig",
     "eval": "klrl.training.evaluation:EvalConfig",
     "report": "klrl.analysis.report:ReportConfig",

@@ -124,7 +124,8 @@ def _distill(arguments: list[str]) -> None:
 
 def _resume(arguments: list[str]) -> None:
     from klrl.training.launch import launch
-    from klrl.training.run import ResumeConfig, processes_of, resume
+    from klrl.training.options import ResumeConfig
+    from klrl.training.run import processes_of, resume
 
     example = "resume needs a run folder: klrl resume runs/ppo-CartPole-v1-0-..."
     (run,), given = parse_command(ResumeConfig, arguments, "resume RUN", 1, 1, example)

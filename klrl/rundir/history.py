@@ -18,8 +18,11 @@ from klrl.errors import UsageError
 from klrl.rundir.folder import in_use, open_file
 
 Column = npt.NDArray[np.float64]
-_WATCHING = ("eval_every", "eval_episodes", "save_every", "histogram_every", "quiet", "verbose", "rank_timeout")
+STOPPED_EARLY = "train/stopped_early"
+"""Logged in the last row of a run that a callback stopped."""
+_WATCHING = ("eval_every", "eval_episodes", "save_every", "log", "histogram_every", "quiet", "verbose", "rank_timeout")
 _NOT_A_SETTING = ("seed", "run_dir", "device", "threads", "final_episodes", *_WATCHING)
+_AS_BEFORE = {"processes": 1, "stop_at_return": math.inf}  # which runs lack that were begun before there were these
 # Beyond what any run writes, and little enough to be read: a folder may be anyone's.
 _MOST_CONFIG, _MOST_METRICS, _LONGEST_LINE = 1 << 18, 1 << 31, 1 << 20  # bytes
 _MOST_TAGS, _LONGEST_TAG, _MOST_STEPS = 300, 200, 1e15
@@ -70,7 +73,7 @@ class History:
 def setting_of(options: dict[str, Any]) -> dict[str, Any]:
     """The options that define a run's setting: runs that agree in them differ by their seeds alone."""
     flat = {key: value for key, value in flatten(options).items() if key not in _NOT_A_SETTING}
-    return {key: value for key, value in flat.items() if key != "processes" or value != 1}
+    return {key: value for key, value in flat.items() if key not in _AS_BEFORE or value != _AS_BEFORE[key]}
 
 
 def read_history(path: str | Path) -> History:
@@ -94,7 +97,8 @@ def read_history(path: str | Path) -> History:
     ended = [columns["step"][-1:]]
     if options.get("final_episodes") != 0:
         ended.append(columns.get("eval/mean_reward", columns["step"][:0])[-1:])
-    done = all(map(len, ended)) and bool(ended[0] >= total) and not np.isnan(ended[-1])
+    whole = ended[0] >= total or columns.get(STOPPED_EARLY, columns["step"][:0])[-1:] == 1
+    done = all(map(len, ended)) and bool(whole) and not np.isnan(ended[-1])
     state: Literal["finished", "running", "stopped"] = "running" if in_use(folder) else "stopped"
     return History(folder, options, *known, "finished" if done else state, columns)
 

@@ -1,13 +1,13 @@
 """Writers of a run's metrics: to TensorBoard, metrics.jsonl and the terminal."""
 
 import json
+import math
 import os
 import re
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import custom_scalars, histogram_raw
 
-from klrl.console import attempt, is_terminal, printable, say
+from klrl.console import live_line, printable, say
 from klrl.rundir.folder import replace_file
 from klrl.rundir.history import Column, read_rows
 
@@ -62,6 +62,7 @@ class Logger:
         charts = {title: {name: ("Multiline", tags) for name, tags in part.items()} for title, part in _LAYOUT.items()}
         self._add(Event(summary=custom_scalars(charts)))  # type: ignore[no-untyped-call]
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hparams.items()}
+        plain |= {k: str(v) for k, v in plain.items() if v in (math.inf, -math.inf)}  # TensorBoard shows them as JSON
         self._add(Event(summary=hparams_pb(plain, trial_id=printable(folder.name))))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -160,7 +161,8 @@ class Pace:
 
 
 class Console:
-    """A run's progress: one live line on a terminal; elsewhere a plain line each tenth, and at least each minute.
+    """A run's progress: one live line on a terminal or in a notebook; elsewhere a plain line each tenth, and at least
+    each minute.
 
     ``verbose`` prints a plain line for each update, also on a terminal; ``quiet`` prints none.
     """
@@ -169,25 +171,16 @@ class Console:
         self._total, self._quiet, self._verbose = total, quiet, verbose
         self._next_step, self._next_time = 0.0, 0.0
         self._pace = Pace()
-        self._progress: Any = None
-        if not (quiet or verbose) and is_terminal():
-            from rich.progress import Progress, TextColumn
-            from rich.table import Column
-
-            column = TextColumn("{task.description}", table_column=Column(no_wrap=True))
-            self._progress = Progress(column, auto_refresh=False)  # by a thread, which a closed terminal would end
-            self._task = self._progress.add_task("")
-            attempt(self._progress.start)
+        self._line = None if quiet or verbose else live_line()
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
         """Show where the run stands."""
         if self._quiet:
             return
-        if self._progress is not None:
+        if self._line is not None:
             left = self._pace.seconds_left(step, self._total)
             done = f"{100 * min(step / self._total, 1):.0f}%" + ("" if left is None else f" {_clock_time(left)} left")
-            line = "  ".join([done, *_words(step, metrics)]).replace(" of ", "/")  # 80 columns hold it
-            attempt(partial(self._progress.update, self._task, description=line, refresh=True))
+            self._line.show("  ".join([done, *_words(step, metrics)]).replace(" of ", "/"))  # 80 columns hold it
         elif self._verbose or step >= self._next_step or time.monotonic() >= self._next_time:
             self._next_step, self._next_time = (step * 10 // self._total + 1) * self._total / 10, time.monotonic() + 60
             widths = (">15", ">9", ">13", "", "")
@@ -199,17 +192,17 @@ class Console:
         if time.monotonic() < self._next_time:
             return
         line, self._next_time = f"evaluation: {done} of {total} episodes", time.monotonic() + 60
-        if self._progress is not None:
+        if self._line is not None:
             self._next_time = time.monotonic() + 0.2
-            attempt(partial(self._progress.update, self._task, description=line, refresh=True))
+            self._line.show(line)
         elif not self._quiet:
             say(line)
 
     def close(self) -> None:
         """Leave the live line as it is and give the terminal back."""
-        if self._progress is not None:
-            attempt(self._progress.stop)
-            self._progress = None
+        if self._line is not None:
+            self._line.close()
+            self._line = None
 
 
 def _clock_time(seconds: float) -> str:

@@ -3,32 +3,32 @@
 import statistics
 import time
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
 from klrl.agents.base import Agent, UpdateResult
 from klrl.config import flatten
 from klrl.console import warn
-from klrl.envs.make import EnvFactory, can_replay
-from klrl.envs.native import TorchVectorEnv
-from klrl.envs.wrappers import RESTARTED, as_learned, counted_from
+from klrl.envs.make import EnvFactory
+from klrl.envs.wrappers import RESTARTED, as_learned
 from klrl.errors import (
     EnvironmentFailedError,
     Interrupted,
     NonFiniteError,
+    RankLostError,
     SkippedUpdateError,
     UsageError,
 )
 from klrl.kl import Ranks
-from klrl.policies import spaces
 from klrl.rundir import checkpoint
+from klrl.rundir.history import STOPPED_EARLY
 from klrl.rundir.logger import Console, Logger
+from klrl.training.callbacks import LiveRun, tell
 from klrl.training.compiled import compiled
 from klrl.training.episodes import Episodes
 from klrl.training.evaluation import NO_EPISODES, Evaluation, evaluation_seed
@@ -36,32 +36,14 @@ from klrl.training.evaluations import Evaluations
 from klrl.training.meeting import Meetings, compare_weights
 from klrl.training.options import RunConfig
 from klrl.training.profile import Profile
-from klrl.training.randomness import derived_seed, random_state, restore_random_state, scatter_random_state
-from klrl.training.saving import deal_rows, of_rank, put_rows, save, saved_processes
+from klrl.training.saving import save
 from klrl.training.signals import Signals
+from klrl.training.state import Progress, begin_episodes, state_of
+from klrl.training.trackers import tracked
 
 _MOST_SKIPPED = 10
 _SAVE_SECONDS = 60.0
 Envs = VectorEnv[Any, Any, Any]
-
-
-@dataclass
-class Progress:
-    """Where the loop stands, beside what agent, buffer and environments know; saved with them."""
-
-    updates: int = 0
-    began: int = 0
-    """Steps when the collection began whose report is awaited."""
-    best: float = -float("inf")
-    training_time: float = 0.0
-    logged: int = -1
-    """The step of the last logged row."""
-    skipped: int = 0
-    """Updates since the last whole one that met a nan or infinity."""
-    undone: int = 0
-    """Updates in a row up to the last one that were taken back whole."""
-    figures: dict[str, float] | None = None
-    """Those of an update that is not evaluated and logged yet."""
 
 
 @dataclass
@@ -76,6 +58,7 @@ class Loop:
     options: dict[str, Any]
     """The run's ``config.toml``."""
     ranks: Ranks = field(default_factory=Ranks)
+    callbacks: list[object] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.leads = self.ranks.rank == 0
@@ -92,70 +75,18 @@ class Loop:
         self.saved_rows: list[dict[str, Any]] = []
         self.per_state: torch.Tensor | None = None  # KL of the last update, until it is logged
         self.provisional = False  # the figures are of an update that goes on if the run does
-        self._saved_at, self._saved_time = 0, time.monotonic()
+        self.stopped_by = ""
+        self.saved_at, self._saved_time = 0, time.monotonic()
         self.evaluations = Evaluations(self.agent, self.env, self.config, self.meetings)
 
-    def restore(self, source: Path, content: dict[str, Any]) -> None:
-        """Go on from a checkpoint that ``_save`` wrote; ``episodes`` is restored, and ``envs`` made with its places.
-
-        Raises UsageError where the environment has other spaces.
-        """
-        saved = content["state"]
-        for key in ("observation_space", "action_space"):
-            theirs, mine = spaces.from_json(saved[key]), getattr(self.agent, key)
-            if theirs != mine:
-                raise UsageError(f"checkpoint {source} is of a run with {key} {theirs}, but the environment has {mine}")
-        anew = saved_processes(saved) != self.ranks.size
-        saved = of_rank(saved, 0 if anew else self.ranks.rank)
-        self.agent.load_state_dict(saved["agent"])
-        self.saved_rows, state = content["rows"], saved["loop"]
-        self.progress, self.per_state = Progress(**state["progress"]), state["per_state"]
-        self.env_seed = state.get("env_seed", self.config.seed)
-        if anew:
-            self._begin_anew(source, content)
-        else:
-            put_rows(self.buffer, source, content["rows"], self.ranks)
-            self.buffer.load_state_dict(state["buffer"])
-        self.obs = self._reset()
-        if isinstance(self.envs.unwrapped, TorchVectorEnv) and state.get("envs") and not anew:
-            self.obs = self.envs.unwrapped.load_state_dict(state["envs"])
-        elif not (anew or can_replay(self.envs)):
-            if self.leads:
-                warn("this environment's episodes cannot be replayed: they begin anew")
-            self.buffer.forget_unfinished()
-            self.episodes.forget_unfinished()
-        self.meetings.meet()
-        self._saved_at = self.steps
-        self.resumed_at = self.progress.logged + 1 if self.progress.figures is None else self.steps
-        if not (anew and self.ranks.rank):
-            restore_random_state(state["random"])
-
-    def _begin_anew(self, source: Path, content: dict[str, Any]) -> None:
-        """Go on with another number of ranks than saved the run, which have other environments."""
-        saved = saved_processes(content["state"])
-        if self.leads:
-            warn(f"this run had {saved} ranks, and goes on with {self.ranks.size}: its episodes begin anew")
-        deal_rows(self.buffer, source, content["state"], content["rows"], self.ranks)
-        self.saved_rows = []
-        self.agent.join(self.ranks)  # with noise of its own again, not rank 0's
-        self.env_seed = derived_seed(self.config.seed, content["step"])
-        if self.ranks.rank:
-            scatter_random_state(self.env_seed, self.ranks.rank)
-
-    def _reset(self) -> Any:
-        """Begin the episodes of this rank's environments, which are numbered, and seeded, from those before it."""
-        first = self.ranks.rank * self.config.n_envs
-        if can_replay(self.envs):
-            return self.envs.reset(seed=self.env_seed, options=counted_from(first))[0]
-        return self.envs.reset(seed=derived_seed(self.env_seed, first) if first else self.env_seed)[0]
-
     def run(self, folder: Path) -> Evaluation:
-        """Train until the steps are done, logging and saving in ``folder``; the final evaluation.
+        """Train until the steps are done, or a callback stops; log and save in ``folder``; the final evaluation.
 
-        Raises Interrupted after a signal, once saved.
+        Raises Interrupted after a signal, and what a callback raises, once saved.
         """
         config, progress, self.checkpoints = self.config, self.progress, folder / "checkpoints"
         self.ranks.timeout = config.rank_timeout
+        self.live, self.listened = LiveRun(self, folder), self.ranks.any(bool(self.callbacks))
         self.console = Console(config.total_timesteps, config.quiet or not self.leads, config.verbose)
         logger: Any = Logger(folder, flatten(self.options), self.resumed_at) if self.leads else ExitStack()
         with (
@@ -166,7 +97,9 @@ class Loop:
             ExitStack() as self.opened,
         ):
             if self.obs is None:
-                self.obs = self._reset()
+                self.obs = begin_episodes(self)
+            resumed, names = self.resumed_at is not None, config.log if self.leads else ()
+            self.track = self.opened.enter_context(tracked(names, folder, self.options, resumed, config.quiet))
             if config.compile:
                 self.opened.enter_context(compiled(self.agent, config.quiet or not self.leads))
             if config.profile and self.leads:
@@ -174,9 +107,12 @@ class Loop:
             try:
                 while True:
                     if progress.figures is None:
-                        progress.figures = self._learn()
+                        result = self._learn()
+                        assert progress.figures is not None
+                        self._tell("on_update", progress.figures, result)
                     score = self._assess(progress.figures)
                     if self.finished:
+                        tell(self.callbacks, "on_end", self.live)
                         return NO_EPISODES if score is None else score
                     progress.figures, progress.began = None, self.steps
             except (Interrupted, EnvironmentFailedError) as problem:
@@ -200,10 +136,10 @@ class Loop:
 
     @property
     def finished(self) -> bool:
-        return self.steps >= self.config.total_timesteps
+        return self.progress.stopped or self.steps >= self.config.total_timesteps
 
-    def _learn(self) -> dict[str, float]:
-        """Step the environments and update the agent until it reports; the report's figures."""
+    def _learn(self) -> UpdateResult:
+        """Step the environments and update the agent until it reports; the report, whose figures are progress's."""
         progress, start, waited = self.progress, time.perf_counter(), self.ranks.seconds
         try:
             report, learning = self._until_report()
@@ -229,7 +165,8 @@ class Loop:
         figures["time/collect_share"] = 1 - learning / seconds
         if self.ranks.size > 1:
             figures["time/reduce_share"] = (self.ranks.seconds - waited) / seconds
-        return figures
+        progress.figures = figures
+        return report
 
     def _until_report(self) -> tuple[UpdateResult, float]:
         """Step and update until there is a report; it, and the seconds that the updates took."""
@@ -277,25 +214,26 @@ class Loop:
         """Evaluate where it is time, log, and save; the score of the final evaluation."""
         config, progress, steps = self.config, self.progress, self.steps
         figures, score = dict(learned), None
-        final = self.finished and config.final_episodes > 0
         self._find_folder()
+        due = config.eval_every and progress.updates % config.eval_every == 0
+        if due and not (self.finished and config.final_episodes):
+            score = self.evaluations.run(config.eval_episodes, evaluation_seed("during", config.seed))
+            self._add_score(figures, score)  # of which a callback may say that it is enough
+        final = self.finished and config.final_episodes > 0
         if final:
             self._save(None)  # an evaluation may fail, or take longer than anyone waits
             self.envs.close()  # of some tasks no two instances may exist
             self.evaluations.close()
             show = partial(self.console.evaluating, total=config.final_episodes)
             score = self.evaluations.run(config.final_episodes, evaluation_seed("final", config.seed), show)
-        elif config.eval_every and progress.updates % config.eval_every == 0:
-            score = self.evaluations.run(config.eval_episodes, evaluation_seed("during", config.seed))
-        if score is not None:
-            figures["eval/mean_reward"], figures["eval/std_reward"] = score.mean, score.std
-            figures["eval/mean_ep_length"] = statistics.fmean(score.lengths)
-            if final:
-                figures["eval/final_return"] = score.mean
+            self._add_score(figures, score)
+            figures["eval/final_return"] = score.mean
+        if progress.stopped:
+            figures[STOPPED_EARLY] = 1.0
         if self.leads:
             self._log(steps, figures)
         improved = score is not None and score.mean > progress.best
-        by_steps = 0 < config.save_every <= steps - self._saved_at
+        by_steps = 0 < config.save_every <= steps - self.saved_at
         by_time = config.save_every == 0 and time.monotonic() - self._saved_time >= _SAVE_SECONDS
         if self.ranks.any(self.finished or improved or by_steps or (by_time and self.leads)):
             self._save(score)
@@ -303,9 +241,39 @@ class Loop:
         progress.logged = steps
         return score if final else None
 
+    def _add_score(self, figures: dict[str, float], score: Evaluation) -> None:
+        figures["eval/mean_reward"], figures["eval/std_reward"] = score.mean, score.std
+        figures["eval/mean_ep_length"] = statistics.fmean(score.lengths)
+        self._tell("on_evaluation", figures, score)
+
+    def _tell(self, hook: str, figures: dict[str, float], *about: Any) -> None:
+        """Call the callbacks and put what they log into ``figures``; where one on any rank returns True, the run stops.
+
+        Raises what one raises, once all ranks have saved the run.
+        """
+        if not self.listened:
+            return
+        self.live.figures, by, problem = figures, "", None
+        try:
+            by = tell(self.callbacks, hook, self.live, *about)
+        except Exception as raised:
+            problem = raised
+        self.live.into(figures)
+        with self.ranks.patient():
+            stops, problems = self.ranks.sum(float(bool(by)), float(problem is not None))
+        if problems:
+            self._save(None)
+            if problem is None:
+                raise RankLostError("a callback of another rank failed")
+            problem.add_note(f"saved after {self.steps:,} steps in {self.live.folder}, for klrl resume")
+            raise problem
+        if stops and not self.finished:
+            self.progress.stopped, self.stopped_by = True, by or "another rank"
+
     def _log(self, steps: int, figures: dict[str, float]) -> None:
         every = self.config.histogram_every
         self.logger.write(steps, figures)
+        self.track(steps, figures)
         if self.per_state is not None and every and self.progress.updates % every == 0:
             # In logarithms: KLs spread over decades, and on a plain axis all but the largest are one bar.
             magnitudes = self.per_state.double().clamp(1e-12, 1e12).log10().cpu().numpy()
@@ -320,27 +288,8 @@ class Loop:
     def _save(self, score: Evaluation | None) -> None:
         """Save everything, as it is between two updates or in the middle of collecting."""
         self._find_folder()
-        progress = asdict(self.progress)
-        if self.provisional:
-            progress |= {"figures": None, "updates": self.progress.updates - 1}
-        obs = self.agent.encoder.layout.arrays(self.obs)
-        parts = obs if isinstance(obs, dict) else {"": obs}
-        state = {
-            **self.agent.description(),
-            "options": self.options,
-            "agent": self.agent.state_dict(),
-            "loop": {
-                "progress": progress,
-                "env_seed": self.env_seed,
-                "episodes": self.episodes.state_dict(),
-                "buffer": self.buffer.state_dict(),
-                "obs": {key: torch.from_numpy(np.array(part)) for key, part in parts.items()},
-                "random": random_state(),
-                "envs": self.envs.unwrapped.state_dict() if isinstance(self.envs.unwrapped, TorchVectorEnv) else {},
-                "per_state": None if progress["figures"] is None else self.per_state,
-                "complete": self.finished and (score is not None or not self.config.final_episodes),
-            },
-        }
         mean = None if score is None else score.mean
+        complete = self.finished and (score is not None or not self.config.final_episodes)
+        state = state_of(self, complete)
         save(self.checkpoints, self.steps, state, mean, self.buffer, self.saved_rows, self.ranks)
-        self._saved_at, self._saved_time = self.steps, time.monotonic()
+        self.saved_at, self._saved_time = self.steps, time.monotonic()

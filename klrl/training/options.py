@@ -1,5 +1,6 @@
 """The options of a run that are not its agent's."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -46,8 +47,14 @@ class RunConfig(Checked):
     """Episodes of each of those evaluations."""
     final_episodes: Annotated[int, Range(0, MOST_ENVS)] = 20
     """Episodes of the final evaluation, once everything is saved and the training environments are closed; 0 none."""
+    stop_at_return: float = math.inf
+    """Stop once this mean return is reached, by the last 100 training episodes (rollout/ep_rew_mean; there must have
+    been 20), or by an evaluation. The run is then saved and evaluated as at its last step; inf trains to the end."""
     save_every: Count = 0
     """Steps between two checkpoints; 0 saves about once a minute. The last two and the best are kept."""
+    log: tuple[Literal["wandb", "trackio", "mlflow"], ...] = ()
+    """Log by these libraries, too (the extras of their names), beside TensorBoard's files: as each is set up, into the
+    project klrl, or that which WANDB_PROJECT, TRACKIO_PROJECT or MLFLOW_EXPERIMENT_NAME names."""
     histogram_every: Count = 10
     """Updates (off-policy: windows) between two TensorBoard histograms of log10 KL over states; 0 none."""
     quiet: bool = False
@@ -72,6 +79,25 @@ class RunConfig(Checked):
     """A network of one's own in place of hidden layers, module:Class: an nn.Module from inputs to features [B, F] that
     is made with the observation space."""
     env: EnvConfig = field(default_factory=EnvConfig)
+
+
+@dataclass(frozen=True)
+class ResumeConfig(Checked):
+    total_timesteps: Count = 0
+    """Steps to train for, those done included; 0 keeps the run's own."""
+    device: Annotated[DeviceName, Form(f"({DEVICES.pattern})?", DEVICES.said)] = ""
+    """Where the networks live; by default as before. Another device may round otherwise."""
+    threads: Annotated[int, Range(0, 1024)] = 0
+    """CPU threads of torch; 0 keeps the run's own. Another number may round otherwise."""
+    processes: Annotated[int, Range(0, 256)] = 0
+    """Processes that go on; 0 keeps the run's own number. With another number the episodes begin anew."""
+    stop_at_return: Annotated[float, tyro.conf.arg(metavar="FLOAT")] = math.nan
+    """Another mean return to stop at, inf for none; nan keeps the run's own."""
+    quiet: bool = False
+    """Print only the final evaluation and where the run lies. Without this and --verbose, as the run was begun."""
+    verbose: bool = False
+    """Print a line for each update."""
+    imports: Imports = ()
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from inspect import isabstract
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import gymnasium as gym
 import tomli_w
@@ -14,11 +15,6 @@ import tomli_w
 from klrl.agents import registry
 from klrl.agents.base import Agent, check_widths
 from klrl.config import (
-    Checked,
-    Count,
-    Form,
-    Range,
-    Seed,
     build,
     convert,
     field_types,
@@ -31,7 +27,6 @@ from klrl.console import rank, say
 from klrl.envs.make import (
     EnvConfig,
     EnvFactory,
-    Imports,
     check_imported,
     env_name,
     import_packages,
@@ -48,65 +43,39 @@ from klrl.policies import spaces
 from klrl.policies.networks import OwnNetwork, name_of_network, named_network
 from klrl.rundir import checkpoint
 from klrl.rundir.folder import locked, make_folder, replace_file
+from klrl.training.callbacks import callbacks_of
 from klrl.training.episodes import Episodes
-from klrl.training.evaluation import Evaluation, evaluation_seed, run_episodes, summary
+from klrl.training.evaluation import summary
 from klrl.training.launch import interrupted, joined, mark
 from klrl.training.loop import Loop
-from klrl.training.options import DEVICES, DeviceName, RunConfig
+from klrl.training.options import ResumeConfig, RunConfig
 from klrl.training.process import own_device, pick_device, process_settings
 from klrl.training.randomness import random_state_kept, scatter_random_state
+from klrl.training.result import Run as Run
 from klrl.training.saving import of_rank, saved_processes
 from klrl.training.start import form_of, start_from
-
-
-@dataclass(frozen=True)
-class ResumeConfig(Checked):
-    total_timesteps: Count = 0
-    """Steps to train for, those done included; 0 keeps the run's own."""
-    device: Annotated[DeviceName, Form(f"({DEVICES.pattern})?", DEVICES.said)] = ""
-    """Where the networks live; by default as before. Another device may round otherwise."""
-    threads: Annotated[int, Range(0, 1024)] = 0
-    """CPU threads of torch; 0 keeps the run's own. Another number may round otherwise."""
-    processes: Annotated[int, Range(0, 256)] = 0
-    """Processes that go on; 0 keeps the run's own number. With another number the episodes begin anew."""
-    quiet: bool = False
-    """Print only the final evaluation and where the run lies. Without this and --verbose, as the run was begun."""
-    verbose: bool = False
-    """Print a line for each update."""
-    imports: Imports = ()
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished training run."""
-
-    agent: Agent
-    folder: Path
-    env: str | EnvFactory
-    config: RunConfig
-    score: Evaluation
-    """The final evaluation; of no episodes and nan with ``final_episodes`` 0."""
-
-    def evaluate(self, episodes: int = 20, deterministic: bool = True, seed: int = 0) -> Evaluation:
-        """Episodes with the trained agent that are not those of the final evaluation; another seed gives others."""
-        number = convert(Seed, seed, "seed")
-        width, chosen = min(episodes, self.config.n_envs), evaluation_seed("afterwards", self.config.seed, number)
-        with contextlib.closing(make_vector(self.env, width, self.config.env)) as envs:
-            return run_episodes(self.agent, envs, chosen, deterministic, episodes=episodes)
+from klrl.training.state import restore
+from klrl.training.trackers import check_installed
 
 
 def train(
-    agent: str | type[Agent], env: str | EnvFactory, /, *, network: str | OwnNetwork | None = None, **config: Any
+    agent: str | type[Agent],
+    env: str | EnvFactory,
+    /,
+    *,
+    network: str | OwnNetwork | None = None,
+    callbacks: Iterable[object] = (),
+    **config: Any,
 ) -> Run:
     """Train ``agent`` ("ppo", or a subclass of klrl.Agent) on ``env`` and return the run.
 
     env: a Gymnasium id, or a function that returns a new environment. ``config``: the command line's options as
     keywords, groups as dicts: ``train("ppo", "CartPole-v1", n_envs=8, kl={"target": 0.02})``. An id's preset applies
     underneath them. ``network``: one's own, from inputs to features [B, F]: an nn.Module, or a class that is called
-    with the observation space.
+    with the observation space. ``callbacks``: objects with any of the methods of klrl.Callback; each rank has its own.
 
-    Raises UsageError (a ValueError) for bad input, before anything is written, and NonFiniteError where training met
-    a nan or infinity; the run's checkpoints then stay.
+    Raises UsageError (a ValueError) for bad input, before anything is written, NonFiniteError where training met a nan
+    or infinity; the run's checkpoints then stay; and what a callback raises, once the run is saved.
     """
     import_packages(convert(tuple[str, ...], config.get("imports", ()), "imports"))
     agent_class = registry.find(agent, env) if isinstance(agent, str) else agent
@@ -117,7 +86,8 @@ def train(
     if network is not None:
         config["network"] = network if isinstance(network, str) else name_of_network(network)
     run_config, agent_config = resolve(agent_class, env, config)
-    return run_training(agent_class, env, run_config, agent_config, None if isinstance(network, str) else network)
+    module = None if isinstance(network, str) else network
+    return run_training(agent_class, env, run_config, agent_config, module, callbacks)
 
 
 def resolve(
@@ -146,14 +116,18 @@ def resume(
     total_timesteps: int = 0,
     agent: type[Agent] | None = None,
     network: OwnNetwork | None = None,
+    callbacks: Iterable[object] = (),
     **options: Any,
 ) -> Run:
     """Go on with the run in folder ``path``, in that folder, as if it had not stopped.
 
     From its newest whole checkpoint; rows logged after that are dropped. ``env``, ``agent``, ``network``: the factory,
-    class and network of a run that was given such. ``total_timesteps``: a new total, in place of the run's own; more
-    than are done. ``options``: the command line's others, as keywords; the packages that the run names have to be among
-    ``imports``, or imported already. Raises UsageError where they are not, where it is still running, where no
+    class and network of a run that was given such; ``callbacks``: as ``train``'s, of which a run keeps none.
+    ``total_timesteps``: a new total, in place of the run's own; more than are done. ``options``: the command line's
+    others, as keywords; the packages that the run names have to be among ``imports``, or imported already.
+
+    A run that a callback stopped goes on towards its total; one that ``stop_at_return`` may have stopped, with another
+    one. Raises UsageError without that, where packages are not imported, where the run is still running, where no
     checkpoint is whole, and where its steps are done.
     """
     given = build(ResumeConfig, {"total_timesteps": total_timesteps, **options})
@@ -183,7 +157,23 @@ def resume(
             raise UsageError(f"{path} has {had} ranks: klrl resume, or this by torchrun, or processes=1 for this alone")
         if state["complete"] and config.total_timesteps <= done:
             raise UsageError(f"{path} has its {config.total_timesteps:,} steps; --total-timesteps N trains it further")
-        return _run(ranks, agent_class, target, config, agent_config, network, folder, (source, content))
+        config = _past_its_stop(path, config, given, content["state"]["loop"])
+        return _run(ranks, agent_class, target, config, agent_config, network, callbacks, folder, (source, content))
+
+
+def _past_its_stop(path: str | Path, config: RunConfig, given: ResumeConfig, state: dict[str, Any]) -> RunConfig:
+    """The config with which a run goes on; where a callback had stopped it, and it is to, that is struck off its state.
+
+    Whose final evaluation was cut short only ends, unless it is asked to train on.
+    """
+    other = not math.isnan(given.stop_at_return)
+    if state["progress"].get("stopped") and (state["complete"] or other or given.total_timesteps):
+        if config.stop_at_return < math.inf and not other:
+            raise UsageError(
+                f"{path} stopped early, and has --stop-at-return {config.stop_at_return:g}: give another one, or inf"
+            )
+        state["progress"]["stopped"] = False
+    return replace(config, stop_at_return=given.stop_at_return) if other else config
 
 
 def processes_of(path: str | Path) -> int:
@@ -208,14 +198,16 @@ def run_training(
     config: RunConfig,
     agent_config: Any,
     network: OwnNetwork | None = None,
+    callbacks: Iterable[object] = (),
 ) -> Run:
     """Train in a new folder, with the ranks that this process was started as one of."""
     with joined() as ranks:
         if config.processes > 1 and ranks.size == 1 and rank() is None:
             raise UsageError("processes: from Python, start the script by torchrun --nproc-per-node N")
         if before := ranks.first(interrupted(config.run_dir) if ranks.rank == 0 else ""):
-            return resume(before, env if callable(env) else None, 0, agent_class, network, imports=config.imports)
-        return _run(ranks, agent_class, env, config, agent_config, network)
+            factory = env if callable(env) else None
+            return resume(before, factory, 0, agent_class, network, callbacks, imports=config.imports)
+        return _run(ranks, agent_class, env, config, agent_config, network, callbacks)
 
 
 def _run(
@@ -225,12 +217,16 @@ def _run(
     config: RunConfig,
     agent_config: Any,
     network: OwnNetwork | None = None,
+    callbacks: Iterable[object] = (),
     folder: Path | None = None,
     saved: tuple[Path, dict[str, Any]] | None = None,
 ) -> Run:
     """Train in a new folder, or go on in ``folder``, whose lock is held, from the checkpoint and content ``saved``."""
     if config.quiet and config.verbose:
         raise UsageError("--quiet and --verbose contradict each other: give one of them")
+    callbacks = callbacks_of(callbacks, config)
+    if saved is None:
+        check_installed(config.log)
     name, here = agent_class.name(), Path.cwd()  # which an environment may leave
     if network is None and config.network:
         network = named_network(config.network)
@@ -271,10 +267,10 @@ def _run(
         stack.callback(agent.join, ALONE)  # whoever has it afterwards trains it without the others
         if ranks.rank:
             scatter_random_state(config.seed, ranks.rank)
-        loop = Loop(agent, env, envs, episodes, config, options, ranks)
+        loop = Loop(agent, env, envs, episodes, config, options, ranks, callbacks)
         if saved is not None:
             with checkpoint.refusing_misfits(saved[0]):
-                loop.restore(*saved)
+                restore(loop, *saved)
         if folder is None:
             if ranks.rank == 0:
                 folder = make_folder(config.run_dir, f"{name}-{env_id}-{config.seed}", here)
@@ -296,13 +292,16 @@ def _run(
             if ranks.rank == 0:
                 say(f"stopped after {loop.steps:,} steps; go on with: klrl resume {named}", "stderr")
             raise
+    run = Run(agent, folder, env, config, score, loop.steps)
     if ranks.rank:
-        return Run(agent, folder, env, config, score)
+        return run
+    if loop.stopped_by and not config.quiet:
+        say(f"stopped     after {loop.steps:,} steps, by {loop.stopped_by}")
     if score.returns:
         say(f"evaluation  {summary(score)}")
     say(f"run         {named}")
     say(f"watch       tensorboard --logdir {config.run_dir}")
-    return Run(agent, folder, env, config, score)
+    return run
 
 
 def _own_loop(state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
