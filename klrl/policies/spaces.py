@@ -92,6 +92,19 @@ def check_observation_space(space: spaces.Space[Any]) -> None:
             raise UsageError(f"observation space {part} is empty: an observation of it says nothing")
 
 
+def check_same_spaces(mine: Any, theirs: Any, whose: str, than: str = "") -> None:
+    """Raise UsageError where a space of an agent is not that of another, or of what else has them.
+
+    A vector environment's are those of each environment. ``whose``, ``than``: what the message calls ``theirs`` and
+    ``mine``, such as "the reference's" and "the agent's ".
+    """
+    for part in ("observation_space", "action_space"):
+        names = (f"single_{part}" if hasattr(has, f"single_{part}") else part for has in (mine, theirs))
+        one, other = map(getattr, (mine, theirs), names)
+        if one != other:
+            raise UsageError(f"{whose} {part.replace('_', ' ')} is {other}, not {than}{one}")
+
+
 def is_image(space: spaces.Space[Any]) -> bool:
     """Whether ``space`` holds bytes of shape [H, W, C] or [C, H, W] that are large enough for convolutions.
 

@@ -6,6 +6,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -101,10 +102,8 @@ class Loop:
         Raises UsageError where the environment has other spaces.
         """
         saved = content["state"]
-        for key in ("observation_space", "action_space"):
-            theirs, mine = spaces.from_json(saved[key]), getattr(self.agent, key)
-            if theirs != mine:
-                raise UsageError(f"checkpoint {source} is of a run with {key} {theirs}, but the environment has {mine}")
+        had = SimpleNamespace(**{key: spaces.from_json(saved[key]) for key in ("observation_space", "action_space")})
+        spaces.check_same_spaces(self.agent, had, f"checkpoint {source}: its run's", "the environment's ")
         anew = saved_processes(saved) != self.ranks.size
         saved = of_rank(saved, 0 if anew else self.ranks.rank)
         self.agent.load_state_dict(saved["agent"])
