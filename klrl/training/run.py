@@ -24,6 +24,7 @@ from klrl.config import (
     field_types,
     merge,
     option_names,
+    refuse_idle,
     suggest,
     to_dict,
 )
@@ -209,6 +210,7 @@ def run_training(
     network: OwnNetwork | None = None,
 ) -> Run:
     """Train in a new folder, with the ranks that this process was started as one of."""
+    refuse_idle(agent_config)
     with joined() as ranks:
         if config.processes > 1 and ranks.size == 1 and rank() is None:
             raise UsageError("processes: from Python, start the script by torchrun --nproc-per-node N")
