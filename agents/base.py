@@ -27,7 +27,7 @@ from klrl.policies.memory import SEQUENCE
 from klrl.policies.networks import Array, OwnNetwork, name_of_network, named_network
 from klrl.policies.observations import Observation
 from klrl.policies.parameters import FlatParameters
-from klrl.policies.spaces import check_action_space, from_json, to_json
+from klrl.policies.spaces import check_action_space, check_same_spaces, from_json, to_json
 from klrl.rundir import checkpoint
 
 State = dict[str, Any]
@@ -199,10 +199,7 @@ class Agent(Actor):
         """
         if not isinstance(other, Agent):
             raise UsageError(f"load_policy takes an agent, such as klrl.load(path), not {other!r}")
-        for part in ("observation_space", "action_space"):
-            mine, theirs = getattr(self, part), getattr(other, part)
-            if mine != theirs:
-                raise UsageError(f"the policy's {part.replace('_', ' ')} is {theirs}, not {mine}")
+        check_same_spaces(self, other, "the policy's")
         if (sees := list(other.encoder.parts)) != list(self.encoder.parts):
             raise UsageError(f"the policy sees {', '.join(sees)} alone, but this agent {', '.join(self.encoder.parts)}")
         if self.encoder.normalize != other.encoder.normalize:

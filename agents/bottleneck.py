@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from klrl.agents.base import Agent, State
-from klrl.config import Checked, NonNegative, PositiveInt, Range
+from klrl.config import Checked, Needs, NonNegative, PositiveInt, Range
 from klrl.errors import UsageError
 from klrl.kl import KLLimit, at_most, mutual_information
 from klrl.kl.measure import state_mean
@@ -18,6 +18,8 @@ from klrl.kl.rules import PENALTIES, Start
 from klrl.policies.bottleneck import BottleneckNetwork, rate
 from klrl.policies.distributions import MultiCategorical
 from klrl.policies.encoder import Inputs
+
+_USED = Needs("size")
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,15 @@ class BottleneckConfig(Checked):
 
     size: Annotated[int, Range(0, 16_384)] = 0
     """Numbers of the normal code between the policy's hidden layers and its outputs; 0 makes no bottleneck."""
-    target: NonNegative = 2.0
+    target: Annotated[NonNegative, _USED] = 2.0
     """Limit on the code's mean KL to a standard normal, its rate, in nats; 0 sets none."""
-    rule: Literal["lagrange", "adaptive", "fixed", "annealed", "cyclical"] = "lagrange"
+    rule: Annotated[Literal["lagrange", "adaptive", "fixed", "annealed", "cyclical"], _USED] = "lagrange"
     """How the coefficient of the rate in the loss moves, as with kl.penalty; the first two need a target."""
-    coef: NonNegative = 1e-2
+    coef: Annotated[NonNegative, _USED] = 1e-2
     """That coefficient at the start."""
-    anneal_to: NonNegative = 1e-2
+    anneal_to: Annotated[NonNegative, _USED] = 1e-2
     """An annealed or cyclical coefficient at its schedule's end, or at the end of each of four cycles."""
-    anneal_over: PositiveInt = 1000
+    anneal_over: Annotated[PositiveInt, _USED] = 1000
     """How many updates that schedule takes."""
 
 

@@ -2,26 +2,28 @@
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from torch import Tensor
 
 from klrl.agents.actor import Actions, Actor, check_forgets
 from klrl.agents.base import Agent
+from klrl.agents.reference import UNIFORM
 from klrl.config import Range, convert
 from klrl.errors import UsageError
 from klrl.kl import project_states, reverse_kl
-from klrl.policies.distributions import DiagonalNormal, MultiCategorical
+from klrl.policies.distributions import DiagonalNormal, MultiCategorical, uniform_like
 from klrl.policies.networks import Array
 from klrl.policies.observations import Observation
+from klrl.policies.spaces import check_same_spaces
 from klrl.policies.squashed import SquashedNormal
 
-_NEWTON, _TRIALS = 8, 60  # steps of Newton's method, and together with the halvings that follow where it is slow
-_TINY = 1e-8
-_SHORT = 1e-3  # by how much of kappa a KL may stay below it
+_STEPS, _TRIALS = 8, 60  # guesses, and together with the halvings that follow where these take long
+_SHORT = 2e-4  # by how much of kappa a KL may stay below it
+_total, _largest = np.add.reduce, np.maximum.reduce  # along the first axis, in half the time of an array's methods
 Measure = Callable[[Array], tuple[Array, Array]]
-"""Weights [N] of the agent's policy to the geometric means' KL from the reference and its slope, each [N]."""
+"""Weights t [N] of the agent's policy to the geometric means' KL from the reference, and its slope over t, each [N]."""
 
 
 class Governed(Actor):
@@ -33,25 +35,27 @@ class Governed(Actor):
     the dual of Otto et al. (2021), section 4, of which t / (1 - t) is the multiplier.
     """
 
-    def __init__(self, agent: Agent, reference: Agent, kappa: float) -> None:
-        """``agent`` and ``reference``: of one environment and one family of actions, as ``klrl.load`` gives them.
+    def __init__(self, agent: Agent, reference: Agent | Literal["uniform"], kappa: float) -> None:
+        """``agent`` and ``reference``: of one environment and one family of actions, as ``klrl.load`` gives them; a
+        reference "uniform" takes all discrete actions alike.
 
         Raises UsageError where they are not, and for a kappa that is not above 0.
         """
         kappa = convert(Annotated[float, Range(0, above=True)], kappa, "kappa")
-        if not (isinstance(agent, Agent) and isinstance(reference, Agent)):
+        if not isinstance(agent, Agent) or not (isinstance(reference, Agent) or reference == UNIFORM):
             raise UsageError("Governed takes two agents, such as klrl.load gives, and a kappa")
-        for part in ("observation_space", "action_space"):
-            mine, theirs = getattr(agent, part), getattr(reference, part)
-            if mine != theirs:
-                raise UsageError(f"the reference's {part.replace('_', ' ')} is {theirs}, not the agent's {mine}")
         check_forgets(agent, "an agent that is governed")
-        check_forgets(reference, "the reference")
         self.agent, self.reference, self.kappa = agent, reference, kappa
         self.policy, self.encoder = agent.policy, agent.encoder
-        probe = agent.encoder.probe()
-        self._heads: Any = agent.policy.head, reference.policy.head
-        own, other = agent.policy_at(probe), reference.policy_at(reference.encoder.probe())
+        own = agent.policy_at(agent.encoder.probe())
+        if isinstance(reference, Agent):
+            check_same_spaces(agent, reference, "the reference's", "the agent's ")
+            check_forgets(reference, "the reference")
+            self._other: Any = reference.policy
+            other = reference.policy_at(reference.encoder.probe())
+        else:
+            self._other, other = None, uniform_like(own)
+        self._heads: Any = agent.policy.head, (self._other or agent.policy).head
         if type(own) is not type(other) or not isinstance(own, MultiCategorical | DiagonalNormal | SquashedNormal):
             raise UsageError(f"no geometric mean of {type(own).__name__} and {type(other).__name__} policies is known")
         try:
@@ -61,47 +65,53 @@ class Governed(Actor):
 
     def distribution(self, obs: Observation) -> Any:
         """The policy that acts at observations [B, *shape], as data, in float64: rounding would leave kappa."""
-        old, new = (agent.distribution(obs).map_parameters(Tensor.double) for agent in (self.reference, self.agent))
+        own = self.agent.distribution(obs)
+        other: Any = self.reference.distribution(obs) if isinstance(self.reference, Agent) else uniform_like(own)
+        old, new = (policy.map_parameters(Tensor.double) for policy in (other, own))
         return project_states(old, new, self.kappa, "reverse")
 
     def act(
         self, obs: Observation, deterministic: bool = False, rng: Any = None, state: Array | None = None
     ) -> Actions:
         """Actions [N, d] for a batch of observations [N, *shape], as ``Agent.act``."""
-        mine, theirs = (
-            head.numbers(agent.policy.outputs(obs))
-            for head, agent in zip(self._heads, (self.agent, self.reference), strict=True)
-        )
-        one: Any = govern_categorical if len(mine) == 1 else govern_normal
-        many: Any = govern_categoricals if len(mine) == 1 else govern_normals
-        numbers = (one if len(mine[0]) == 1 else many)(*mine, *theirs, self.kappa)
-        action = self._heads[0].draw(*numbers, None if deterministic else self.agent.rng if rng is None else rng)
+        head, of_reference = self._heads
+        outputs = self.policy.outputs(obs)
+        others = np.zeros_like(outputs) if self._other is None else self._other.outputs(obs)
+        mine, theirs = head.numbers(outputs), of_reference.numbers(others)
+        one, many = _GOVERN[len(mine)]
+        numbers = (one if len(outputs) == 1 else many)(*mine, *theirs, self.kappa)
+        action = head.draw(*numbers, None if deterministic else self.agent.rng if rng is None else rng)
         return action.astype(np.float32) if action.dtype == np.float64 else action
 
 
-def weights(measure: Measure, reached: Array, kappa: float) -> Array:
-    """The largest weights, [N], whose KL is within ``kappa``, from what is ``reached`` at 1, [N].
+def weights(measure: Measure, steep: Array, reached: Array, kappa: float) -> Array:
+    """The largest weights, [N], whose KL is within ``kappa``.
 
-    Newton's method on the root of the KL, from where either its tangent at 0 or its chord to 1 says that kappa is
-    reached: the first of these is not beyond it where the root is concave or convex. A step that leaves what is known
-    to hold the solution halves that instead.
+    ``steep``: the slope of the KL's root at a weight of 0, ``reached``: the KL at 1, above kappa; both [N]. Root over
+    weight is nearly a line in the root: at first that between the two, then the parabola that has ``steep`` and the
+    value and slope at the last guess. Of three KLs the third is mostly kappa's; a guess that leaves what is known to
+    hold the solution halves it instead.
     """
-    done = reached <= kappa
-    low, high, aim = done.astype(np.float64), np.ones(len(reached)), math.sqrt(kappa * (1 - _SHORT / 2))
-    tangent = np.sqrt(0.5 * measure(np.full(len(reached), _TINY))[1] / _TINY)
-    weight = np.where(done, 1.0, aim / np.fmax(tangent, np.sqrt(reached)))
-    for trial in range(1, _TRIALS):
-        reached, slope = measure(weight)
-        inside = reached <= kappa
-        low = np.where(inside & ~done, weight, low)
-        done = done | (inside & (reached >= kappa * (1 - _SHORT)))
-        if done.all():
-            break
-        high = np.where(inside, high, weight)
+    aim = math.sqrt(kappa * (1 - _SHORT / 2))
+    weight = aim / np.fmax(aim + steep * (1 - aim / np.sqrt(reached)), aim)
+    low, high = np.zeros(len(weight)), np.ones(len(weight))
+    for trial in range(_TRIALS):
+        reached, curvature = measure(weight)
+        off = np.abs(reached - aim * aim)
+        if _largest(off) < 0.49 * _SHORT * kappa:  # false for nan
+            return weight
         root = np.sqrt(reached)
-        newton = weight + 2 * root * (aim - root) / slope
-        fits = done | ((newton > low) & (newton < high) & (trial < _NEWTON))  # false for nan
-        weight = newton if fits.all() else np.where(fits, newton, _middle(low, high))
+        rise, x = root / weight, aim / root
+        first = rise - steep
+        second = rise - 2 * rise * rise * rise / curvature - first
+        guess = aim / np.fmax(steep + x * (first - second + x * second), aim)  # at most 1, even where it is nan
+        if trial > 0:  # where the first guess did not do
+            done = off < 0.49 * _SHORT * kappa
+            inside = done | (reached <= aim * aim)
+            low, high = np.where(inside, weight, low), np.where(inside, high, weight)
+            fits = (guess > low) & (guess < high) & (trial < _STEPS)
+            guess = np.where(done, weight, np.where(fits, guess, _middle(low, high)))
+        weight = guess
     return low
 
 
@@ -111,43 +121,66 @@ def _middle(low: Array, high: Array) -> Array:
     return 1 / (1 + np.exp(-sum(odds) / 2))
 
 
+def _solved(
+    family: Callable[..., tuple[Measure, Array]], parts: tuple[Array, ...], beyond: Any, kappa: float
+) -> tuple[Array, Array]:
+    """Where the agent's policy is outside of ``kappa``, or ``beyond`` any, and the weights of the means that ``family``
+    measures by parts [..., N]: both [N]."""
+    measure, steep = family(*parts)
+    reached, _ = measure(np.ones(1))
+    if beyond is not None:
+        reached[beyond] = np.inf
+    outside = ~(reached <= kappa)
+    if outside.all():
+        return outside, weights(measure, steep, reached, kappa)
+    t = np.ones(len(reached))
+    if outside.any():
+        measure, steep = family(*(part[..., outside] for part in parts))
+        t[outside] = weights(measure, steep, reached[outside], kappa)
+    return outside, t
+
+
 def govern_categoricals(logits: Array, reference: Array, kappa: float) -> tuple[Array]:
     """The logits [N, k, n] of the nearest policy to that of ``logits`` within ``kappa`` of that of ``reference``."""
     with np.errstate(all="ignore"):
-        new, old = _normalised(logits), _normalised(reference)
-        apart, base = new - old, np.exp(old)
-        reached = _expected(np.exp(new), apart).sum(-1)
-        if (reached <= kappa).all():
+        # States come last, so that what NumPy's loops run over is long: [n, k, N].
+        old, new = (np.ascontiguousarray(part.T, np.float64) for part in (reference, logits))
+        base, apart = np.exp(old - _largest(old)), new - old
+        base /= _total(base)
+        never: Any = None
+        beyond: Any = None
+        if not math.isfinite(_total(apart, None)):  # one of the two forbids a choice: then every mean but the ends does
+            never, beyond = np.isneginf(old) | np.isneginf(new), (np.isneginf(old) & ~np.isneginf(new)).any((0, 1))
+            base, apart = np.where(never, 0.0, base), np.where(never, -np.inf, apart)
+        apart -= _largest(apart)
+        if never is not None:
+            apart = np.where(never, 0.0, apart)
+        outside, t = _solved(_tilts, (base, apart), beyond, kappa)
+        if not outside.any():
             return (logits,)
-        one_forbids = np.isneginf(new) | np.isneginf(old)  # then every mean but the ends does
-        if one_forbids.any():
-            base, apart = np.where(one_forbids, 0.0, base), np.where(one_forbids, 0.0, apart)
-        powers = np.stack([np.ones_like(apart), apart, apart * apart], -1)
-
-        def measure(weight: Array) -> tuple[Array, Array]:
-            # d/dt KL = t Var[log agent - log reference], under the mean at t
-            t = weight[:, None]
-            mean = base * np.exp(t[..., None] * apart)
-            total, first, second = ((mean[..., None, :] @ powers)[..., 0, i] for i in range(3))
-            first, second = first / total, second / total
-            return (t * first - np.log(total)).sum(-1), (t * (second - first * first)).sum(-1)
-
-        t = weights(measure, reached, kappa)[:, None, None]
-        mixed = np.where(one_forbids, -np.inf, old + t * apart)
-    return (np.where(t == 1, logits, np.where(t == 0, reference, mixed)),)
+        mixed = np.where(outside, old + t * apart, new)
+        if never is not None:
+            mixed = np.where(never & outside & (t > 0), -np.inf, mixed)
+    return (np.ascontiguousarray(mixed.T),)
 
 
-def _normalised(logits: Array) -> Array:
-    """Log-probabilities, float64."""
-    x = logits.astype(np.float64)
-    x -= x.max(-1, keepdims=True)
-    x -= np.log(np.exp(x).sum(-1, keepdims=True))
-    return x
+def _tilts(base: Array, apart: Array) -> tuple[Measure, Array]:
+    """Of policies base * exp(t apart), normalised, [n, k, N], where base sums to 1: d/dt KL = t Var[apart]."""
 
+    def moments(mean: Array) -> tuple[Array, Array, Array]:
+        whole = _total(mean)
+        mean *= apart
+        first = _total(mean) / whole
+        mean *= apart
+        return np.log(whole), first, _total(_total(mean) / whole - first * first)
 
-def _expected(probs: Array, x: Array) -> Array:
-    """E[x] over the last axis; what has no probability has no part in it."""
-    return np.where(probs > 0, probs * x, 0.0).sum(-1)
+    def measure(t: Array) -> tuple[Array, Array]:
+        mean = np.exp(t * apart)
+        mean *= base
+        whole, first, variance = moments(mean)
+        return _total(t * first - whole), variance
+
+    return measure, np.sqrt(moments(base.copy())[2] / 2)
 
 
 def govern_normals(
@@ -155,85 +188,106 @@ def govern_normals(
 ) -> tuple[Array, Array]:
     """Mean and log standard deviation [N, d] of the nearest policy within ``kappa``, as ``govern_categoricals``."""
     with np.errstate(all="ignore"):
-        ratio = np.exp(2 * (log_std_reference.astype(np.float64) - log_std))
-        z_squared = np.square((mean - mean_reference) * np.exp(-log_std_reference.astype(np.float64)))
-
-        def measure(weight: Array | float) -> tuple[Array, Array]:
-            t = np.asarray(weight)[..., None]
-            precision = (1 - t) + t * ratio  # in the reference's
-            variance = 1 / precision
-            share = t * ratio * variance
-            divergence = variance - 1 + np.log(precision) + share * share * z_squared
-            slope = variance * variance * (t * (ratio - 1) ** 2 + 2 * share * ratio * z_squared)
-            return 0.5 * divergence.sum(-1), 0.5 * slope.sum(-1)
-
-        reached, _ = measure(1.0)
-        if (reached <= kappa).all():
+        wide = log_std_reference.astype(np.float64)
+        ratio, z = np.exp(2 * (wide - log_std)), (mean - mean_reference) * np.exp(-wide)
+        ratio, z_squared = np.ascontiguousarray(np.broadcast_to(ratio, z.shape).T), np.square(z.T, order="C")
+        outside, t = _solved(_blends, (ratio, z_squared), None, kappa)
+        if not outside.any():
             return mean, log_std
-        t = weights(measure, reached, kappa)[:, None]
         precision = (1 - t) + t * ratio
-        share = t * ratio / precision
-        mixed = mean_reference + share * (mean - mean_reference), log_std_reference - 0.5 * np.log(precision)
-    return np.where(t == 1, mean, mixed[0]), np.where(t == 1, log_std, mixed[1])
+        share, narrower = (t * ratio / precision).T, 0.5 * np.log(precision.T)
+        mixed = mean_reference + share * (mean - mean_reference), log_std_reference - narrower
+    outside = outside[:, None]
+    return np.where(outside, mixed[0], mean), np.where(outside, mixed[1], log_std)
+
+
+def _blends(ratio: Array, z_squared: Array) -> tuple[Measure, Array]:
+    """Of normals with precisions (1 - t) + t ratio, [d, N], in the reference's, whose ends' means are apart by
+    ``z_squared`` in its variances."""
+    of_ratio, of_mean = np.square(ratio - 1), 2 * ratio * ratio * z_squared
+
+    def measure(t: Array) -> tuple[Array, Array]:
+        share = t * ratio
+        precision = (1 - t) + share
+        variance = 1 / precision
+        share *= variance
+        share *= share
+        share *= z_squared
+        share += variance
+        share += np.log(precision)
+        curvature = of_mean * variance
+        curvature += of_ratio
+        curvature *= variance
+        curvature *= variance
+        return 0.5 * (_total(share) - len(ratio)), 0.5 * _total(curvature)
+
+    return measure, np.sqrt(_total(of_ratio + of_mean) / 4)
 
 
 # One state at a time, where an action is waited for: in plain Python, as NumPy's calls on a handful of numbers take
 # several times longer than the agent does. The same mathematics; the tests compare both.
 
 
-def weight_of(measure: Callable[[float], tuple[float, float]], reached: float, kappa: float) -> float:
-    """``weights`` of one state, whose KL at 1 is above ``kappa``."""
+def weight_of(measure: Callable[[float], tuple[float, float]], steep: float, reached: float, kappa: float) -> float:
+    """``weights`` of one state."""
     low, high, aim = 0.0, 1.0, math.sqrt(kappa * (1 - _SHORT / 2))
-    tangent = math.sqrt(max(0.5 * measure(_TINY)[1] / _TINY, 0.0))
-    weight = aim / max(tangent, math.sqrt(reached))
-    for trial in range(1, _TRIALS):
-        reached, slope = measure(weight)
+    weight = aim / (aim + steep * (1 - aim / math.sqrt(reached)))
+    for trial in range(_TRIALS):
+        reached, curvature = measure(weight)
         if reached <= kappa:
             low = weight
             if reached >= kappa * (1 - _SHORT):
                 break
         else:
             high = weight
-        root = math.sqrt(max(reached, 0.0))
-        weight += 2 * root * (aim - root) / slope if slope > 0 else math.inf
-        if not (low < weight < high and trial < _NEWTON):
+        if trial < _STEPS and reached > 0 and curvature > 0:
+            root = math.sqrt(reached)
+            rise, x = root / weight, aim / root
+            first = rise - steep
+            second = rise - 2 * rise**3 / curvature - first
+            weight = aim / max(steep + x * (first - second + x * second), aim)
+        if not low < weight < high:
             weight = float(_middle(np.array(low), np.array(high)))
     return low
 
 
 def govern_categorical(logits: Array, reference: Array, kappa: float) -> tuple[Array]:
     """``govern_categoricals`` of one state, [1, k, n]."""
-    parts = []
+    exp, parts, variance = math.exp, [], 0.0
     for mine, theirs in zip(logits[0].tolist(), reference[0].tolist(), strict=True):
         if -math.inf in mine or -math.inf in theirs:
             return govern_categoricals(logits, reference, kappa)
         top, apart = max(theirs), [a - b for a, b in zip(mine, theirs, strict=True)]
-        base, most = [math.exp(b - top) for b in theirs], max(apart)
+        base, most = [exp(b - top) for b in theirs], max(apart)
         whole = sum(base)
-        parts.append([(b / whole, a - most) for b, a in zip(base, apart, strict=True)])
+        part = [(b / whole, a - most) for b, a in zip(base, apart, strict=True)]
+        mean = sum([b * a for b, a in part])
+        variance += sum([b * a * a for b, a in part]) - mean * mean
+        parts.append(part)
 
     def measure(t: float) -> tuple[float, float]:
-        divergence = slope = 0.0
+        divergence = curvature = 0.0
         for part in parts:
             total = first = second = 0.0
             for base, apart in part:
-                mean = base * math.exp(t * apart)
+                mean = base * exp(t * apart)
                 total += mean
-                first += mean * apart
-                second += mean * apart * apart
+                mean *= apart
+                first += mean
+                second += mean * apart
             if total == 0.0:
                 return math.inf, math.nan
             first /= total
             divergence += t * first - math.log(total)
-            slope += t * (second / total - first * first)
-        return divergence, slope
+            curvature += second / total - first * first
+        return divergence, curvature
 
     reached, _ = measure(1.0)
     if reached <= kappa:
         return (logits,)
     if not reached < math.inf:
         return govern_categoricals(logits, reference, kappa)
-    t = weight_of(measure, reached, kappa)
+    t = weight_of(measure, math.sqrt(max(variance, 0.0) / 2), reached, kappa)
     return (reference + t * (logits.astype(np.float64) - reference),)
 
 
@@ -242,26 +296,35 @@ def govern_normal(
 ) -> tuple[Array, Array]:
     """``govern_normals`` of one state, [1, d]."""
     spreads = [x.reshape(-1).tolist() for x in (log_std, log_std_reference)]
-    parts = []
+    parts, steep = [], 0.0
     for a, b, mine, theirs in zip(mean[0].tolist(), mean_reference[0].tolist(), *spreads, strict=True):
         if not (abs(mine) < 100 and abs(theirs) < 100 and abs(a - b) < 1e50):
             return govern_normals(mean, log_std, mean_reference, log_std_reference, kappa)
-        parts.append((math.exp(2 * (theirs - mine)), ((a - b) * math.exp(-theirs)) ** 2))
+        ratio, z = math.exp(2 * (theirs - mine)), (a - b) * math.exp(-theirs)
+        of_ratio, of_mean = (ratio - 1) * (ratio - 1), 2 * ratio * ratio * z * z
+        parts.append((ratio, z * z, of_ratio, of_mean))
+        steep += of_ratio + of_mean
 
     def measure(t: float) -> tuple[float, float]:
-        divergence = slope = 0.0
-        for ratio, z_squared in parts:
-            precision = (1 - t) + t * ratio
+        divergence = curvature = 0.0
+        for ratio, z_squared, of_ratio, of_mean in parts:
+            share = t * ratio
+            precision = (1 - t) + share
             variance = 1 / precision
-            share = t * ratio * variance
+            share *= variance
             divergence += variance - 1 + math.log(precision) + share * share * z_squared
-            slope += variance * variance * (t * (ratio - 1) ** 2 + 2 * share * ratio * z_squared)
-        return 0.5 * divergence, 0.5 * slope
+            curvature += variance * variance * (of_ratio + of_mean * variance)
+        return 0.5 * divergence, 0.5 * curvature
 
     reached, _ = measure(1.0)
     if reached <= kappa:
         return mean, log_std
-    t = weight_of(measure, reached, kappa)
-    moved = [(t * ratio / ((1 - t) + t * ratio), 0.5 * math.log((1 - t) + t * ratio)) for ratio, _ in parts]
-    share, narrower = np.array(moved).T
-    return mean_reference + share * (mean - mean_reference), (log_std_reference - narrower).reshape(1, -1)
+    t = weight_of(measure, math.sqrt(steep / 4), reached, kappa)
+    precisions = [(1 - t) + t * ratio for ratio, *_ in parts]
+    share = np.array([t * part[0] / precision for part, precision in zip(parts, precisions, strict=True)])
+    narrower = np.array([[0.5 * math.log(precision) for precision in precisions]])
+    return mean_reference + share * (mean - mean_reference), log_std_reference - narrower
+
+
+_GOVERN: dict[int, Any] = {1: (govern_categorical, govern_categoricals), 2: (govern_normal, govern_normals)}
+"""Of one state and of many, by how many arrays a head's numbers are."""

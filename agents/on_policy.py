@@ -26,7 +26,7 @@ from klrl.agents.memory import Memory
 from klrl.agents.reference import Reference, ReferenceConfig
 from klrl.buffers.returns import RewardScale, gae
 from klrl.buffers.rollout import RolloutBuffer
-from klrl.config import Checked, Fraction, NonNegative, PositiveInt, Range, Widths
+from klrl.config import Checked, Fraction, Needs, NonNegative, PositiveInt, Range, Widths
 from klrl.errors import UsageError
 from klrl.kl import ALONE, Ranks, select
 from klrl.policies.bayesian import BayesianCritic
@@ -67,7 +67,7 @@ class OnPolicyConfig(Checked):
     critic: Literal["point", "bayesian"] = "point"
     """Values by weights that are numbers, or by a last layer that is a distribution, which says how sure it is
     (experimental)."""
-    critic_kl: NonNegative = 1e-3
+    critic_kl: Annotated[NonNegative, Needs("critic", "bayesian")] = 1e-3
     """Weight of a bayesian critic's KL to its prior beside the squared error."""
     log_std_init: Annotated[float, Range(-80, 80)] = 0.0
     """Logarithm of the initial standard deviation of continuous actions, where a bounded action spans -1 to 1."""
@@ -253,7 +253,7 @@ class OnPolicyAgent(Agent):
         weight = (rollout.valid / max(self.ranks.sum(float(rollout.valid.sum()))[0], 1)).astype(np.float32)
         parts = (rollout.action, advantage, returns, weight)
         action, advantages, targets, weights = (torch.as_tensor(x, device=self.device).flatten(0, 1) for x in parts)
-        reference = self.reference.seen(rollout.obs_before_steps(), old)
+        reference = self.reference.seen(rollout.obs_before_steps(), old, weights > 0)
         return Batch(inputs, old, action, old.log_prob(action), value[:rows], advantages, targets, weights, reference)
 
     def hold(self, batch: Batch) -> Any:

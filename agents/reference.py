@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,17 +11,30 @@ from torch import Tensor
 from klrl.agents import registry
 from klrl.agents.actor import check_forgets
 from klrl.agents.base import Agent, State
-from klrl.config import Checked, NonNegative, PositiveInt
+from klrl.config import Checked, Needs, NonNegative, PositiveInt
 from klrl.errors import UsageError
-from klrl.kl import Direction, KLLimit, Move, NoClosedFormError, at_most, kl, reverse_kl, state_mean
+from klrl.kl import (
+    Direction,
+    KLLimit,
+    Move,
+    NoClosedFormError,
+    at_most,
+    concatenate,
+    kl,
+    reverse_kl,
+    select,
+    state_mean,
+)
 from klrl.kl.measure import Of, states
 from klrl.kl.rules import PENALTIES, Start
 from klrl.kl.trust_region import project
 from klrl.policies.distributions import uniform_like
 from klrl.policies.encoder import Inputs
 from klrl.policies.observations import Observation
+from klrl.policies.spaces import check_same_spaces
 
 UNIFORM = "uniform"
+_USED = Needs("run")
 _ANY_EXCESS = 2.0  # of what may not grow at all, however little it does
 _FIGURES: tuple[Of, Of] = ("mean", "max")
 
@@ -34,18 +47,18 @@ class ReferenceConfig(Checked):
 
     run: str = ""
     """A run or checkpoint whose policy is the reference, or uniform: all discrete actions alike; by default none."""
-    target: NonNegative = 0.0
+    target: Annotated[NonNegative, _USED] = 0.0
     """Limit on the mean KL to the reference, in nats, action dimensions summed; 0 sets none. PPO and TRPO hold it on
     the states of each update, or where it was above before, let it grow no more; SAC's policy is only drawn there."""
-    rule: Literal["adaptive", "lagrange", "fixed", "annealed"] = "lagrange"
+    rule: Annotated[Literal["adaptive", "lagrange", "fixed", "annealed"], _USED] = "lagrange"
     """How the coefficient of the KL in the loss moves, as with kl.penalty; the first two need a target."""
-    coef: NonNegative = 1.0
+    coef: Annotated[NonNegative, _USED] = 1.0
     """That coefficient at the start."""
-    anneal_to: NonNegative = 0.0
+    anneal_to: Annotated[NonNegative, _USED] = 0.0
     """An annealed coefficient at its schedule's end."""
-    anneal_over: PositiveInt = 1000
+    anneal_over: Annotated[PositiveInt, _USED] = 1000
     """How many updates that schedule takes."""
-    direction: Direction = "reverse"
+    direction: Annotated[Direction, _USED] = "reverse"
     """Which KL: reverse KL(policy||reference), or forward KL(reference||policy)."""
 
     def make_limit(self, device: torch.device) -> KLLimit:
@@ -123,10 +136,7 @@ class Reference:
             except UsageError as problem:
                 raise UsageError(f"--reference.run: {problem}") from None
         if self.policy is not None:
-            for part in ("observation_space", "action_space"):
-                mine, theirs = getattr(self.agent, part), getattr(self.policy.agent, part)
-                if mine != theirs:
-                    raise UsageError(f"--reference.run {self.config.run}: its {part} is {theirs}, not {mine}")
+            check_same_spaces(self.agent, self.policy.agent, f"--reference.run {self.config.run}: its")
             if (sees := list(self.policy.agent.encoder.parts)) != list(self.agent.encoder.parts):
                 raise UsageError(f"--reference.run {self.config.run}: it sees {', '.join(sees)} alone, of a Dict")
             if self.policy.agent.encoder.images != self.agent.encoder.images:
@@ -153,9 +163,15 @@ class Reference:
         assert self.policy is not None
         return self.policy.at(inputs)
 
-    def seen(self, obs: Observation, own: Any) -> Any:
-        """``at`` observations [..., *shape] as the environment shows them."""
-        return self.at(self.agent.encoder.unscaled(obs), own) if self.config.run else None
+    def seen(self, obs: Observation, own: Any, valid: Tensor) -> Any:
+        """``at`` observations [B, *shape] as the environment shows them; ``own`` where they are not ``valid``, bool
+        [B], as a weight of 0 would make nan of an infinite KL."""
+        if not self.config.run:
+            return None
+        at, rows = self.at(self.agent.encoder.unscaled(obs), own), torch.arange(len(valid), device=valid.device)
+        if valid.all() or type(at) is not type(own):
+            return at
+        return select(concatenate([at, own]), torch.where(valid, rows, rows + len(rows)))
 
     def term(self, at: Any, new: Any) -> Tensor | float:
         """The coefficient times the KL of each state, [B], to be added to a loss; 0 where there is no reference."""

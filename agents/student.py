@@ -23,6 +23,7 @@ from klrl.policies.heads import HEADS, CategoricalHead, JointCategoricalHead, No
 from klrl.policies.networks import Array, OwnNetwork
 from klrl.policies.observations import Observation
 from klrl.policies.own import metavar, name_of
+from klrl.policies.spaces import check_same_spaces
 from klrl.policies.squashed import SquashedHead
 
 _OTHERS: dict[str, type[nn.Module]] = {"squashed": SquashedHead, "joint": JointCategoricalHead}
@@ -118,10 +119,7 @@ class Student(OnPolicyAgent):
 
     def _teacher(self, run: str) -> FrozenPolicy:
         teacher = FrozenPolicy.read(run, self.device)
-        for part in ("observation_space", "action_space"):
-            mine, theirs = getattr(self, part), getattr(teacher.agent, part)
-            if mine != theirs:
-                raise UsageError(f"teacher {run}: its {part.replace('_', ' ')} is {theirs}, not {mine}")
+        check_same_spaces(self, teacher.agent, f"teacher {run}: its")
         probes = (agent.policy_at(agent.encoder.probe()) for agent in (teacher.agent, self))
         try:
             distillation_loss(*probes)

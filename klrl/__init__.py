@@ -11,6 +11,7 @@ __version__ = "0.2.0.dev0"
 if TYPE_CHECKING:
     from klrl.agents.base import Agent as Agent
     from klrl.agents.base import UpdateResult as UpdateResult
+    from klrl.agents.bottleneck import BottleneckConfig as BottleneckConfig
     from klrl.agents.governed import Governed as Governed
     from klrl.agents.limits import KLConfig as KLConfig
     from klrl.agents.limits import KLTarget as KLTarget
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from klrl.agents.on_policy import OnPolicyConfig as OnPolicyConfig
     from klrl.agents.ppo import PPO as PPO
     from klrl.agents.ppo import PPOConfig as PPOConfig
+    from klrl.agents.reference import ReferenceConfig as ReferenceConfig
     from klrl.agents.sac import SAC as SAC
     from klrl.agents.sac_options import SACConfig as SACConfig
     from klrl.agents.student import Student as Student
@@ -42,10 +44,12 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "klrl.agents.base": ["Agent", "UpdateResult"],
+    "klrl.agents.bottleneck": ["BottleneckConfig"],
     "klrl.agents.governed": ["Governed"],
     "klrl.agents.limits": ["KLConfig", "KLTarget", "OffPolicyKLConfig"],
     "klrl.agents.on_policy": ["OnPolicyAgent", "OnPolicyConfig"],
     "klrl.agents.ppo": ["PPO", "PPOConfig"],
+    "klrl.agents.reference": ["ReferenceConfig"],
     "klrl.agents.sac": ["SAC"],
     "klrl.agents.sac_options": ["SACConfig"],
     "klrl.agents.student": ["Student", "StudentConfig"],

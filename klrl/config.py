@@ -100,6 +100,19 @@ class Reads:
     plain: Callable[[Any], Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """A mark of a field that does nothing unless another of its class, ``name``, is ``value``, or is set at all."""
+
+    name: str
+    value: str = ""
+
+    def met(self, config: Any) -> bool:
+        """Whether the field does something in ``config``."""
+        found = getattr(config, self.name)
+        return found == self.value if self.value else bool(found)
+
+
 def _drawn(seed: Any) -> Any:
     return int.from_bytes(os.urandom(4)) if seed is None else seed
 
@@ -216,11 +229,7 @@ def build(cls: type[C], data: Mapping[str, Any], path: str = "") -> C:
 def _converted(cls: type, data: Mapping[str, Any], path: str) -> dict[str, Any]:
     fields = field_types(cls)
     # Within a group, what is not given is as this class has it, which need not be the group's own default.
-    groups = {
-        f.name: f.default_factory() if callable(f.default_factory) else f.default
-        for f in dataclasses.fields(cls)
-        if dataclasses.is_dataclass(fields[f.name])
-    }
+    groups = {name: value for name, value in _defaults(cls).items() if dataclasses.is_dataclass(fields[name])}
     converted = {}
     for key, value in data.items():
         if key not in fields:
@@ -230,6 +239,31 @@ def _converted(cls: type, data: Mapping[str, Any], path: str) -> dict[str, Any]:
             value = merge(to_dict(groups[key]), value)
         converted[key] = convert(fields[key], value, path + key)
     return converted
+
+
+def idle(config: Any, usual: Mapping[str, Any] | None = None, path: str = "") -> list[tuple[str, str, str]]:
+    """The options that were given, as they are not what ``usual`` or their class has, and do nothing: each with the
+    option that it needs, and that one's value where only one will do."""
+    found, usual = [], _defaults(type(config)) if usual is None else usual
+    for name, kind in field_types(type(config)).items():
+        value, default = getattr(config, name), usual[name]
+        if dataclasses.is_dataclass(value):
+            found += idle(value, vars(default) if dataclasses.is_dataclass(default) else None, f"{path}{name}.")
+        elif value != default:
+            needs = [mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, Needs)]
+            found += [(path + name, path + it.name, it.value) for it in needs if not it.met(config)]
+    return found
+
+
+def refuse_idle(config: Any) -> None:
+    """Raise UsageError for an option that was given and does nothing without another."""
+    for name, needed, value in idle(config):
+        raise UsageError(f"{option(name)} does nothing without {option(needed)} {value}".rstrip())
+
+
+def _defaults(cls: Any) -> dict[str, Any]:
+    fields = dataclasses.fields(cls)
+    return {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields}
 
 
 def option_names(cls: type) -> list[str]:

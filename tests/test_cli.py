@@ -282,7 +282,7 @@ def test_a_checkpoint_of_another_env_or_a_truncated_one() -> None:
     Path("runs").rename("elsewhere")
     folder = folder.replace("runs", "elsewhere")
     line = refused("eval", folder, "--env-id", "Acrobot-v1")
-    assert "was trained on CartPole-v1 with observation_space Box" in line
+    assert "was trained on CartPole-v1: Acrobot-v1's observation space is Box" in line
     weights = next(Path(folder).rglob("tensors.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-10])
     assert "is damaged: tensors.safetensors does not match its manifest" in refused("eval", folder)

@@ -304,11 +304,11 @@ def test_a_figure_is_written_beside_the_text(runs: dict[str, str], capsys: pytes
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("discrete", "box"), "different spaces: action space Discrete(3, start=-1) and Box(-1.0, 3.0, (2,), float32)"),
-        (("discrete", "dict"), "different spaces: observation space Box(-1.0, 1.0, (1,), float32) and Dict('number'"),
+        (("discrete", "box"), "action space is Box(-1.0, 3.0, (2,), float32), not"),
+        (("discrete", "dict"), "observation space is Dict('number'"),
         (("box", "sac"), "no closed-form KL between a normal and a squashed normal policy"),
         (("discrete", "nowhere"), "no run or checkpoint at nowhere"),
-        (("discrete", "discrete", "--env", "CartPole-v1"), "but CartPole-v1 has Box("),
+        (("discrete", "discrete", "--env", "CartPole-v1"), ": CartPole-v1's observation space is Box("),
         (("discrete", "discrete", "--steps", "0"), "--steps must be at least 1 and at most 10000000, got 0"),
         (("discrete", "discrete", "--stps", "3"), "unknown option '--stps' (did you mean '--steps'?)"),
         (("discrete", "discrete", "--figure", "a.pdf"), "--figure a.pdf: must end in .png or .svg"),

@@ -128,6 +128,7 @@ def test_what_it_cannot_do_is_one_line_and_writes_nothing(
 def test_its_help_shows_a_students_options(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "distill", "--help")
     assert "klrl distill RUN..." in text
+    assert "(default: 200000)" in text
     assert all(option in text for option in ("--temperature", "--observation-keys", "--hidden-sizes", "--run-dir"))
 
 

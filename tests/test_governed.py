@@ -139,6 +139,21 @@ def test_a_governed_agent_acts_by_its_distribution(space: Any, kind: Any) -> Non
     assert np.array_equal(wide.act(obs[:9], deterministic=True), agent.act(obs[:9], deterministic=True))
 
 
+@pytest.mark.parametrize("space", [spaces.MultiDiscrete([2, 4, 3]), spaces.MultiBinary(2)], ids=str)
+def test_uniform_is_a_reference_of_discrete_actions(space: Any) -> None:
+    agent, _ = pair(space)
+    governed = Governed(agent, "uniform", 0.02)
+    obs = np.repeat(np.float32([[0.3, -0.2, 0.5]]), 20_000, 0)
+    policy = governed.distribution(obs[:1])
+    assert float(policy.entropy()) == pytest.approx(math.log(24 if space.shape == (3,) else 4) - 0.02, abs=1e-5)
+    for rows in (1, 20_000):
+        actions = torch.as_tensor(np.concatenate([governed.act(obs[:rows]) for _ in range(20_000 // rows)]))
+        log_prob = policy.map_parameters(lambda p: p.expand(20_000, *p.shape[1:])).log_prob(actions)
+        assert float(-log_prob.mean()) == pytest.approx(float(policy.entropy()), abs=5 * float(log_prob.std()) / 141)
+    with pytest.raises(UsageError, match="only discrete actions"):
+        Governed(pair(spaces.Box(-1.0, 1.0, (2,)))[0], "uniform", 0.1)
+
+
 def test_bad_governors_are_refused() -> None:
     agent, reference = pair(spaces.Discrete(3))
     for kappa in (0.0, -1.0, math.nan, math.inf):
@@ -167,9 +182,14 @@ def test_the_command_evaluates_a_governed_run(tmp_path: Path, capsys: pytest.Cap
     new = PPO(trained.agent.observation_space, trained.agent.action_space).save(tmp_path / "new")
     scores = []
     capsys.readouterr()
-    for words in (["--kappa", "1e-4"], ["--kappa", "100"]):
-        main(["eval", str(trained.folder), "--govern", str(new), *words, "--episodes", "10", "--stochastic"])
+    (checkpoint, *_) = (trained.folder / "checkpoints").glob("step-*")
+    for reference, kappa in ((new, "1e-4"), ("uniform", "1e-4"), (checkpoint, "1e-4"), (new, "100")):
+        words = ["--govern", str(reference), "--kappa", kappa, "--episodes", "10", "--stochastic"]
+        main(["eval", str(trained.folder), *words])
         scores.append(float(capsys.readouterr().out.split()[0]))
-    assert scores[0] < scores[1], "near a policy that knows nothing, it does little"
-    with pytest.raises(SystemExit):
-        main(["eval", str(trained.folder), "--govern", str(tmp_path / "none")])
+    assert max(scores[:2]) < min(scores[2:]), "near a policy that knows nothing, it does little"
+    for wrong in (["--govern", str(tmp_path / "none")], ["--kappa", "0.5"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["eval", str(trained.folder), *wrong])
+        assert stop.value.code == 2
+    assert "--kappa does nothing without --govern" in capsys.readouterr().err

@@ -176,7 +176,7 @@ def test_what_cannot_be_recorded_is_named_in_one_line(
     run: str, drawn: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "no run or checkpoint at nowhere" in refused(capsys, "nowhere")
-    assert "was trained on CartPole-v1 with" in refused(capsys, run, "--env-id", "Acrobot-v1")
+    assert "CartPole-v1: Acrobot-v1's observation space is" in refused(capsys, run, "--env-id", "Acrobot-v1")
     assert "--max-steps must be at least 1 and at most 27000, got 0" in refused(capsys, run, "--max-steps", "0")
     Path("file").write_text("")
     assert "--output file: File exists" in refused(capsys, run, "--output", "file")

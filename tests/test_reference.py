@@ -21,6 +21,7 @@ from klrl.agents.reference import FrozenPolicy, ReferenceConfig
 from klrl.agents.sac import SAC, SACConfig
 from klrl.agents.trpo import TRPO, TRPOConfig
 from klrl.analysis.anomalies import find_anomalies
+from klrl.config import build, idle
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.errors import UsageError
 from klrl.kl import kl, reverse_kl
@@ -272,3 +273,54 @@ def test_a_reference_without_kl_to_the_policy_is_refused_before_anything_is_writ
         with pytest.raises(UsageError, match=said):
             klrl.train("ppo", "Pendulum-v1", **QUICK, **options, run_dir=str(tmp_path / "runs"))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"reference": {"target": 0.5}}, "--reference.target does nothing without --reference.run"),
+        ({"reference": {"direction": "forward"}}, "--reference.direction does nothing without --reference.run"),
+        ({"bottleneck": {"target": 1}}, "--bottleneck.target does nothing without --bottleneck.size"),
+        ({"critic_kl": 0.1}, "--critic-kl does nothing without --critic bayesian"),
+    ],
+)
+def test_options_that_do_nothing_are_refused_before_anything_is_written(
+    tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        klrl.train("ppo", "CartPole-v1", **QUICK, **options, run_dir=str(tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
+    (group, given), *_ = options.items()
+    usual = getattr(PPOConfig(), group)
+    same = {name: getattr(usual, name) for name in given} if isinstance(given, dict) else usual
+    assert idle(build(PPOConfig, {group: same})) == []
+
+
+def test_a_run_of_before_with_options_that_did_nothing_is_still_read(tmp_path: Path) -> None:
+    PPO(SEEN, spaces.Discrete(2), {**SMALL, "critic_kl": 0.1, "bottleneck": {"target": 1}}).save(tmp_path / "old")
+    assert klrl.load(tmp_path / "old").config.critic_kl == 0.1
+
+
+@pytest.mark.parametrize("kind", [PPO, TRPO])
+def test_rows_that_do_not_count_may_be_infinitely_far_from_the_reference(kind: Any) -> None:
+    agent = kind(SEEN, spaces.Discrete(3), {**SMALL, "reference": {"run": "given", "target": 0.5}}, seed=3)
+    agent.reference.policy = FrozenPolicy(other(agent))
+    known = agent.reference.policy.at
+
+    def at(inputs: Any) -> Any:
+        forbids = (inputs["vector"][:, :1, None] == 9.0) & (torch.arange(3) == 1)
+        return known(inputs).map_parameters(lambda logits: logits.masked_fill(forbids, -math.inf))
+
+    agent.reference.policy.at = at
+    rng, buffer, no = np.random.default_rng(0), agent.new_buffer(2), np.zeros(2, bool)
+    obs = rng.normal(size=(2, 3)).astype(np.float32)
+    for step in range(32):
+        ends, following = np.array([step == 9, False]), rng.normal(size=(2, 3)).astype(np.float32)
+        if step == 9:
+            following[0] = 9.0  # seen in the row that only resets
+        buffer.add(obs, agent.act(obs), rng.normal(size=2), ends, no, following)
+        obs = following
+    result = agent.update(buffer)
+    assert math.isfinite(result.metrics["reference/kl"])
+    assert math.isfinite(result.metrics["reference/max"])
+    assert torch.isfinite(agent.policy_params.flat).all()

@@ -85,6 +85,15 @@ def test_a_grid_has_every_combination_complete_and_named_by_what_was_set() -> No
     assert len(expand("ppo", "CartPole-v1", {"total_timesteps": [1e3, 1000]})) == 1
 
 
+def test_an_option_that_does_nothing_in_a_part_of_a_grid_is_not_set_there() -> None:
+    settings = expand("ppo", "CartPole-v1", parse_choices(["bottleneck.size=0,4", "bottleneck.target=1,3"]))
+    assert [setting.label for setting in settings] == [
+        "bottleneck.size=0 bottleneck.target=2.0",
+        "bottleneck.size=4 bottleneck.target=1.0",
+        "bottleneck.size=4 bottleneck.target=3.0",
+    ]
+
+
 def test_folder_names_are_safe_and_short() -> None:
     assert file_name("sweep-ppo-a:b/C-v0") == "sweep-ppo-a_b_C-v0"
     assert len(file_name("x" * 300)) < 200
@@ -105,6 +114,9 @@ def test_folder_names_are_safe_and_short() -> None:
         (["--set", "gamma=0.9", "--set", "gamma=0.8"], "gamma is given twice"),
         (["--set", "kl.target=0.1", "--set", "kl=3"], "kl is given twice"),
         (["--set", "env.kwargs.speed=1,2"], "--env.kwargs {'speed': 1} does not fit"),
+        (["--set", "bottleneck.target=1,3"], "--bottleneck.target does nothing without --bottleneck.size"),
+        (["--set", "reference.run=nowhere", "reference.target=1"], "--reference.run: no run or checkpoint at nowhere"),
+        (["--set", "clip_range=0.2,0", "clip_rule=spo"], "--clip-rule spo needs a --clip-range above 0"),
         (["--seeds", "0"], "--seeds must be at least 1 and at most 10000, got 0"),
         (["--run-dir", "/proc/none"], "--run-dir /proc/none: No such file"),
         (["--import", "nowhere"], "--import nowhere: no module"),
@@ -214,18 +226,18 @@ def test_a_sweep_that_is_stopped_or_killed_goes_on_where_it_was(capsys: pytest.C
 
 
 def test_a_failing_trial_does_not_stop_the_others(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--set", *TINY[:3], "n_epochs=1", "eval_every=0", "clip_rule=spo", "--set", "clip_range=0.0,0.2"]
+    words = ["--set", *TINY[:2], "n_epochs=1", "eval_every=0", "--set", "n_steps=64,10000000000000"]
     with pytest.raises(SystemExit) as stop:
         main(["sweep", "ppo", "CartPole-v1", "--seeds", "1", "--jobs", "2", *words])
     assert stop.value.code == 1
     out, err = capsys.readouterr()
-    reason = "--clip-rule spo needs a --clip-range above 0, such as 0.2"
-    assert "clip_range=0.0  seed 0  running\n" in out
-    assert f"clip_range=0.0  seed 0  failed  {reason}" in out
-    assert "clip_range=0.2  1 of 1" in out
+    reason = "--n-steps 10,000,000,000,000 of 2 environments do not fit into memory"
+    assert "n_steps=10000000000000  seed 0  running\n" in out
+    assert f"n_steps=10000000000000  seed 0  failed  {reason}" in out
+    assert "n_steps=64              1 of 1" in out
     assert out.splitlines()[-1] == f"report      {FOLDER}/report.html"
     failed, summary = err.splitlines()
-    assert failed.startswith(f"klrl: clip_range=0.0 seed 0 failed: {reason}")
+    assert failed.startswith(f"klrl: n_steps=10000000000000 seed 0 failed: {reason}")
     assert summary == "klrl: 1 of 2 trials failed; the same command tries them again"
     (run,) = runs()
     assert 512 <= read_history(run).steps < 640

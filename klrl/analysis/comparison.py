@@ -26,7 +26,7 @@ from klrl.kl.state import own_noise
 from klrl.policies.beta import JointBeta
 from klrl.policies.distributions import DiagonalNormal, MultiCategorical
 from klrl.policies.observations import Observation
-from klrl.policies.spaces import category_sizes
+from klrl.policies.spaces import category_sizes, check_same_spaces
 from klrl.policies.squashed import SquashedHead, SquashedNormal
 from klrl.training.evaluation import Evaluation, evaluation_seed, run_episodes
 from klrl.training.load import LoadedPolicy
@@ -165,12 +165,8 @@ def _elsewhere(
 
 
 def _check_alike(old: LoadedPolicy, new: LoadedPolicy) -> None:
-    for part in ("action_space", "observation_space"):
-        mine, theirs = getattr(old.agent, part), getattr(new.agent, part)
-        if mine != theirs:
-            raise UsageError(
-                f"no KL between policies with different spaces: {part.replace('_', ' ')} {mine} and {theirs}"
-            )
+    different = "no KL between policies with different spaces:"
+    check_same_spaces(old.agent, new.agent, f"{different} {new.path}'s", f"{old.path}'s ")
     if len({isinstance(trained.agent.policy.head, SquashedHead) for trained in (old, new)}) == 2:
         raise UsageError(f"no closed-form KL between a normal and a squashed normal policy: {old.path} and {new.path}")
     kinds = [type(trained.agent.policy_at(trained.agent.encoder.probe())) for trained in (old, new)]

@@ -15,7 +15,7 @@ from typing import Any
 
 from klrl import __version__
 from klrl.cli.options import parse, parse_command, wants_help
-from klrl.config import suggest
+from klrl.config import refuse_idle, suggest
 from klrl.console import fail, keep_standard_files, printable, rank, say
 from klrl.errors import (
     LOST,
@@ -186,15 +186,18 @@ def _push(arguments: list[str]) -> None:
 def _eval(arguments: list[str]) -> None:
     from klrl.agents.actor import Actor
     from klrl.agents.governed import Governed
+    from klrl.agents.reference import UNIFORM
     from klrl.training.evaluation import EvalConfig, evaluation_seed, run_episodes, summary
     from klrl.training.load import load_policy
 
     example = "eval needs a run folder or checkpoint: klrl eval runs/ppo-CartPole-v1-0-..."
     (run,), given = parse_command(EvalConfig, arguments, "eval RUN", 1, 1, example)
+    refuse_idle(given)
     trained = load_policy(run, given.checkpoint, given.imports)
     agent: Actor = trained.agent
     if given.govern:
-        agent = Governed(trained.agent, load_policy(given.govern).agent, given.kappa)
+        reference: Any = UNIFORM if given.govern == UNIFORM else load_policy(given.govern).agent
+        agent = Governed(trained.agent, reference, given.kappa)
     with closing(trained.make_envs(given.episodes, given.env_id)) as envs:
         seed = evaluation_seed("afterwards", trained.config.seed)
         score = run_episodes(agent, envs, seed, not given.stochastic, episodes=given.episodes)

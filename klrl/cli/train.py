@@ -18,7 +18,7 @@ from klrl.envs.make import check, check_imported, import_module, import_packages
 from klrl.envs.pixels import modules_of
 from klrl.errors import UsageError, refusals
 from klrl.policies.own import OPTIONS, names_in
-from klrl.training.distill import say_sizes, taught_by
+from klrl.training.distill import DEFAULTS, say_sizes, taught_by
 from klrl.training.launch import launch
 from klrl.training.options import RayConfig, RunConfig
 from klrl.training.run import resolve, run_training
@@ -43,7 +43,7 @@ def distill(arguments: list[str]) -> None:
     options, of_help = arguments[len(runs) :], wants_help(arguments) and not runs
     if runs and "--teachers" in options:
         raise UsageError("distill takes its teachers before the options: klrl distill RUN RUN, without --teachers")
-    env, taken = (None, {}) if of_help else taught_by(runs, _early(options)["--import"])
+    env, taken = (None, DEFAULTS) if of_help else taught_by(runs, _early(options)["--import"])
     about = "Train a student to act as trained agents do, in the environment of the first."
     run = _begin(["distill", *arguments], Student.name(), env, options, taken, "klrl distill RUN...", about)
     if run is not None and not run.config.quiet:

@@ -97,6 +97,19 @@ class Numbers(spaces.Box):
     """A Box that is no image, whatever its shape: how runs have theirs that began before such were taken for images."""
 
 
+def check_same_spaces(mine: Any, theirs: Any, whose: str, than: str = "") -> None:
+    """Raise UsageError where a space of an agent is not that of another, or of what else has them.
+
+    A vector environment's are those of each environment. ``whose``, ``than``: what the message calls ``theirs`` and
+    ``mine``, such as "the reference's" and "the agent's ".
+    """
+    for part in ("observation_space", "action_space"):
+        names = (f"single_{part}" if hasattr(has, f"single_{part}") else part for has in (mine, theirs))
+        one, other = map(getattr, (mine, theirs), names)
+        if one != other:
+            raise UsageError(f"{whose} {part.replace('_', ' ')} is {other}, not {than}{one}")
+
+
 def is_image(space: spaces.Space[Any]) -> bool:
     """Whether ``space`` holds images that are kept as they are until a convolutional net: of 36 x 36 pixels or more,
     [H, W, C] or [C, H, W] of bytes, truth values or floats from 0 to 1 or to 255, or [H, W] of bytes.

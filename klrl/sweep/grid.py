@@ -12,7 +12,7 @@ from functools import reduce
 from typing import Any
 
 from klrl.agents import registry
-from klrl.config import flatten, merge, to_dict
+from klrl.config import flatten, idle, merge, refuse_idle, to_dict
 from klrl.errors import UsageError
 from klrl.training.run import resolve
 
@@ -66,23 +66,35 @@ def expand(
 ) -> list[Setting]:
     """Every combination of the choices' values, complete. Raises UsageError where ``klrl train`` would refuse one.
 
-    ``named``: the options that settings' labels name even where they have one value.
+    An option that does nothing where a choice leaves out what it needs (``bottleneck.target`` without a
+    ``bottleneck.size``) is not set there. ``named``: the options that settings' labels name even where they have one
+    value.
     """
     settings: list[Setting] = []
     if (count := math.prod(map(len, choices.values()))) > _MOST_SETTINGS:
         raise UsageError(f"--set gives {count:,} combinations: at most {_MOST_SETTINGS:,}")
     for values in itertools.product(*choices.values()):
         chosen = dict(zip(choices, values, strict=True))
-        options: dict[str, Any] = {"imports": list(imports), "network": network}
-        for path, value in chosen.items():
-            options = merge(options, reduce(lambda part, key: {key: part}, reversed(path.split(".")), value))
-        run, own = resolve(registry.find(agent, env), env, options)
+        base = {"imports": list(imports), "network": network}
+        run, own = resolve(registry.find(agent, env), env, _tree(base, chosen))
+        if unused := {name for name, needed, _ in idle(own) if needed in choices}:
+            used = {name: value for name, value in chosen.items() if name not in unused}
+            run, own = resolve(registry.find(agent, env), env, _tree(base, used))
+        refuse_idle(own)
         options = {"agent": agent.lower(), "env_id": env, **to_dict(run), **to_dict(own)}
         texts = {key: f"{key}={_text(flatten(options).get(key, chosen[key]))}" for key in sorted(choices)}
         name = file_name(",".join(texts.values()) or "default")
         label = " ".join(text for key, text in texts.items() if key in named or len(choices[key]) > 1) or env
         settings.append(Setting(name, label, options))
     return list({json.dumps(setting.options, sort_keys=True): setting for setting in reversed(settings)}.values())[::-1]
+
+
+def _tree(base: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with options that are named as ``kl.target``."""
+    options = dict(base)
+    for path, value in chosen.items():
+        options = merge(options, reduce(lambda part, key: {key: part}, reversed(path.split(".")), value))
+    return options
 
 
 def _text(value: Any) -> str:

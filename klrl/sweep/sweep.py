@@ -6,12 +6,12 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 from rich.console import Console
@@ -20,21 +20,23 @@ from rich.markup import escape
 from rich.table import Table
 
 from klrl.agents import registry
+from klrl.agents.base import Agent
 from klrl.analysis import tables
 from klrl.analysis.report import ReportConfig, report
 from klrl.analysis.scores import score_of
 from klrl.config import Checked, Count, PositiveInt, Range, cores, option
 from klrl.console import attempt, is_terminal, printable, say, warn
-from klrl.envs.make import EnvConfig, Imports, check, import_module, import_packages, make_vector, module_of
+from klrl.envs.make import Imports, check, import_module, import_packages, make_vector, module_of
 from klrl.errors import Interrupted, UsageError, refusals
-from klrl.policies.networks import named_network
-from klrl.policies.own import find_class, names_in
+from klrl.policies.own import names_in
 from klrl.sweep.grid import Setting, expand, file_name, parse_choices
 from klrl.sweep.on_ray import run_on_ray
 from klrl.sweep.search import Proposals, ranges_in
 from klrl.sweep.trial import Status, Trial
 from klrl.training.options import RayConfig
+from klrl.training.run import config_of
 from klrl.training.signals import Signals
+from klrl.training.start import start_from
 
 _POLL, _REDRAW = 0.1, 1.0  # seconds
 
@@ -92,15 +94,7 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
         raise UsageError('this needs ray: pip install "klrl[ray]"')
     propose = Proposals(made, choices, ranges) if config.search == "optuna" else None
     settings = made(choices) if propose is None else [propose.example()]
-    for path, name in dict.fromkeys(named for setting in settings for named in names_in(setting.options).items()):
-        import_module(module_of(name), f"{option(path)} {name}")
-        if path != "network":
-            find_class(name, object, path, path)
-    for network in {str(setting.options["network"]): None for setting in settings}:
-        if network:
-            named_network(network)
-    for kwargs in {json.dumps(s.options["env"]["kwargs"]): s.options["env"]["kwargs"] for s in settings}.values():
-        make_vector(env, 1, EnvConfig(kwargs=kwargs)).close()
+    check_settings(registry.find(agent, env), env, settings)
     folder = Path(config.run_dir) / file_name(config.name or f"sweep-{agent.lower()}-{env}")
     with refusals(f"--run-dir {config.run_dir}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,6 +124,22 @@ def sweep(agent: str, env: str, config: SweepConfig) -> None:
             stop_trials(trials, problem.signum if isinstance(problem, Interrupted) else signal.SIGTERM)
             raise
     _finish(trials, folder)
+
+
+def check_settings(agent_class: type[Agent], env: str, settings: Sequence[Setting]) -> None:
+    """Raise UsageError for a setting whose agent could not begin to learn, as its options contradict each other."""
+    spaces: dict[str, Any] = {}
+    for setting in settings:
+        for path, name in names_in(setting.options).items():
+            import_module(module_of(name), f"{option(path)} {name}")
+        run, own = config_of(agent_class, setting.options)
+        if (key := json.dumps(setting.options["env"])) not in spaces:
+            with closing(make_vector(env, 1, run.env)) as envs:
+                spaces[key] = envs.single_observation_space, envs.single_action_space
+        agent = agent_class(spaces[key][0], spaces[key][1], own, network=run.network or None)
+        agent.prepare()
+        if run.init_from:
+            start_from(agent, run.init_from)
 
 
 def run_trials(trials: list[Trial], jobs: int, signals: Signals, show: Callable[[], None]) -> None:

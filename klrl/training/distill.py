@@ -13,7 +13,8 @@ from klrl.policies.networks import OwnNetwork
 from klrl.training.load import load_policy
 from klrl.training.run import Run, train
 
-_STEPS = 200_000
+DEFAULTS = {"total_timesteps": 200_000}
+"""A student's options that are other than a run's."""
 
 
 def distill(
@@ -58,7 +59,7 @@ def taught_by(teachers: list[str], imports: Iterable[str] = (), anywhere: bool =
         "head": family_of(agent.policy.head),
         "normalize_observation": agent.encoder.normalize,
         "gamma": getattr(agent.config, "gamma", Student.Config.gamma),
-        "total_timesteps": _STEPS,
+        **DEFAULTS,
         "n_envs": config.n_envs,
         "imports": config.imports,
         "env": to_dict(config.env),

@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from klrl.agents.actor import Actor
-from klrl.config import Checked, EnvCount, Range
+from klrl.config import Checked, EnvCount, Needs, Range
 from klrl.envs.make import Imports, can_replay
 from klrl.envs.wrappers import counted_from
 from klrl.policies.observations import Observation
@@ -60,9 +60,9 @@ class EvalConfig(Checked):
     stochastic: bool = False
     """Sample actions instead of taking the most likely ones."""
     govern: str = ""
-    """A run or checkpoint whose policy is the reference: act by the nearest policy within kappa of it. Only what is
-    sampled (--stochastic) keeps within; otherwise that policy's most likely actions are taken."""
-    kappa: Annotated[float, Range(0, above=True)] = 0.1
+    """A run or checkpoint whose policy is the reference, or uniform: act by the nearest policy within kappa of it. Only
+    what is sampled (--stochastic) keeps within; otherwise that policy's most likely actions are taken."""
+    kappa: Annotated[float, Range(0, above=True), Needs("govern")] = 0.1
     """The most that the policy which acts may be from that reference at a state, KL(policy||reference) in nats."""
     json: bool = False
     """Print one line of JSON."""

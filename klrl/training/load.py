@@ -10,6 +10,7 @@ from klrl.agents.base import Agent
 from klrl.envs.make import check_imported, import_packages, make_vector, module_of, registered
 from klrl.errors import UsageError
 from klrl.policies.networks import OwnNetwork
+from klrl.policies.spaces import check_same_spaces
 from klrl.rundir import checkpoint
 from klrl.training.loop import Envs
 from klrl.training.options import RunConfig
@@ -45,11 +46,11 @@ class LoadedPolicy:
         name = env or self.env
         count = min(count, self.config.n_envs)
         envs = make_vector(name, count, replace(self.config.env, kwargs={**self.config.env.kwargs, **kwargs}))
-        for part in ("observation_space", "action_space"):
-            mine, theirs = getattr(self.agent, part), getattr(envs, f"single_{part}")
-            if mine != theirs:
-                envs.close()
-                raise UsageError(f"{self.path} was trained on {self.env} with {part} {mine}, but {name} has {theirs}")
+        try:
+            check_same_spaces(self.agent, envs, f"{self.path} was trained on {self.env}: {name}'s")
+        except UsageError:
+            envs.close()
+            raise
         return envs
 
 

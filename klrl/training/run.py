@@ -20,6 +20,7 @@ from klrl.config import (
     field_types,
     merge,
     option_names,
+    refuse_idle,
     suggest,
     to_dict,
 )
@@ -201,6 +202,7 @@ def run_training(
     callbacks: Iterable[object] = (),
 ) -> Run:
     """Train in a new folder, with the ranks that this process was started as one of."""
+    refuse_idle(agent_config)
     with joined() as ranks:
         if config.processes > 1 and ranks.size == 1 and rank() is None:
             raise UsageError("processes: from Python, start the script by torchrun --nproc-per-node N")

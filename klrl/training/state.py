@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ from klrl.console import warn
 from klrl.envs.make import can_replay
 from klrl.envs.native import TorchVectorEnv
 from klrl.envs.wrappers import counted_from
-from klrl.errors import UsageError
 from klrl.policies import spaces
 from klrl.training.randomness import derived_seed, random_state, restore_random_state, scatter_random_state
 from klrl.training.saving import deal_rows, of_rank, put_rows, saved_processes
@@ -70,10 +70,8 @@ def restore(loop: Any, source: Path, content: dict[str, Any]) -> None:
     Raises UsageError where the environment has other spaces.
     """
     saved = content["state"]
-    for key in ("observation_space", "action_space"):
-        theirs, mine = spaces.from_json(saved[key]), getattr(loop.agent, key)
-        if theirs != mine:
-            raise UsageError(f"checkpoint {source} is of a run with {key} {theirs}, but the environment has {mine}")
+    had = SimpleNamespace(**{key: spaces.from_json(saved[key]) for key in ("observation_space", "action_space")})
+    spaces.check_same_spaces(loop.agent, had, f"checkpoint {source}: its run's", "the environment's ")
     anew = saved_processes(saved) != loop.ranks.size
     saved = of_rank(saved, 0 if anew else loop.ranks.rank)
     loop.agent.load_state_dict(saved["agent"])
