@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from klrl.errors import UsageError
 from klrl.kl import Ranks
 from klrl.policies.encoder import Inputs, ObservationEncoder
+from klrl.policies.spaces import MASK
 
 Activation = Literal["tanh", "relu"]
 Array = np.ndarray[Any, Any]
@@ -171,7 +172,8 @@ class FeatureNetwork(nn.Module):
 
     @staticmethod
     def _given(inputs: Inputs) -> Tensor | Inputs:
-        scaled = {key: part.float() / 255.0 if part.dtype == torch.uint8 else part for key, part in inputs.items()}
+        shown = {key: part for key, part in inputs.items() if key != MASK}
+        scaled = {key: part.float() / 255.0 if part.dtype == torch.uint8 else part for key, part in shown.items()}
         return next(iter(scaled.values())) if len(scaled) == 1 else scaled
 
 
