@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from klrl.agents.trpo import TRPOConfig as TRPOConfig
     from klrl.buffers.replay import ReplayBuffer as ReplayBuffer
     from klrl.buffers.rollout import RolloutBuffer as RolloutBuffer
+    from klrl.envs.masks import ActionMasks as ActionMasks
     from klrl.errors import EnvironmentFailedError as EnvironmentFailedError
     from klrl.errors import Interrupted as Interrupted
     from klrl.errors import NonFiniteError as NonFiniteError
@@ -49,6 +50,7 @@ _NAMES = {
     "klrl.agents.trpo": ["TRPO", "TRPOConfig"],
     "klrl.buffers.replay": ["ReplayBuffer"],
     "klrl.buffers.rollout": ["RolloutBuffer"],
+    "klrl.envs.masks": ["ActionMasks"],
     "klrl.errors": ["EnvironmentFailedError", "Interrupted", "NonFiniteError", "UsageError"],
     "klrl.training.distill": ["distill"],
     "klrl.training.load": ["load"],
