@@ -42,15 +42,17 @@ class Actor(ABC):
         state: Any = None,
         episode_start: Any = None,
         deterministic: bool = False,
+        action_masks: Any = None,
     ) -> tuple[Actions, Any]:
         """SB3's signature: actions ready for the environment, for one observation or a batch, and the state after them.
 
         ``state``: of a recurrent policy, what the last call returned, [N, S] or [S]; None, or ``episode_start`` [N],
         where episodes begin. Any other policy's is returned as given.
+        ``action_masks``: [n] or [N, n], for observations that come without theirs, as sb3-contrib has it.
         Raises UsageError, as ``act``, for what is no observation of the space.
         """
         layout = self.encoder.layout
-        batch = layout.arrays(observation)
+        batch = layout.arrays(self.encoder.masked(observation, action_masks))
         single = layout.is_single(batch)
         if single:
             batch = {key: part[None] for key, part in batch.items()} if isinstance(batch, dict) else batch[None]

@@ -18,6 +18,7 @@ from klrl.kl.rules import PENALTIES, Start
 from klrl.policies.bottleneck import BottleneckNetwork, rate
 from klrl.policies.distributions import MultiCategorical
 from klrl.policies.encoder import Inputs
+from klrl.policies.policy import masked
 
 _USED = Needs("size")
 
@@ -66,7 +67,7 @@ class Bottleneck:
         mean, log_std = network.code(inputs)
         noise = torch.from_numpy(self.agent.rng.standard_normal(tuple(mean.shape), dtype="float32")).to(mean)
         code = torch.addcmul(mean, log_std.exp(), noise)
-        return self.agent.policy.head(network.output(code)), self.limit.beta * rate(mean, log_std)
+        return self.agent.policy.head(masked(network.output(code), inputs)), self.limit.beta * rate(mean, log_std)
 
     @torch.no_grad()
     def end(self, inputs: Inputs, policy: Any, mask: Tensor) -> dict[str, float]:

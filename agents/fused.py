@@ -24,7 +24,7 @@ from klrl.policies.heads import CategoricalHead, NormalHead
 from klrl.policies.jacobian import Pull, Push
 from klrl.policies.networks import MLP, Array, Critic, Network, activated
 from klrl.policies.parameters import FlatParameters
-from klrl.policies.policy import Policy
+from klrl.policies.policy import Policy, masked
 
 F = TypeVar("F", bound=Callable[..., Any])
 _SLOPES: dict[str, Callable[[Array], Array]] = {
@@ -90,13 +90,13 @@ class Rows(Batch):
 
     @classmethod
     def of(cls, batch: Batch) -> "Rows":
-        inputs: Any = {"vector": batch.inputs["vector"].numpy()}
+        inputs: Any = {key: part.numpy() for key, part in batch.inputs.items()}
         parts = (batch.action, batch.log_prob, batch.value, batch.advantage, batch.returns, batch.weight)
         old, reference = _arrays(batch.old), _arrays(batch.reference)
         return cls(inputs, old, *(part.numpy() for part in parts), reference=reference)  # type: ignore[arg-type, misc]
 
     def take(self, index: Any, scale: float = 1.0) -> "Rows":
-        inputs: Any = {"vector": self.inputs["vector"][index]}
+        inputs: Any = {key: part[index] for key, part in self.inputs.items()}
         old, reference = (pair and (pair[0][index], pair[1][index]) for pair in (self.old, self.reference))
         weight = self.weight[index]
         parts: Any = (self.action, self.log_prob, self.value, self.advantage, self.returns)
@@ -243,7 +243,7 @@ class FusedPolicy(FusedMLP):
         def pull(gradient: Sequence[Tensor]) -> Tensor:
             return self.backward(self.family.pull(*(part.numpy() for part in gradient))).clone()
 
-        return self.head(torch.from_numpy(output)), push, pull
+        return self.head(masked(torch.from_numpy(output), inputs)), push, pull
 
 
 def weights(limit: KLLimit, ratio: Array, advantage: Array, kl: Array | None) -> Array | float:

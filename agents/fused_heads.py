@@ -11,6 +11,7 @@ import numpy as np
 from klrl.policies.distributions import LOG_SQRT_TWO_PI
 from klrl.policies.heads import CategoricalHead, NormalHead
 from klrl.policies.networks import Array
+from klrl.policies.spaces import MASK
 
 
 class NormalSlopes:
@@ -100,6 +101,10 @@ class CategoricalSlopes:
 
     def move(self, output: Array, batch: Any) -> Array:
         self.old_log_probs, self.old_probs = batch.old
+        self.allowed = None if self.index is None else ~self.padding
+        if MASK in batch.inputs:
+            output = np.where(batch.inputs[MASK], output, np.float32(-np.inf))
+            self.allowed = self.old_log_probs > -np.inf
         logits = self._spread(output, -np.inf)
         logits = logits - np.maximum.reduce(logits, -1, keepdims=True)
         probs = np.exp(logits)
@@ -111,10 +116,10 @@ class CategoricalSlopes:
         return logits[self.taken].sum(-1)
 
     def _log_ratio(self) -> Array:
-        """log new - log old, [B, k, n]; 0 where a choice is padding."""
-        if self.index is None:
+        """log new - log old, [B, k, n]; 0 where a choice is padding or forbidden."""
+        if self.allowed is None:
             return self.log_probs - self.old_log_probs
-        return np.subtract(self.log_probs, self.old_log_probs, out=np.zeros_like(self.probs), where=~self.padding)
+        return np.subtract(self.log_probs, self.old_log_probs, out=np.zeros_like(self.probs), where=self.allowed)
 
     def kl(self, direction: str) -> Array:
         x = self._log_ratio()

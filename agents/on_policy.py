@@ -40,6 +40,7 @@ from klrl.policies.own import HeadName
 from klrl.policies.parameters import FlatParameters, adam_step, clip_, gradients
 from klrl.policies.policy import Policy
 from klrl.policies.shared import SharedCritic
+from klrl.policies.spaces import mask_sizes
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,8 @@ class OnPolicyAgent(Agent):
 
     def make_encoder(self) -> ObservationEncoder:
         """What networks are shown of observations."""
-        return ObservationEncoder(self.observation_space, self.device, self.config.normalize_observation)
+        sizes = mask_sizes(self.observation_space, self.action_space)
+        return ObservationEncoder(self.observation_space, self.device, self.config.normalize_observation, (), sizes)
 
     def make_head(self) -> Any:
         """The policy's head, a ``Head``."""

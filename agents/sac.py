@@ -29,6 +29,7 @@ from klrl.policies.networks import Array, OwnNetwork, TwinCritic, make_network
 from klrl.policies.observations import Observation
 from klrl.policies.parameters import FlatParameters, adam_step, gradients
 from klrl.policies.policy import Policy
+from klrl.policies.spaces import mask_sizes
 from klrl.policies.squashed import CorrelatedNoise
 
 _STATES = 1024  # of the replay buffer, on which a window's KL is measured
@@ -69,6 +70,9 @@ class SAC(Agent):
     def setup(self, init: torch.Generator, network: OwnNetwork | None) -> None:
         """``network`` is the policy's; the critics keep theirs, on encoded observations and actions."""
         config, space = self.config, self.action_space
+        if mask_sizes(self.observation_space, space):
+            leave = "--env.action-masks off, or gymnasium.wrappers.FilterObservation, leaves them out"
+            raise UsageError(f"SAC takes no action masks: {leave}")
         self.encoder = ObservationEncoder(self.observation_space, self.device, normalize=False)
         self.actions: Any = (
             SampledActions(space, config.target_entropy)

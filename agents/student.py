@@ -23,7 +23,7 @@ from klrl.policies.heads import HEADS, CategoricalHead, JointCategoricalHead, No
 from klrl.policies.networks import Array, OwnNetwork
 from klrl.policies.observations import Observation
 from klrl.policies.own import metavar, name_of
-from klrl.policies.spaces import check_same_spaces
+from klrl.policies.spaces import check_same_spaces, mask_sizes
 from klrl.policies.squashed import SquashedHead
 
 _OTHERS: dict[str, type[nn.Module]] = {"squashed": SquashedHead, "joint": JointCategoricalHead}
@@ -86,8 +86,8 @@ class Student(OnPolicyAgent):
     def make_encoder(self) -> ObservationEncoder:
         config = self.config
         try:
-            keys = config.observation_keys
-            return ObservationEncoder(self.observation_space, self.device, config.normalize_observation, keys)
+            keys, sizes = config.observation_keys, mask_sizes(self.observation_space, self.action_space)
+            return ObservationEncoder(self.observation_space, self.device, config.normalize_observation, keys, sizes)
         except UsageError as problem:
             raise UsageError(f"--observation-keys: {problem}" if config.observation_keys else str(problem)) from None
 
@@ -140,12 +140,17 @@ class Student(OnPolicyAgent):
         return self.teachers[self.n_updates % len(self.teachers)].agent.act(obs, False, self.rng)
 
     def predict(
-        self, observation: Observation, state: Any = None, episode_start: Any = None, deterministic: bool = False
+        self,
+        observation: Observation,
+        state: Any = None,
+        episode_start: Any = None,
+        deterministic: bool = False,
+        action_masks: Any = None,
     ) -> tuple[Actions, Any]:
         """As every agent's: by the student's own policy, whoever takes the steps of training."""
         done, self.n_updates = self.n_updates, max(self.n_updates, self.config.teacher_updates)
         try:
-            return super().predict(observation, state, episode_start, deterministic)
+            return super().predict(observation, state, episode_start, deterministic, action_masks)
         finally:
             self.n_updates = done
 

@@ -20,10 +20,11 @@ from gymnasium.vector import SyncVectorEnv, VectorEnv
 import klrl.envs  # registers the probes
 from klrl.config import Checked, Range, cores, suggest
 from klrl.envs.guards import FAILURES, each_line_once
+from klrl.envs.masks import masking, offers_masks
 from klrl.envs.pixels import named_wrappers, wrapped
 from klrl.envs.pool import Pool
-from klrl.envs.workers import Workers, make_seeded
-from klrl.envs.wrappers import EpisodePosition, NamedFaults, SeededEpisodes, next_step
+from klrl.envs.workers import Workers, make_one, make_seeded
+from klrl.envs.wrappers import EpisodePosition, NamedFaults, SeededEpisodes, close_or_warn, next_step
 from klrl.errors import UsageError, needs, one_line
 
 _MOST_WORKERS = 512
@@ -57,6 +58,10 @@ class EnvConfig(Checked):
     """Worker processes of async, each with as many environments; 0: at least as many as there are cores."""
     on_error: Literal["raise", "restart"] = "raise"
     """What an exception or a wrong answer of an environment's step does: end the run, or truncate that episode."""
+    action_masks: Literal["auto", "on", "off"] = "auto"
+    """Let policies take only the actions that an environment allows, by its method action_masks() or its infos'
+    action_mask. auto: where it has one of these, but of what a function makes, only the method. What observations show
+    as action_mask is obeyed in any case."""
     timeout: Annotated[float, Range(0, 1e6, above=True)] = 60.0
     """Seconds that a step or reset may take in a process of its own."""
 
@@ -70,13 +75,15 @@ def make_vector(
     first ``reset`` leads, one for each copy; an id that offers only a vector environment of its own starts over.
     Raises UsageError for an unknown id, a missing extra or arguments that the environment refuses.
     """
-    config = settled(env, n_envs, config)
+    config, hints = settled(env, n_envs, config), False
     wraps = named_wrappers(config.wrappers)
     if wraps and config.vectorization in ("vector", "envpool"):
         way = f"--env.vectorization {config.vectorization}"
         raise UsageError(f"--env.wrappers wraps single environments, which {way} has not: use sync or async")
     if isinstance(env, str):
         check(env)
+        if config.action_masks == "on" and not _comes_apart(env, config):
+            raise UsageError("--env.action-masks on goes with --env.vectorization sync and async")
         if _spec(env).entry_point is None or config.vectorization == "vector":
             if wraps:
                 raise UsageError(f"--env.wrappers wraps single environments, and {env} offers only a vector of them")
@@ -87,9 +94,7 @@ def make_vector(
         if config.vectorization == "envpool":
             making = partial(Pool, env.rpartition(":")[2], n_envs, **config.kwargs)
             return NamedFaults(_guard(env, config.kwargs, making), env)
-        factory: EnvFactory = partial(gym.make, env, **env_arguments(env, config))
-        if wraps:
-            factory = partial(wrapped, factory, wraps)
+        factory = _factory(env, config)
         # One environment made here turns what a worker process would bury into one line.
         SeededEpisodes(_guard(env, config.kwargs, factory, config.wrappers), 0).close()
     else:
@@ -102,9 +107,12 @@ def make_vector(
             raise UsageError(f"--env.vectorization {config.vectorization} goes with an env id, not with a factory")
         if config.kwargs:
             raise UsageError("--env.kwargs goes with an env id; give a factory its arguments yourself")
-        factory = partial(wrapped, env, wraps) if wraps else env
+        hints = config.action_masks == "auto"
+        factory, config = _asked(partial(wrapped, env, wraps) if wraps else env, config)
+    if config.action_masks == "on":
+        factory = partial(masking, factory)
     makers = [
-        partial(make_seeded, factory, index, config.on_error, position)
+        partial(make_seeded, factory, index, config.on_error, position, hints and index == 0)
         for index, position in enumerate(positions or [None] * n_envs)
     ]
     if config.vectorization == "sync":
@@ -114,7 +122,10 @@ def make_vector(
 
 
 def settled(env: str | EnvFactory, n_envs: int, config: EnvConfig) -> EnvConfig:
-    """The config with ``auto`` replaced by what steps the environments faster: this process, or workers."""
+    """The config with ``auto`` replaced: by whether an id's environments offer action masks, and by what steps the
+    environments faster: this process, or workers."""
+    if config.action_masks == "auto" and isinstance(env, str):
+        config = replace(config, action_masks="on" if _offers_masks(env, config) else "off")
     if config.vectorization != "auto":
         return config
     ways = [replace(config, vectorization=way) for way in ("sync", "async")]
@@ -131,6 +142,44 @@ def settled(env: str | EnvFactory, n_envs: int, config: EnvConfig) -> EnvConfig:
                 return ways[0]
             seconds.append(_seconds_a_step(envs))
     return ways[0] if seconds[0] <= seconds[1] else ways[1]
+
+
+def _factory(env: str, config: EnvConfig) -> EnvFactory:
+    """What makes one of an id's environments, in the wrappers that the config names."""
+    factory, wraps = partial(gym.make, env, **env_arguments(env, config)), named_wrappers(config.wrappers)
+    return partial(wrapped, factory, wraps) if wraps else factory
+
+
+def _offers_masks(env: str, config: EnvConfig) -> bool:
+    """Whether an id's environments offer action masks, as far as one can be made; if not, ``make_vector`` says why."""
+    if not registered(env) or not _comes_apart(env, config):
+        return False
+    try:
+        with closing(SeededEpisodes(_guard(env, config.kwargs, _factory(env, config), config.wrappers), 0)) as one:
+            return offers_masks(one.env, config.timeout)
+    except UsageError:
+        return False
+
+
+def _asked(factory: EnvFactory, config: EnvConfig) -> tuple[EnvFactory, EnvConfig]:
+    """The factory and the config once it is known whether the environments offer action masks by a method.
+
+    In this process the one that was asked is the first that the result makes, as some tasks allow no second one. It is
+    not reset, which some environments count.
+    """
+    if config.action_masks != "auto":
+        return factory, config
+    made = [make_one(factory, 0)]
+    config = replace(config, action_masks="on" if offers_masks(made[0]) else "off")
+    if config.vectorization == "sync":
+        return lambda: made.pop() if made else factory(), config
+    close_or_warn(made[0], 0)
+    return factory, config
+
+
+def _comes_apart(env: str, config: EnvConfig) -> bool:
+    """Whether an id's environments are made one by one, and not as one vector environment."""
+    return _spec(env).entry_point is not None and config.vectorization not in ("vector", "envpool")
 
 
 def _seconds_a_step(envs: VectorEnv[Any, Any, Any]) -> float:

@@ -26,9 +26,18 @@ _REASONS = "klrl.reasons"
 
 
 def make_seeded(
-    factory: Callable[[], gym.Env[Any, Any]], index: int, on_error: str, position: EpisodePosition | None
+    factory: Callable[[], gym.Env[Any, Any]],
+    index: int,
+    on_error: str,
+    position: EpisodePosition | None,
+    hints: bool = False,
 ) -> SeededEpisodes:
     """Make a vector environment's ``index``-th environment, in a worker process or in this one."""
+    return SeededEpisodes(make_one(factory, index), index, on_error, position, hints)
+
+
+def make_one(factory: Callable[[], gym.Env[Any, Any]], index: int) -> gym.Env[Any, Any]:
+    """Make an environment. Raises UsageError for what is none, and EnvironmentFailedError where it exits."""
     try:
         with each_line_once():
             env = factory()
@@ -36,7 +45,7 @@ def make_seeded(
         raise EnvironmentFailedError(f"env {index} failed as it was made: {one_line(problem)}") from None
     if not isinstance(env, gym.Env):
         raise UsageError(f"{factory} returned {env!r}, which is no gymnasium.Env")
-    return SeededEpisodes(env, index, on_error, position)
+    return env
 
 
 class Share(gym.Env[Any, Any]):

@@ -14,6 +14,7 @@ from klrl.envs.guards import CLOSE_SECONDS, FAILURES, time_limit
 from klrl.errors import EnvironmentFailedError, UsageError, one_line
 from klrl.policies.encoder import replace_rows
 from klrl.policies.observations import Layout
+from klrl.policies.spaces import MASK
 
 T = TypeVar("T")
 RESTARTED = "klrl.restarted"
@@ -63,11 +64,17 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
     """
 
     def __init__(
-        self, env: gym.Env[Any, Any], index: int, on_error: str = "raise", position: EpisodePosition | None = None
+        self,
+        env: gym.Env[Any, Any],
+        index: int,
+        on_error: str = "raise",
+        position: EpisodePosition | None = None,
+        hints: bool = False,
     ) -> None:
+        """``hints``: whether to say so where infos have action masks, which nobody obeys."""
         super().__init__(env)
         self.place = self.index = index
-        self.on_error, self.position = on_error, position
+        self.on_error, self.position, self.hints = on_error, position, hints
         self.seed, self.episode, self.steps = 0, 0, 0
         self._shows: Any = env.observation_space
         self.obs: Any = None
@@ -84,9 +91,12 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
         options = None if options is None or _FIRST in options else options
         words = np.random.SeedSequence([self.seed, self.index, self.episode]).generate_state(1)
         try:
-            self.obs, _ = check_reset(self._shows, self.env.reset(seed=int(words[0]), options=options))
+            self.obs, info = check_reset(self._shows, self.env.reset(seed=int(words[0]), options=options))
         except FAILURES as problem:
             raise self._failure(problem, "reset") from None
+        if self.hints and MASK in info and MASK not in getattr(self._shows, "spaces", {}):
+            warn("this environment's infos have action masks: --env.action-masks on lets policies obey them")
+        self.hints = False
         if position is not None:
             self._replay(position)
         return self.obs, {}

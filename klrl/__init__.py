@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from klrl.analysis.export import export as export
     from klrl.buffers.replay import ReplayBuffer as ReplayBuffer
     from klrl.buffers.rollout import RolloutBuffer as RolloutBuffer
+    from klrl.envs.masks import ActionMasks as ActionMasks
     from klrl.errors import EnvironmentFailedError as EnvironmentFailedError
     from klrl.errors import Interrupted as Interrupted
     from klrl.errors import NonFiniteError as NonFiniteError
@@ -57,6 +58,7 @@ _NAMES = {
     "klrl.analysis.export": ["export"],
     "klrl.buffers.replay": ["ReplayBuffer"],
     "klrl.buffers.rollout": ["RolloutBuffer"],
+    "klrl.envs.masks": ["ActionMasks"],
     "klrl.errors": ["EnvironmentFailedError", "Interrupted", "NonFiniteError", "UsageError"],
     "klrl.training.callbacks": ["Callback", "LiveRun"],
     "klrl.training.distill": ["distill"],

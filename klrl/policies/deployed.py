@@ -12,11 +12,11 @@ from klrl.policies.distributions import DiagonalNormal, MultiCategorical
 from klrl.policies.networks import Array
 from klrl.policies.observations import Observation
 from klrl.policies.policy import Policy
-from klrl.policies.spaces import category_sizes
+from klrl.policies.spaces import MASK, category_sizes
 from klrl.policies.squashed import SquashedNormal
 
 Feed = dict[str, Array]
-"""What a file is given, by the names of its inputs: observations or, of a Dict, its parts, and noise; each [B, ...]."""
+"""What a file is given, by the names of its inputs: observations or, of a Dict, its parts, noise, and state; each [B, ...]."""
 _NOISE: dict[type[Any], str] = {
     MultiCategorical: "standard Gumbel, -log(-log(u)) of uniform u",
     DiagonalNormal: "standard normal",
@@ -39,6 +39,8 @@ class DeployedPolicy(nn.Module):
         self.encoder.device = torch.device("cpu")
         self.encoder.load_state_dict(policy.encoder.state_dict())
         self.keyed = self.encoder.layout.keyed
+        self.parts = [*self.encoder.parts, *([MASK] if self.encoder.sizes else [])]
+        self.state_size = policy.state_size
         if not hasattr(self.head, "deployed"):
             head = type(self.head).__name__
             raise UsageError(f"a {head} cannot be exported: it has no method deployed(output, noise)")
@@ -51,31 +53,43 @@ class DeployedPolicy(nn.Module):
             self.noise = _NOISE[type(at)]
             self.noise_shape = (at.logits if isinstance(at, MultiCategorical) else at.loc).shape[1:]
 
-    def forward(self, obs: Any, noise: Tensor | None = None) -> Tensor:
-        """Actions [B, *space.shape] at observations [B, *shape], of a Dict its parts by name."""
+    def forward(self, obs: Any, noise: Tensor | None = None, state: Tensor | None = None) -> Any:
+        """Actions [B, *space.shape] at observations [B, *shape], of a Dict its parts by name.
+
+        With a memory, ``state`` [B, S] goes in, zeros where episodes begin, and the next one comes out beside them.
+        """
         seen = {}
         for name, part in self.encoder.parts.items():
             value = obs[name] if self.keyed else obs
             seen[name] = _one_hot(value, part) if hasattr(part, "start") else value
-        output = self.network(self.encoder.scaled(self.encoder.joined(seen)))
+        inputs, after = self.encoder.scaled(self.encoder.joined(seen)), None
+        if state is None:
+            output = self.network(inputs)
+        else:
+            output, after = self.network.step(inputs, state)  # type: ignore[operator]
+        if self.encoder.sizes:
+            output = output.masked_fill(obs[MASK].reshape(output.shape) == 0, -torch.inf)
         action: Tensor = self.head.deployed(output, noise)  # type: ignore[operator]
-        return action
+        return action if after is None else (action, after)
 
     def feed(self, obs: Observation, rng: np.random.Generator) -> Feed:
-        """The inputs for observations as ``Layout.batch`` gives them, and for noise drawn with ``rng``."""
+        """The inputs for observations as ``Layout.batch`` gives them, with noise and states drawn with ``rng``."""
         given = obs if isinstance(obs, dict) else {"": obs}
-        feed = {f"obs.{name}" if self.keyed else "obs": given[name] for name in self.encoder.parts}
+        feed = {f"obs.{name}" if self.keyed else "obs": given[name] for name in self.parts}
+        rows = len(next(iter(feed.values())))
         if self.noise:
             draw: Any = rng.gumbel if self.noise.startswith("standard Gumbel") else rng.standard_normal
-            rows = len(next(iter(feed.values())))
             feed["noise"] = draw(size=(rows, *self.noise_shape)).astype(np.float32)
+        if self.state_size:
+            feed["state"] = rng.uniform(-1, 1, (rows, self.state_size)).astype(np.float32)
         return feed
 
     def arguments(self, feed: Feed) -> tuple[Any, ...]:
         """``forward``'s arguments."""
         parts = {name.removeprefix("obs."): torch.from_numpy(part) for name, part in feed.items()}
-        noise = [parts.pop("noise")] if self.noise else []
-        return parts if self.keyed else parts["obs"], *noise
+        noise = parts.pop("noise") if self.noise else None
+        more = (noise, parts.pop("state")) if self.state_size else () if noise is None else (noise,)
+        return parts if self.keyed else parts["obs"], *more
 
 
 def _module(head: Any) -> nn.Module:

@@ -11,11 +11,12 @@ from torch import Tensor
 from klrl.errors import UsageError
 from klrl.kl import ALONE
 from klrl.policies.observations import Layout, Observation
-from klrl.policies.spaces import brightest, category_sizes, is_small_image
+from klrl.policies.spaces import MASK, UNMASKED, brightest, category_sizes, is_small_image
 
 Inputs = dict[str, Tensor]
 """A batch of network inputs: float32 "vector" [B, F], and each image [B, C, H, W] under "image KEY": as uint8, or where
-the environment shows floats, as float32 from 0 to 1."""
+the environment shows floats, as float32 from 0 to 1; beside them, where observations say which actions are allowed,
+bool "action_mask" [B, sum of the categoricals' sizes]."""
 
 _LIMIT = 10.0  # normalised observations are cut off here, as in SB3's VecNormalize
 
@@ -28,17 +29,29 @@ class ObservationEncoder:
     """
 
     def __init__(
-        self, space: spaces.Space[Any], device: torch.device, normalize: bool, keys: Sequence[str] = ()
+        self,
+        space: spaces.Space[Any],
+        device: torch.device,
+        normalize: bool,
+        keys: Sequence[str] = (),
+        sizes: Sequence[int] = (),
     ) -> None:
         """``keys``: the parts of a Dict observation that networks are shown, each with all in it; by default all.
+        ``sizes``: ``mask_sizes``, where the part MASK is to be a mask, which networks are not shown.
 
-        Raises UsageError for a key that the space does not have.
+        Raises UsageError for a key that the space does not have, and where there is nothing but a mask.
         """
         self.layout, self.ranks = Layout(space), ALONE
-        self.device, self.parts = device, _chosen(self.layout.parts, keys)
+        self.sizes, self._starts = list(sizes), np.cumsum([0, *sizes[:-1]])
+        shown = {name: part for name, part in self.layout.parts.items() if not (sizes and name == MASK)}
+        if not shown:
+            raise UsageError(f"observation space {space} is but an action mask: there is nothing to learn from")
+        self.device, self.parts = device, _chosen(shown, keys)
         self.images = {name: shape for name, shape in self.layout.images.items() if name in self.parts}
         self.image_types = {name: _image_type(self.parts[name]) for name in self.images}
-        self.space: spaces.Space[Any] = spaces.Dict(self.parts) if keys else space
+        self.space: spaces.Space[Any] = spaces.Dict(self.parts) if keys or sizes else space
+        if sizes and list(self.parts) == [UNMASKED]:
+            self.space = self.parts[UNMASKED]
         self.small_images: list[tuple[slice, spaces.Space[Any]]] = []
         """Those that are among the numbers of "vector": where, and of what space."""
         scaled: list[bool] = []
@@ -50,9 +63,10 @@ class ObservationEncoder:
         self.features = len(scaled)
         self._scaled = torch.tensor(scaled, dtype=torch.bool, device=device)
         self.normalize = normalize and bool(self._scaled.any())
-        images = self.images or self.small_images
-        self.plain = isinstance(space, spaces.Box) and not images and space.dtype != np.uint8
-        """Whether the observation is one vector of numbers, so that ``to_numpy`` applies."""
+        *more, (self._name, only) = self.parts.items()
+        one, images = not more and (bool(sizes) or not self.layout.keyed), self.images or self.small_images
+        self.plain = one and isinstance(only, spaces.Box) and not images and only.dtype != np.uint8
+        """Whether the observation is one vector of numbers, but for a mask, so that ``to_numpy`` applies."""
         self.count = 0.0
         self.mean = torch.zeros(self.features, device=device)
         self.var = torch.ones(self.features, device=device)
@@ -72,9 +86,11 @@ class ObservationEncoder:
         vector = ((inputs["vector"] - self.mean) * self._inverse_std).clamp_(-_LIMIT, _LIMIT)
         return {**inputs, "vector": vector}
 
-    def to_numpy(self, obs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Encode Box observations [B, *shape] as the "vector" alone, in NumPy, without torch's cost per call."""
+    def to_numpy(self, obs: Observation) -> np.ndarray[Any, Any]:
+        """Encode ``plain`` observations [B, *shape] as the "vector" alone, in NumPy, without torch's cost per call."""
         checked: Any = self.layout.batch(obs)
+        if self.layout.keyed:
+            checked = checked[self._name]
         vector = checked.reshape(len(checked), -1).astype(np.float32, copy=False)
         if not self.normalize:
             return vector
@@ -84,16 +100,20 @@ class ObservationEncoder:
         return np.minimum(np.maximum(vector, -_LIMIT, out=vector), _LIMIT, out=vector)  # np.clip takes twice as long
 
     def zeros(self, rows: int) -> Inputs:
-        """Inputs of ``rows`` observations that are all zero."""
+        """Inputs of ``rows`` observations that are all zero, and allow all actions."""
         vector = {"vector": torch.zeros(rows, self.features, device=self.device)} if self.features else {}
         kinds = {f"image {key}": (shape, self.image_types[key]) for key, shape in self.images.items()}
-        return vector | {key: torch.zeros(rows, *s, dtype=t, device=self.device) for key, (s, t) in kinds.items()}
+        images = {key: torch.zeros(rows, *s, dtype=t, device=self.device) for key, (s, t) in kinds.items()}
+        mask = torch.ones(rows, sum(self.sizes), dtype=torch.bool, device=self.device)
+        return {**vector, **images, **({MASK: mask} if self.sizes else {})}
 
     def probe(self) -> Inputs:
         """Inputs of four random observations, always the same: two networks that agree on them are alike."""
         rng = torch.Generator().manual_seed(0)
 
         def random(part: Tensor) -> Tensor:
+            if part.dtype == torch.bool:
+                return part
             numbers = torch.randn(part.shape, generator=rng) if part.is_floating_point() else None
             return torch.randint(256, part.shape, generator=rng, dtype=torch.uint8) if numbers is None else numbers
 
@@ -140,7 +160,8 @@ class ObservationEncoder:
             if isinstance(part, spaces.Discrete | spaces.MultiDiscrete):
                 array = _one_hot(array, part)
             seen[name] = torch.as_tensor(array, device=self.device)
-        return self.joined(seen)
+        inputs = self.joined(seen)
+        return inputs | {MASK: torch.as_tensor(self.allowed(given), device=self.device)} if self.sizes else inputs
 
     def joined(self, seen: dict[str, Tensor]) -> Inputs:
         """Network inputs from the parts of observations, choices one-hot, in torch alone."""
@@ -156,6 +177,24 @@ class ObservationEncoder:
         if vectors:
             inputs["vector"] = vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=-1)
         return inputs
+
+    def allowed(self, obs: Any) -> np.ndarray[Any, Any]:
+        """Which choices the masks of ``layout``'s observations allow, bool [B, sum of sizes]; where these allow none of
+        a categorical's, as some environments' do after an episode's end, all of them."""
+        mask: np.ndarray[Any, Any] = obs[MASK].reshape(-1, sum(self.sizes)) != 0
+        some = np.logical_or.reduceat(mask, self._starts, axis=-1)
+        return mask if some.all() else mask | np.repeat(~some, self.sizes, axis=-1)
+
+    def masked(self, obs: Any, masks: Any) -> Any:
+        """Observations with the masks, [n] or [N, n], that they came without; as they are where these are None.
+
+        Raises UsageError where this encoder takes no masks.
+        """
+        if masks is None:
+            return obs
+        if not self.sizes:
+            raise UsageError("action_masks: this agent was made for an environment without, and takes none")
+        return {**(obs if isinstance(obs, dict) else {UNMASKED: obs}), MASK: masks}
 
 
 def replace_rows(obs: Any, others: Any, rows: Any) -> Any:

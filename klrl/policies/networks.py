@@ -16,6 +16,7 @@ from klrl.errors import UsageError
 from klrl.kl import Ranks
 from klrl.policies.encoder import Inputs, ObservationEncoder
 from klrl.policies.own import find_class
+from klrl.policies.spaces import MASK
 from klrl.policies.torso import Torso, brightness, linear
 
 Activation = Literal["tanh", "relu", "silu", "gelu", "elu"]
@@ -195,7 +196,8 @@ class FeatureNetwork(nn.Module):
 
     @staticmethod
     def _given(inputs: Inputs) -> Tensor | Inputs:
-        scaled = {key: brightness(part) if key.startswith("image ") else part for key, part in inputs.items()}
+        shown = {key: part for key, part in inputs.items() if key != MASK}
+        scaled = {key: brightness(part) if key.startswith("image ") else part for key, part in shown.items()}
         return next(iter(scaled.values())) if len(scaled) == 1 else scaled
 
 

@@ -2,13 +2,16 @@
 
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from klrl.errors import UsageError
 from klrl.policies.encoder import Inputs, ObservationEncoder
 from klrl.policies.memory import RecurrentNetwork
 from klrl.policies.networks import Array, Network
 from klrl.policies.observations import Observation
+from klrl.policies.spaces import MASK
 
 
 class Head(Protocol):
@@ -18,7 +21,7 @@ class Head(Protocol):
     """How many outputs it takes."""
 
     def __call__(self, output: Tensor) -> Any:
-        """The distribution that outputs [B, size] stand for."""
+        """The distribution that outputs [B, size] stand for; those of choices that a mask forbids are -inf."""
 
     def sample(self, output: Array, rng: Any) -> Array:
         """Actions [B, d] for outputs [B, size], sampled with ``rng``, or the mode where it is None; in NumPy, where a
@@ -42,11 +45,13 @@ class Policy(nn.Module):
 
     def __init__(self, encoder: ObservationEncoder, network: nn.Module, head: Head) -> None:
         super().__init__()
+        if encoder.sizes and head.size != sum(encoder.sizes):
+            raise UsageError(f"{type(head).__name__} takes no action masks: --env.action-masks off leaves them out")
         self.encoder, self.network, self.head = encoder, network, head
 
     def forward(self, inputs: Inputs) -> Any:
         """The distribution at encoded observations."""
-        return self.head(self.network(inputs))
+        return self.head(masked(self.network(inputs), inputs))
 
     @property
     def state_size(self) -> int:
@@ -63,7 +68,7 @@ class Policy(nn.Module):
         return head.sample(self.outputs(obs, state), rng)
 
     def outputs(self, obs: Observation, state: Array | None = None) -> Array:
-        """The network's outputs at observations [N, *shape], in NumPy."""
+        """The network's outputs at observations [N, *shape], in NumPy; -inf where a mask forbids a choice."""
         encoder = self.encoder
         network: Any = self._modules["network"]
         output: Any = None
@@ -71,10 +76,10 @@ class Policy(nn.Module):
         hooked = network._forward_hooks or network._forward_pre_hooks
         if not hooked and encoder.plain and encoder.device.type == "cpu":
             if recurrent:
-                output = network.step_numpy(encoder.to_numpy(obs), state)  # type: ignore[arg-type]
+                output = network.step_numpy(encoder.to_numpy(obs), state)
             elif type(network) is Network:
                 mlp: Any = network._modules["mlp"]
-                output = mlp.forward_numpy(encoder.to_numpy(obs))  # type: ignore[arg-type]
+                output = mlp.forward_numpy(encoder.to_numpy(obs))
         if output is None:
             with torch.inference_mode():
                 inputs = encoder(encoder.layout.batch(obs))
@@ -83,5 +88,12 @@ class Policy(nn.Module):
                     state[:] = after.cpu().numpy()  # type: ignore[index]
                 else:
                     output = network(inputs)
-                output = output.cpu().numpy()
+                output = masked(output, inputs).cpu().numpy()
+        elif encoder.sizes:
+            output = np.where(encoder.allowed(encoder.layout.batch(obs)), output, np.float32(-np.inf))
         return output
+
+
+def masked(output: Tensor, inputs: Inputs) -> Tensor:
+    """A network's outputs [B, size], -inf where the inputs' mask forbids a choice."""
+    return output.masked_fill(~inputs[MASK], -torch.inf) if MASK in inputs else output

@@ -9,6 +9,8 @@ from gymnasium import spaces
 
 from klrl.errors import UsageError
 
+MASK, UNMASKED = "action_mask", "observation"
+"""The part of an observation that says which actions are allowed, and that of all else, by PettingZoo's names."""
 _MAX_JOINT = 4096
 _MOST_NUMBERS = 2**26  # of an observation or action
 _LARGE, _SMALLEST = 36, 5  # sides of images for the net of Mnih et al., and for any
@@ -53,6 +55,16 @@ def category_sizes(space: spaces.Space[Any]) -> list[int]:
         return [int(n) for n in space.nvec.flatten()]
     assert space.shape is not None
     return [2] * int(np.prod(space.shape))
+
+
+def mask_sizes(observation: spaces.Space[Any], action: spaces.Space[Any]) -> list[int]:
+    """How many choices each categorical of the actions has, where the observation's part MASK says which are allowed;
+    empty where there is no such part, or it has another width."""
+    part = observation.spaces.get(MASK) if isinstance(observation, spaces.Dict) else None
+    if isinstance(action, spaces.Box) or not isinstance(part, spaces.Box | spaces.MultiBinary):
+        return []
+    sizes = category_sizes(action)
+    return sizes if part.shape == (sum(sizes),) else []
 
 
 def check_joint(space: spaces.Space[Any], actions: int) -> None:

@@ -319,8 +319,9 @@ def _seen_before(space: gym.Space[Any], saved: tuple[Path, dict[str, Any]] | Non
 
 
 def config_of(agent_class: type[Agent], options: Mapping[str, Any]) -> tuple[RunConfig, Any]:
-    """The run's and the agent's config from the options in a checkpoint."""
-    return resolve(agent_class, None, {k: v for k, v in options.items() if k not in ("agent", "env_id")})
+    """The run's and the agent's config from the options in a checkpoint; one that says nothing of masks had none."""
+    given = merge({"env": {"action_masks": "off"}}, options)
+    return resolve(agent_class, None, {k: v for k, v in given.items() if k not in ("agent", "env_id")})
 
 
 def images_of(env: str | EnvFactory, config: EnvConfig) -> bool:
