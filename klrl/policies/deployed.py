@@ -73,9 +73,9 @@ class DeployedPolicy(nn.Module):
 
     def arguments(self, feed: Feed) -> tuple[Any, ...]:
         """``forward``'s arguments."""
-        parts = {name.removeprefix("obs."): torch.from_numpy(part) for name, part in feed.items()}
-        noise = [parts.pop("noise")] if self.noise else []
-        return parts if self.keyed else parts["obs"], *noise
+        given = {name: torch.from_numpy(part) for name, part in feed.items()}
+        noise = [given.pop("noise")] if self.noise else []
+        return {n.removeprefix("obs."): part for n, part in given.items()} if self.keyed else given["obs"], *noise
 
 
 def _module(head: Any) -> nn.Module:
