@@ -26,7 +26,7 @@ WIDE = spaces.Box(-np.inf, np.inf, (3,), np.float64)  # as MuJoCo's
 PARTS = spaces.Dict(
     {
         "pose": BOX,
-        "kind": spaces.Discrete(3, start=-1),
+        "noise": spaces.Discrete(3, start=-1),  # as the further input is called
         "more": spaces.Dict({"bits": spaces.MultiBinary(4), "gears": spaces.MultiDiscrete([2, 3], start=[5, 0])}),
     }
 )
@@ -72,6 +72,7 @@ def test_an_onnx_file_acts_as_the_run_that_it_is_of_and_says_what_it_is(
     for given in (obs, obs[:1], obs[:7]):
         (action,) = loaded.run(None, {"obs": given})
         np.testing.assert_array_equal(action, agent.predict(given, deterministic=True)[0])
+    assert (loaded.get_inputs()[0].shape, loaded.get_outputs()[0].shape) == (["batch", 4], ["batch"])
     about = loaded.get_modelmeta().custom_metadata_map
     assert (about["agent"], about["env_id"], about["klrl"]) == ("ppo", "CartPole-v1", klrl.__version__)
     assert int(about["step"]) >= QUICK["total_timesteps"]

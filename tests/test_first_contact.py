@@ -41,6 +41,8 @@ def test_without_arguments_and_with_help_every_command_is_listed(capsys: pytest.
         "report",
         "compare",
         "record",
+        "export",
+        "push",
         "list",
         "plot",
         "completion",
@@ -121,6 +123,8 @@ def test_the_shell_completes_commands_agents_environments_options_and_choices(
             "report",
             "compare",
             "record",
+            "export",
+            "push",
             "list",
             "plot",
             "completion",
@@ -136,6 +140,8 @@ def test_the_shell_completes_commands_agents_environments_options_and_choices(
         "sweep ppo CartPole-v1 --see": {"--seeds"},
         "eval runs/x --checkpoint b": {"best"},
         "eval runs": set(),
+        "export runs/x --format t": {"torch"},
+        "push runs/x me/x --pri": {"--private"},
         "plot kl-2": {"kl-2d"},
     }
     for words in typed:

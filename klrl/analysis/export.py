@@ -113,8 +113,8 @@ def _onnx(deployed: DeployedPolicy, feed: Feed) -> tuple[Writer, Runner]:
     import onnx
     import onnxruntime
 
-    program = _program(deployed, feed)
-    names: dict[str, Any] = {"input_names": list(feed), "output_names": ["action"]}
+    program, shapes = _program(deployed, feed), _any_number_of_rows(deployed.arguments(feed))
+    names: dict[str, Any] = {"input_names": list(feed), "output_names": ["action"], "dynamic_shapes": shapes}
     with _refusing("the network has no form in ONNX"), _quiet():
         made = torch.onnx.export(program, dynamo=True, external_data=False, verbose=False, **names)
     assert made is not None
@@ -132,13 +132,18 @@ def _onnx(deployed: DeployedPolicy, feed: Feed) -> tuple[Writer, Runner]:
 def _program(deployed: DeployedPolicy, feed: Feed) -> Any:
     """The exported program, for any number of rows. Raises UsageError where a network does what torch.export cannot."""
     arguments = deployed.arguments({name: part[:2] for name, part in feed.items()})
-    rows = {0: torch.export.Dim("batch", min=1)}
-    shapes = tree_map(lambda _: rows, arguments)
+    shapes = _any_number_of_rows(arguments)
     with _refusing(f"a {type(deployed.network).__name__} cannot be exported"), _quiet(), torch.no_grad():
         program = torch.export.export(deployed, arguments, dynamic_shapes=shapes)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # this machine's paths
     return program
+
+
+def _any_number_of_rows(arguments: tuple[Any, ...]) -> Any:
+    """The form in which torch's exporters are told so, for each of the arguments."""
+    rows = {0: torch.export.Dim("batch", min=1)}
+    return tree_map(lambda _: rows, arguments)
 
 
 @contextmanager

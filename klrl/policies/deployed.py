@@ -86,10 +86,10 @@ class DeployedPolicy(nn.Module):
 
     def arguments(self, feed: Feed) -> tuple[Any, ...]:
         """``forward``'s arguments."""
-        parts = {name.removeprefix("obs."): torch.from_numpy(part) for name, part in feed.items()}
-        noise = parts.pop("noise") if self.noise else None
-        more = (noise, parts.pop("state")) if self.state_size else () if noise is None else (noise,)
-        return parts if self.keyed else parts["obs"], *more
+        given = {name: torch.from_numpy(part) for name, part in feed.items()}
+        noise = given.pop("noise") if self.noise else None
+        more = (noise, given.pop("state")) if self.state_size else () if noise is None else (noise,)
+        return {n.removeprefix("obs."): part for n, part in given.items()} if self.keyed else given["obs"], *more
 
 
 def _module(head: Any) -> nn.Module:
