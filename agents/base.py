@@ -212,7 +212,7 @@ class Agent(Actor):
         if "policy" not in taken or not _equal(*(agent.policy(agent.encoder.probe()) for agent in (self, other))):
             for weight, own in zip(self.policy.parameters(), before, strict=True):
                 weight.copy_(own)
-            options = "--hidden-sizes, --activation, --network, --memory, --bottleneck.size"
+            options = "--hidden-sizes, --activation, --layer-norm, --head, --network, --memory, --bottleneck.size"
             raise UsageError(f"the policy has another network, or other actions: {options}")
         self.encoder.load_state_dict(other.encoder.state_dict())
         return [*taken, *(["statistics of observations"] if self.encoder.normalize else [])]

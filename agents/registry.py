@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from klrl.agents.base import Agent
-from klrl.config import suggest
 from klrl.errors import UsageError
 from klrl.policies.networks import OwnNetwork
 from klrl.rundir import checkpoint
+from klrl.spelling import suggest
 
 BUILT_IN = {
     "ppo": "klrl.agents.ppo:PPO",

@@ -18,7 +18,7 @@ from gymnasium import error
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 
 import klrl.envs  # registers the probes
-from klrl.config import Checked, Range, cores, suggest
+from klrl.config import Checked, Range, cores
 from klrl.envs.guards import FAILURES, each_line_once
 from klrl.envs.masks import masking, offers_masks
 from klrl.envs.pixels import named_wrappers, wrapped
@@ -26,6 +26,7 @@ from klrl.envs.pool import Pool
 from klrl.envs.workers import Workers, make_one, make_seeded
 from klrl.envs.wrappers import EpisodePosition, NamedFaults, SeededEpisodes, close_or_warn, next_step
 from klrl.errors import UsageError, needs, one_line
+from klrl.spelling import suggest
 
 _MOST_WORKERS = 512
 EnvFactory = Callable[[], gym.Env[Any, Any]]

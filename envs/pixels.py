@@ -9,11 +9,11 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from klrl.config import suggest
 from klrl.console import say, warn
 from klrl.envs.wrappers import LEARNED
 from klrl.errors import UsageError
 from klrl.policies.spaces import is_image, leaves
+from klrl.spelling import suggest
 
 Env = gym.Env[Any, Any]
 Wrap = Callable[[Env], Env]

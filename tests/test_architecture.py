@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Lowest first; a room may import from those above it in this list, and from itself.
 LAYERS = [
-    {"klrl.errors", "klrl.kl"},
+    {"klrl.errors", "klrl.spelling", "klrl.kl"},
     {"klrl.config", "klrl.console", "klrl.sb3"},
     {"klrl.policies"},
     {"klrl.buffers", "klrl.rundir", "klrl.envs"},

@@ -13,8 +13,8 @@ from helpers import QUICK
 
 import klrl
 from klrl.agents import registry
-from klrl.config import suggest
 from klrl.errors import UsageError
+from klrl.spelling import suggest
 from klrl.training.options import RunConfig
 from klrl.training.process import pick_device
 from klrl.training.run import resolve

@@ -88,6 +88,11 @@ class Crooked(Laplace):
         return td.Normal(output, 1.0, validate_args=False)
 
 
+class Attached(Laplace):
+    def sample(self, output: Any, rng: Any) -> Any:
+        return self(torch.from_numpy(output)).mean.numpy() + self.log_scale.numpy()
+
+
 def test_a_coefficient_and_a_rule_are_made_from_the_options() -> None:
     config = KLConfig(penalty=Growing, coef=3.0, target=0.05, per_state=Halve, state_limit=0.2, turn=0.7)  # type: ignore[arg-type]
     assert config.penalty == f"{__name__}:Growing"
@@ -155,6 +160,7 @@ def test_trpo_says_that_it_needs_a_fisher_information() -> None:
     [
         ({"head": "json:JSONDecoder"}, "head 'json:JSONDecoder' is no imported nn.Module class: --head module:Class"),
         ({"head": Crooked}, "head .*:Crooked cannot be used: ValueError: its distributions' batch shape is not"),
+        ({"head": Attached}, "head .*:Attached cannot be used: RuntimeError: Can't call numpy"),
         ({"head": torch.nn.Linear}, "head torch.nn.modules.linear:Linear cannot be used: TypeError"),
         ({"kl": {"penalty": "adaptve"}}, r"--kl.penalty must be one of .* \(did you mean 'adaptive'\?\), got adaptve"),
         ({"kl": {"penalty": "nowhere:X"}}, "coefficient 'nowhere:X' is no imported class: --import nowhere, if you"),
@@ -219,6 +225,16 @@ def test_the_command_imports_what_it_names_and_nothing_that_a_file_names(
         with pytest.raises(SystemExit):
             main(["train", "ppo", "CartPole-v1", "--head", "nowhere:Head"])
         assert "--head nowhere:Head: no module named 'nowhere' is installed" in capsys.readouterr().err
+        for word, line in (
+            ("kl.penalty=nowhere:X", "--kl.penalty nowhere:X: no module named 'nowhere' is installed"),
+            (
+                "kl.per_state=own_kl:Other",
+                "kl.per_state 'own_kl:Other' is no imported class: --kl.per-state",
+            ),
+        ):
+            with pytest.raises(SystemExit):
+                main(["sweep", "ppo", "CartPole-v1", "--set", word])
+            assert line in capsys.readouterr().err
     finally:
         sys.modules.pop("own_kl", None)
 

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from klrl.agents import registry
 from klrl.cli.options import options_of
-from klrl.config import Named, suggest
+from klrl.config import Named
 from klrl.envs.make import presets
 from klrl.errors import UsageError
+from klrl.spelling import suggest
 
 _CONFIGS = {
     "resume": "klrl.training.options:ResumeConfig",

@@ -15,7 +15,7 @@ from typing import Any
 
 from klrl import __version__
 from klrl.cli.options import parse, parse_command, wants_help
-from klrl.config import refuse_idle, suggest
+from klrl.config import refuse_idle
 from klrl.console import fail, keep_standard_files, printable, rank, say
 from klrl.errors import (
     LOST,
@@ -28,6 +28,7 @@ from klrl.errors import (
     needs,
     one_line,
 )
+from klrl.spelling import suggest
 
 # What NumPy and torch say, as ValueError or RuntimeError, of sizes that no machine has.
 _OUT_OF_MEMORY = ("memory", "array is too big", "Maximum allowed dimension", "calculation overflowed")

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import is_dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from klrl.config import field_types, suggest
+from klrl.config import field_types
 from klrl.errors import UsageError
+from klrl.spelling import suggest
 
 C = TypeVar("C")
 

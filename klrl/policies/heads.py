@@ -191,14 +191,14 @@ def _own(space: spaces.Space[Any], name: str) -> Any:
     """A head of one's own, which was seen to give distributions and actions."""
     head = make_own(name, nn.Module, "head", "head", space)
     try:
+        policy = freeze(head(torch.zeros(2, head.size)))
+        action = head.sample(np.zeros((2, head.size), np.float32), np.random.default_rng(0))
+        if policy.log_prob(torch.as_tensor(action)).shape != (2,):
+            raise ValueError("its distributions' batch shape is not [B]: wrap them in klrl.kl.joint")
+        taken = head.to_env(action)
+        if taken.shape != (2, *(space.shape or ())):
+            raise ValueError(f"to_env gives {taken.shape} for 2 actions of {space}")
         with torch.no_grad():
-            policy = head(torch.zeros(2, head.size))
-            action = head.sample(np.zeros((2, head.size), np.float32), np.random.default_rng(0))
-            if freeze(policy).log_prob(torch.as_tensor(action)).shape != (2,):
-                raise ValueError("its distributions' batch shape is not [B]: wrap them in klrl.kl.joint")
-            taken = head.to_env(action)
-            if taken.shape != (2, *(space.shape or ())):
-                raise ValueError(f"to_env gives {taken.shape} for 2 actions of {space}")
             head.metrics()
     except Exception as problem:
         raise unusable("head", name, problem) from None
