@@ -177,8 +177,10 @@ def _image_type(space: spaces.Space[Any]) -> torch.dtype:
 
 
 def _image(value: Tensor, space: spaces.Space[Any], shape: tuple[int, int, int]) -> Tensor:
-    """Images [..., *space.shape] as [B, C, H, W], in the type that ``Inputs`` has them, a pixel's channels side by side:
-    so laid out, convolutions and above all their gradients are half as fast again on the CPU."""
+    """Images [..., *space.shape] as [B, C, H, W], in the type that ``Inputs`` has them.
+
+    A pixel's channels lie side by side, which makes convolutions' gradients on the CPU half as fast again.
+    """
     assert isinstance(space, spaces.Box)
     if space.dtype == np.bool_:
         value = value.to(torch.uint8) * 255
