@@ -140,9 +140,7 @@ class Reference:
             if (sees := list(self.policy.agent.encoder.parts)) != list(self.agent.encoder.parts):
                 raise UsageError(f"--reference.run {self.config.run}: it sees {', '.join(sees)} alone, of a Dict")
             if self.policy.agent.encoder.images != self.agent.encoder.images:
-                raise UsageError(
-                    f"--reference.run {self.config.run}: it took images for numbers, as it began before 0.2"
-                )
+                raise UsageError(f"--reference.run {self.config.run}: it takes images for numbers, as klrl once did")
         if self.config.run:
             probe = self.agent.encoder.probe()
             try:

@@ -16,7 +16,7 @@ from klrl.policies.spaces import MASK, category_sizes
 from klrl.policies.squashed import SquashedNormal
 
 Feed = dict[str, Array]
-"""What a file is given, by the names of its inputs: observations or, of a Dict, its parts, noise, and state; each [B, ...]."""
+"""What a file is given, by the names of its inputs: observations or a Dict's parts, noise, state; each [B, ...]."""
 _NOISE: dict[type[Any], str] = {
     MultiCategorical: "standard Gumbel, -log(-log(u)) of uniform u",
     DiagonalNormal: "standard normal",

@@ -222,7 +222,10 @@ def _image_type(space: spaces.Space[Any]) -> torch.dtype:
 
 
 def _image(value: Tensor, space: spaces.Space[Any], shape: tuple[int, int, int]) -> Tensor:
-    """Images [..., *space.shape] as [B, C, H, W], in the type that ``Inputs`` has them."""
+    """Images [..., *space.shape] as [B, C, H, W], in the type that ``Inputs`` has them.
+
+    A pixel's channels lie side by side, which makes convolutions' gradients on the CPU half as fast again.
+    """
     assert isinstance(space, spaces.Box)
     if space.dtype == np.bool_:
         value = value.to(torch.uint8) * 255
@@ -230,7 +233,7 @@ def _image(value: Tensor, space: spaces.Space[Any], shape: tuple[int, int, int])
         value = value.float() / brightest(space)
     if len(space.shape) == 3 and space.shape != shape:
         return value.reshape(-1, *space.shape).permute(0, 3, 1, 2)
-    return value.reshape(-1, *shape)
+    return value.reshape(-1, *shape).contiguous(memory_format=torch.channels_last)
 
 
 def _features(space: spaces.Space[Any]) -> int:

@@ -56,9 +56,8 @@ def linear(inputs: int, outputs: int, gain: float, rng: torch.Generator) -> nn.L
 
 
 def brightness(image: Tensor) -> Tensor:
-    """Images [B, C, H, W] of ``Inputs`` from 0 to 1, laid out channel after channel: on the CPU convolutions, their
-    gradients above all, are then half as long again as fast."""
-    image = image.contiguous(memory_format=torch.channels_last)  # as bytes, of which there are fewer
+    """Images [B, C, H, W] of ``Inputs`` from 0 to 1, laid out as an encoder gives them."""
+    image = image.contiguous(memory_format=torch.channels_last)  # those of a replay buffer are not
     return image.float().div_(255.0) if image.dtype == torch.uint8 else image
 
 

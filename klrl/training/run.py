@@ -21,7 +21,6 @@ from klrl.config import (
     merge,
     option_names,
     refuse_idle,
-    suggest,
     to_dict,
 )
 from klrl.console import rank, say
@@ -44,6 +43,7 @@ from klrl.policies import spaces
 from klrl.policies.networks import OwnNetwork, name_of_network, named_network
 from klrl.rundir import checkpoint
 from klrl.rundir.folder import locked, make_folder, replace_file
+from klrl.spelling import suggest
 from klrl.training.callbacks import callbacks_of
 from klrl.training.episodes import Episodes
 from klrl.training.evaluation import summary
