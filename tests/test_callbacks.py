@@ -208,6 +208,7 @@ def test_optuna_prunes() -> None:
     assert pruned.intermediate_values[9] < learnt.intermediate_values[9]
 
 
+@pytest.mark.slow
 def test_ranks_stop_together_where_one_says_so_and_save_where_one_fails(tmp_path: Path) -> None:
     folder = Path(torchrun("callbacks.py", 2, tmp_path))
     (steps, returns, lost), (same, equal, why) = (json.loads(Path(f"{rank}.json").read_text()) for rank in (0, 1))

@@ -97,8 +97,8 @@ def read_history(path: str | Path) -> History:
     ended = [columns["step"][-1:]]
     if options.get("final_episodes") != 0:
         ended.append(columns.get("eval/mean_reward", columns["step"][:0])[-1:])
-    whole = ended[0] >= total or columns.get(STOPPED_EARLY, columns["step"][:0])[-1:] == 1
-    done = all(map(len, ended)) and bool(whole) and not np.isnan(ended[-1])
+    early = (columns.get(STOPPED_EARLY, columns["step"][:0])[-1:] == 1).any()
+    done = all(map(len, ended)) and bool(ended[0] >= total or early) and not np.isnan(ended[-1])
     state: Literal["finished", "running", "stopped"] = "running" if in_use(folder) else "stopped"
     return History(folder, options, *known, "finished" if done else state, columns)
 

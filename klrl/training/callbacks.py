@@ -40,11 +40,11 @@ class LiveRun:
 
     @property
     def episodes(self) -> int:
-        """The training episodes whose mean return rollout/ep_rew_mean is: the last 100, or as many as there were."""
-        return len(self._loop.episodes.done)
+        """How many training episodes rollout/ep_rew_mean is of: the last 100 of each rank, or as many as there were."""
+        return int(self._loop.episodes.counted)
 
     def log(self, tag: str, value: float) -> None:
-        """Put a number of one's own into the run's next row: from a callback, that of this update.
+        """Put a number of one's own into the run's next row: from on_update and on_evaluation, that of this update.
 
         Raises UsageError for "step" and "wall", which every row has; another tag of klrl's is replaced.
         """
@@ -70,7 +70,7 @@ class Callback:
         return None
 
     def on_end(self, run: LiveRun) -> None:
-        """Once the run is at its end, logged and saved; not after a signal or an error."""
+        """Once the run is at its end, all logged and saved; not after a signal or an error."""
 
 
 class StopAtReturn(Callback):

@@ -22,6 +22,8 @@ class Episodes:
 
     def __init__(self, n_envs: int) -> None:
         self.steps, self.restarted = 0, 0
+        self.counted = 0
+        """Episodes of all ranks that the last ``figures`` are of."""
         self.done: deque[tuple[float, int]] = deque(maxlen=100)
         self._returns, self._lengths = np.zeros(n_envs), np.zeros(n_envs, np.int64)
         self._resetting = np.zeros(0, np.int64)
@@ -52,6 +54,7 @@ class Episodes:
         """Means over the last 100 episodes of each of the ranks; empty before the first has ended."""
         returns, lengths = zip(*self.done, strict=True) if self.done else ((), ())
         total, length, count = ranks.sum(math.fsum(returns), math.fsum(lengths), len(self.done))
+        self.counted = int(count)
         return {"rollout/ep_rew_mean": total / count, "rollout/ep_len_mean": length / count} if count else {}
 
     def forget_unfinished(self) -> None:

@@ -48,8 +48,8 @@ class RunConfig(Checked):
     final_episodes: Annotated[int, Range(0, MOST_ENVS)] = 20
     """Episodes of the final evaluation, once everything is saved and the training environments are closed; 0 none."""
     stop_at_return: float = math.inf
-    """Stop once this mean return is reached, by the last 100 training episodes (rollout/ep_rew_mean; there must have
-    been 20), or by an evaluation. The run is then saved and evaluated as at its last step; inf trains to the end."""
+    """Stop once this mean return is reached, by the last 100 training episodes (rollout/ep_rew_mean, once there
+    were 20) or by an evaluation. The run is then saved and evaluated as at its last step; inf trains to the end."""
     save_every: Count = 0
     """Steps between two checkpoints; 0 saves about once a minute. The last two and the best are kept."""
     log: tuple[Literal["wandb", "trackio", "mlflow"], ...] = ()

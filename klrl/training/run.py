@@ -165,7 +165,7 @@ def resume(
 def _past_its_stop(path: str | Path, config: RunConfig, given: ResumeConfig, state: dict[str, Any]) -> RunConfig:
     """The config with which a run goes on; where a callback had stopped it, and it is to, that is struck off its state.
 
-    Whose final evaluation was cut short only ends, unless it is asked to train on.
+    One whose final evaluation was cut short only ends, unless it is asked to train on.
     """
     other = not math.isnan(given.stop_at_return)
     if state["progress"].get("stopped") and (state["complete"] or other or given.total_timesteps):
