@@ -1,6 +1,7 @@
 """The ranks of a run: started by torch's launcher, and joined to each other."""
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -43,13 +44,20 @@ def joined() -> Iterator[Ranks]:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **address)
         except RuntimeError as problem:
             raise RankLostError(f"the ranks did not find each other: {one_line(problem)}") from None
+    ranks = Ranks()
     try:
-        group, size = dist.group.WORLD, dist.get_world_size()
+        group = dist.group.WORLD
         assert group is not None
-        yield Ranks() if size == 1 else on_one_machine(group) if near else Ranks(group)
+        if dist.get_world_size() > 1:
+            ranks = on_one_machine(group) if near else Ranks(group)
+        yield ranks
     finally:
         if mine:
             dist.destroy_process_group()
+            # Gloo's threads end with the last that refers to the group. Left to the interpreter's end, one that then
+            # waits for its lock aborts the process ("terminate called without an active exception").
+            ranks.group = group = None
+            gc.collect()
 
 
 def _restarted() -> dict[str, Any]:
