@@ -90,7 +90,7 @@ class KLConfig(KLTarget):
             except ValueError as problem:
                 raise UsageError(f"--kl.penalty {self.penalty}, with --kl.coef and --kl.anneal-to: {problem}") from None
         if ":" in self.per_state:
-            rule = make_own(self.per_state, StateRule, "rule", "kl.per_state", self.state_limit, self.turn)
+            rule = make_own(self.per_state, StateRule, "rule", "kl.per_state", (), self.state_limit, self.turn)
         else:
             rule = STATE_RULES[self.per_state](self.state_limit, self.turn)  # type: ignore[index]
         return {**options, "penalty": penalty, "rules": [] if rule is None else [rule]}
@@ -98,8 +98,9 @@ class KLConfig(KLTarget):
 
 def _own_coefficient(name: str, start: Start) -> Coefficient:
     """A coefficient of one's own, which was seen to have a value, to answer and to be saved."""
-    made: Coefficient = make_own(name, object, "coefficient", "kl.penalty", start)
-    twin = make_own(name, object, "coefficient", "kl.penalty", start)
+    needs = ("adapt", "state_dict", "load_state_dict")
+    made: Coefficient
+    made, twin = (make_own(name, object, "coefficient", "kl.penalty", needs, start) for _ in range(2))
     try:
         twin.adapt(0.0, start.bound)
         twin.load_state_dict(made.state_dict())

@@ -141,7 +141,7 @@ def make_critic(make: Callable[..., nn.Module], config: Any, policy: Policy, ini
     if getattr(config, "share_network", False):
         if config.critic != "point" or config.critic_hidden_sizes or isinstance(policy.network, BottleneckNetwork):
             raise UsageError("--share-network goes without --critic bayesian, --critic-hidden-sizes and a bottleneck")
-        return SharedCritic(policy.network, init)  # type: ignore[arg-type]
+        return SharedCritic(policy, init)
     widths = config.critic_hidden_sizes or config.hidden_sizes
     make = partial(make, widths)
     if config.critic == "point":

@@ -159,13 +159,17 @@ def test_trpo_says_that_it_needs_a_fisher_information() -> None:
     ("options", "line"),
     [
         ({"head": "json:JSONDecoder"}, "head 'json:JSONDecoder' is no imported nn.Module class: --head module:Class"),
+        (
+            {"kl": {"penalty": "subprocess:Popen"}},
+            "coefficient subprocess:Popen cannot be used: it has no method",
+        ),
         ({"head": Crooked}, "head .*:Crooked cannot be used: ValueError: its distributions' batch shape is not"),
         ({"head": Attached}, "head .*:Attached cannot be used: RuntimeError: Can't call numpy"),
-        ({"head": torch.nn.Linear}, "head torch.nn.modules.linear:Linear cannot be used: TypeError"),
+        ({"head": torch.nn.Linear}, "head torch.nn.modules.linear:Linear cannot be used: it has no method sample"),
         ({"kl": {"penalty": "adaptve"}}, r"--kl.penalty must be one of .* \(did you mean 'adaptive'\?\), got adaptve"),
         ({"kl": {"penalty": "nowhere:X"}}, "coefficient 'nowhere:X' is no imported class: --import nowhere, if you"),
         ({"kl": {"penalty": Forgetful}}, "coefficient .*:Forgetful cannot be used: KeyError: 'value'"),
-        ({"kl": {"penalty": Halve}}, "coefficient .*:Halve cannot be used: TypeError"),
+        ({"kl": {"penalty": Halve}}, "coefficient .*:Halve cannot be used: it has no method adapt and no state_dict"),
         (
             {"kl": {"per_state": Growing}},
             "rule .*:Growing' is no imported StateRule: --kl.per-state module:Class",

@@ -189,7 +189,7 @@ HEADS: dict[str, Any] = {"state-dependent-std": StateDependentNormalHead, "beta"
 
 def _own(space: spaces.Space[Any], name: str) -> Any:
     """A head of one's own, which was seen to give distributions and actions."""
-    head = make_own(name, nn.Module, "head", "head", space)
+    head = make_own(name, nn.Module, "head", "head", ("forward", "sample", "to_env", "metrics"), space)
     try:
         policy = freeze(head(torch.zeros(2, head.size)))
         action = head.sample(np.zeros((2, head.size), np.float32), np.random.default_rng(0))

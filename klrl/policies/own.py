@@ -50,9 +50,14 @@ def find_class(name: str, base: type, what: str, path: str) -> Any:
     return found
 
 
-def make_own(name: str, base: type, what: str, path: str, *arguments: Any) -> Any:
-    """An instance of the class called ``name``, made with ``arguments``. Raises UsageError where that fails."""
+def make_own(name: str, base: type, what: str, path: str, needs: tuple[str, ...], *arguments: Any) -> Any:
+    """An instance of the class called ``name``, made with ``arguments``.
+
+    Raises UsageError where that fails, and where the class, which a run may name, lacks the methods that it ``needs``.
+    """
     cls = find_class(name, base, what, path)
+    if lacks := [method for method in needs if not callable(getattr(cls, method, None))]:
+        raise UsageError(f"{what} {name} cannot be used: it has no method {' and no '.join(lacks)}")
     try:
         return cls(*arguments)
     except Exception as problem:
