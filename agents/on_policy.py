@@ -54,7 +54,7 @@ class OnPolicyConfig(Checked):
     normalize_advantage: bool = True
     """Scale a rollout's advantages to mean 0 and standard deviation 1."""
     normalize_observation: bool = True
-    """Scale Box observations (not images) by their running mean and standard deviation."""
+    """Scale Box observations (not images of 36 x 36 or more) by their running mean and standard deviation."""
     normalize_reward: bool = True
     """Divide rewards by the running standard deviation of the discounted return."""
     hidden_sizes: Widths = (64, 64)

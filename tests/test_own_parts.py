@@ -231,10 +231,7 @@ def test_the_command_imports_what_it_names_and_nothing_that_a_file_names(
         assert "--head nowhere:Head: no module named 'nowhere' is installed" in capsys.readouterr().err
         for word, line in (
             ("kl.penalty=nowhere:X", "--kl.penalty nowhere:X: no module named 'nowhere' is installed"),
-            (
-                "kl.per_state=own_kl:Other",
-                "kl.per_state 'own_kl:Other' is no imported class: --kl.per-state",
-            ),
+            ("kl.per_state=own_kl:Other", "rule 'own_kl:Other' is no imported StateRule: --kl.per-state"),
         ):
             with pytest.raises(SystemExit):
                 main(["sweep", "ppo", "CartPole-v1", "--set", word])
