@@ -107,7 +107,7 @@ def test_a_coefficient_and_a_rule_are_made_from_the_options() -> None:
     assert float(limit.beta) == pytest.approx(4.5)
 
 
-@pytest.mark.parametrize("agent", ["ppo", "sac"])
+@pytest.mark.parametrize("agent", ["ppo", pytest.param("sac", marks=pytest.mark.slow)])
 def test_a_run_with_ones_own_coefficient_and_rule_goes_on_as_a_whole_one(agent: str) -> None:
     kl: dict[str, Any] = {"penalty": Growing, "per_state": Halve, "state_limit": 1e-4, "target": 0.02}
     if agent == "ppo":
@@ -119,10 +119,14 @@ def test_a_run_with_ones_own_coefficient_and_rule_goes_on_as_a_whole_one(agent: 
 @pytest.mark.parametrize(
     ("agent", "options"),
     [
-        ("ppo", {"head": "beta", "critic_hidden_sizes": [24], "critic_learning_rate": 1e-3}),
+        pytest.param(
+            "ppo",
+            {"head": "beta", "critic_hidden_sizes": [24], "critic_learning_rate": 1e-3},
+            marks=pytest.mark.slow,
+        ),
         ("trpo", {"head": "beta", "activation": "silu", "layer_norm": True}),
         ("ppo", {"head": Laplace, "activation": "gelu"}),
-        ("ppo", {"head": "state-dependent-std", "kl": {"per_state": "reverse"}}),
+        pytest.param("ppo", {"head": "state-dependent-std", "kl": {"per_state": "reverse"}}, marks=pytest.mark.slow),
     ],
     ids=["ppo-beta", "trpo-beta", "ppo-own", "ppo-state"],
 )
