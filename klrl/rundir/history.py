@@ -22,7 +22,8 @@ STOPPED_EARLY = "train/stopped_early"
 """Logged in the last row of a run that a callback stopped."""
 _WATCHING = ("eval_every", "eval_episodes", "save_every", "log", "histogram_every", "quiet", "verbose", "rank_timeout")
 _NOT_A_SETTING = ("seed", "run_dir", "device", "threads", "final_episodes", *_WATCHING)
-_AS_BEFORE = {"processes": 1, "stop_at_return": math.inf}  # which runs lack that were begun before there were these
+# What runs lack that were begun before there were these.
+_AS_BEFORE = {"processes": 1, "stop_at_return": math.inf, "env.action_masks": "off"}
 # Beyond what any run writes, and little enough to be read: a folder may be anyone's.
 _MOST_CONFIG, _MOST_METRICS, _LONGEST_LINE = 1 << 18, 1 << 31, 1 << 20  # bytes
 _MOST_TAGS, _LONGEST_TAG, _MOST_STEPS = 300, 200, 1e15

@@ -53,7 +53,8 @@ class Trial:
         for path in self._runs():
             with contextlib.suppress(UsageError):  # it has not begun to log
                 found.append(read_history(path))
-        mine = [history for history in found if setting_of(history.options) == wanted]
+        auto = {name: value for name, value in wanted.items() if value == "auto"}  # a run says what it became
+        mine = [history for history in found if setting_of(history.options) | auto == wanted]
         self.history = last = max(mine, key=lambda history: history.steps, default=None)
         whole = last is not None and last.state == "finished" and _saved_at(last) >= last.steps
         if whole and self.process is None:
