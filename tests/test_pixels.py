@@ -318,5 +318,5 @@ def test_catch_is_learned_from_five_by_five_pixels() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_catch_is_learned_from_pixels_as_large_as_atari_s(seed: int) -> None:
     settings = {"n_steps": 64, "batch_size": 128, "n_epochs": 4, "eval_every": 0, "hidden_sizes": [], "quiet": True}
-    how = {"env": {"kwargs": {"cells": 12, "scale": 7}}, **settings}
+    how = {"env": {"kwargs": {"cells": 7, "scale": 12}}, **settings}
     assert klrl.train("ppo", "klrl/Catch-v0", total_timesteps=20_000, seed=seed, **how).score.mean >= 0.9
