@@ -241,9 +241,10 @@ class OnPolicyAgent(Agent):
             raise ValueError(f"the rollout holds {rollout.filled} of {rollout.n_steps} steps: fill it before update")
         rollout.check_finite()
         inputs = self.memory.sequences(rollout, self.encoder(rollout.obs))
-        value = torch.cat([self.critic(chunk) for chunk in chunks(inputs)])
-        inputs = {key: part[:rows] for key, part in inputs.items()}
-        old = self.policy_at(inputs)
+        seen = self.critic.seen(inputs)
+        value = torch.cat([self.critic(chunk) for chunk in chunks(seen)])
+        inputs, seen = ({key: part[:rows] for key, part in each.items()} for each in (inputs, seen))
+        old = self.policy_at(seen)
         table = value.view(rollout.n_steps + 1, rollout.n_envs).cpu().numpy()
         following = rollout.values_of_next(table, lambda obs: self.value(obs).cpu().numpy())
         terminated, ended = rollout.terminated, rollout.terminated | rollout.truncated

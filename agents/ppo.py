@@ -199,13 +199,14 @@ class PPO(OnPolicyAgent):
         """``_gradient`` of networks of any kind, and of rules of any kind."""
         config = self.config
         with torch.enable_grad():
-            new, held = self.policy(minibatch.inputs), self.reference.held
+            seen, held = self.critic.seen(minibatch.inputs), self.reference.held
+            new = self.policy(seen)
             loss, surrogate = policy_loss(new, minibatch, self.limit, config.ent_coef, held)
             if self.config.bottleneck.size:
                 noisy, rates = self.bottleneck.noisy(minibatch.inputs)
                 also, _ = policy_loss(noisy, minibatch, self.limit, config.ent_coef, held)
                 loss = (loss + also) / 2 + minibatch.weight @ rates
-            loss_v = value_loss(self.critic(minibatch.inputs), minibatch, config.clip_range_vf)
+            loss_v = value_loss(self.critic(seen), minibatch, config.clip_range_vf)
             loss = loss + config.vf_coef * (loss_v + self.critic.cost(minibatch))
             gradient = gradients(loss, self.policy_params, self.critic_params)
         return surrogate.detach(), loss_v.detach(), gradient

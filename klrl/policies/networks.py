@@ -148,11 +148,11 @@ class Network(nn.Module):
         self.mlp = MLP([self.torso.width, *hidden_sizes, outputs], activation, output_gain, rng, layer_norm)
 
     def forward(self, inputs: Inputs) -> Tensor:
-        return self.mlp(self.torso(inputs))
+        return self.mlp.layers[-1](inputs["hidden"]) if "hidden" in inputs else self.mlp(self.torso(inputs))
 
     def hidden(self, inputs: Inputs) -> Tensor:
         """The last hidden layer's numbers, [B, width]."""
-        return self.mlp.hidden(self.torso(inputs))
+        return inputs["hidden"] if "hidden" in inputs else self.mlp.hidden(self.torso(inputs))
 
 
 class FeatureNetwork(nn.Module):
@@ -192,7 +192,7 @@ class FeatureNetwork(nn.Module):
 
     def hidden(self, inputs: Inputs) -> Tensor:
         """The features, [B, F]."""
-        return self.features(self._given(inputs))
+        return inputs["hidden"] if "hidden" in inputs else self.features(self._given(inputs))
 
     @staticmethod
     def _given(inputs: Inputs) -> Tensor | Inputs:
@@ -246,6 +246,10 @@ class Critic(nn.Module):
     def cost(self, batch: Any) -> Tensor | float:
         """What a minibatch's loss counts beside the values' errors; of weights that are numbers, nothing."""
         return 0.0
+
+    def seen(self, inputs: Inputs) -> Inputs:
+        """The inputs of policy and critic, with what both make of them, where they share a network."""
+        return inputs
 
     def metrics(self, batch: Any, ranks: Ranks) -> dict[str, float]:
         """What is worth logging of the values' certainty at a batch's states, of all ranks."""

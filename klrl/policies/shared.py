@@ -8,7 +8,10 @@ from torch import Tensor
 from klrl.policies.encoder import Inputs
 from klrl.policies.networks import Critic, Network
 from klrl.policies.policy import Policy
+from klrl.policies.spaces import MASK
 from klrl.policies.torso import linear
+
+_ROWS = 2048  # of a pass: their activations take memory
 
 
 class SharedCritic(Critic):
@@ -23,6 +26,13 @@ class SharedCritic(Critic):
         last: Any = network.mlp.layers[-1] if isinstance(network, Network) else network.output
         super().__init__(linear(last.in_features, 1, 1.0, rng))
         self.shared = (policy,)  # in a tuple, as it is no part of this module
+
+    def seen(self, inputs: Inputs) -> Inputs:
+        """The last hidden layer's numbers, as "hidden", in place of what they are made of: both begin there."""
+        network: Any = self.shared[0].network
+        pieces = zip(*(torch.split(part, _ROWS) for part in inputs.values()), strict=True)
+        hidden = torch.cat([network.hidden(dict(zip(inputs, piece, strict=True))) for piece in pieces])
+        return {"hidden": hidden, **({MASK: inputs[MASK]} if MASK in inputs else {})}
 
     def forward(self, inputs: Inputs) -> Tensor:
         network: Any = self.shared[0].network
