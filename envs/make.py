@@ -26,6 +26,7 @@ from klrl.envs.pool import Pool
 from klrl.envs.workers import Workers, make_one, make_seeded
 from klrl.envs.wrappers import EpisodePosition, NamedFaults, SeededEpisodes, close_or_warn, next_step
 from klrl.errors import UsageError, needs, one_line
+from klrl.policies.spaces import check_observation_space
 from klrl.spelling import suggest
 
 _MOST_WORKERS = 512
@@ -157,6 +158,7 @@ def _offers_masks(env: str, config: EnvConfig) -> bool:
         return False
     try:
         with closing(SeededEpisodes(_guard(env, config.kwargs, _factory(env, config), config.wrappers), 0)) as one:
+            check_observation_space(one.env.observation_space)  # of others, not even a reset is wanted
             return offers_masks(one.env, config.timeout)
     except UsageError:
         return False

@@ -186,7 +186,7 @@ def test_the_command_takes_the_other_environments_arguments(capsys: pytest.Captu
         (["--states-of", "Pendulum-v1", "--env.kwargs", "env=3", "count=4"], "does not fit Pendulum-v1"),
         (["--states-of", "Pendulum-v1", "--env.kwargs", "g"], "not of the form name=value"),
         (["--states-of", "Pendulm-v1"], "unknown env 'Pendulm-v1'"),
-        (["--states-of", "CartPole-v1"], "but CartPole-v1 has Box("),
+        (["--states-of", "CartPole-v1"], "CartPole-v1's observation space is Box("),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["compare", run, run, *words, "--steps", "30", "--episodes", "2"])
