@@ -202,6 +202,34 @@ class Branches(torch.nn.Linear):
         return super().forward(input) if float(input.sum()) > 0 else input.new_zeros(len(input), 4)
 
 
+MASKED = spaces.Dict({"observation": BOX, "action_mask": spaces.Box(0, 1, (5,), np.int8)})
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize(("seen", "does"), [(WIDE, BOUNDED), (MASKED, spaces.MultiDiscrete([2, 3]))])
+def test_a_memory_goes_in_and_out_and_a_mask_is_obeyed(cell: str, seen: Any, does: Any) -> None:
+    options = {"memory": cell, "memory_size": 5, "hidden_sizes": (8,)}
+    agent = moved(klrl.PPO(seen, does, options))
+    klrl.export(agent, "policy.pt2", format="torch")
+    loaded, state, remembered = torch.export.load("policy.pt2").module(), torch.zeros(1, agent.policy.state_size), None
+    for obs in observations(seen, 6):
+        parts = obs if isinstance(obs, dict) else {"": obs}
+        given = {name: torch.from_numpy(part)[None] for name, part in parts.items()}
+        action, state = loaded(given if isinstance(obs, dict) else given[""], None, state)
+        wanted, remembered = agent.predict(obs, remembered, deterministic=True)
+        np.testing.assert_allclose(action[0].numpy(), wanted, atol=1e-5)
+        np.testing.assert_allclose(state[0].numpy(), remembered, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_onnx_file_of_a_memory_takes_noise_and_state() -> None:
+    agent = moved(klrl.PPO(MASKED, spaces.Discrete(5), {"memory": "lstm", "memory_size": 5}))
+    klrl.export(agent, "policy.onnx", noise=True)
+    loaded = session(Path("policy.onnx"))
+    assert [one.name for one in loaded.get_inputs()] == ["obs.observation", "obs.action_mask", "noise", "state"]
+    assert [one.name for one in loaded.get_outputs()] == ["action", "next_state"]
+
+
 def test_a_file_that_acts_otherwise_is_not_left() -> None:
     Path("policy.pt2").write_text("an earlier one")
     with pytest.raises(UsageError, match=r"the file's actions differ from klrl's by .*: nothing was written"):
@@ -218,11 +246,11 @@ def test_discrete_actions_may_differ_only_where_logits_tie() -> None:
     network.mlp.layers[0].weight.data.zero_()
     network.mlp.layers[0].bias.data.copy_(torch.tensor([1.0, 1.0, 0.0, 0.25]))
     obs = np.zeros((2, 3), np.float32)
-    assert _difference(agent, obs, None, np.array([[0, 1], [0, 1]])) == 0
-    assert _difference(agent, obs, None, np.array([[0, 1], [1, 1]])) == 0, "these two are equal"
-    assert _difference(agent, obs, None, np.array([[0, 0], [0, 1]])) == 0.25
+    assert _difference(agent, obs, [np.array([[0, 1], [0, 1]])]) == 0
+    assert _difference(agent, obs, [np.array([[0, 1], [1, 1]])]) == 0, "these two are equal"
+    assert _difference(agent, obs, [np.array([[0, 0], [0, 1]])]) == 0.25
     with pytest.raises(UsageError, match="the file gives int32"):
-        _difference(agent, obs, None, np.zeros((2, 2), np.int32))
+        _difference(agent, obs, [np.zeros((2, 2), np.int32)])
 
 
 class OwnHead(CategoricalHead):

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -92,7 +92,8 @@ def export(policy: str | Path | Agent, output: str | Path = "", /, **options: An
 
 
 Writer = Callable[[dict[str, Any]], bytes]
-Runner = Callable[[Feed], Array]
+Runner = Callable[[Feed], Sequence[Array]]
+"""From a feed to actions and, with a memory, the states after them."""
 
 
 def _torch(deployed: DeployedPolicy, feed: Feed) -> tuple[Writer, Runner]:
@@ -105,7 +106,12 @@ def _torch(deployed: DeployedPolicy, feed: Feed) -> tuple[Writer, Runner]:
         return data.getvalue()
 
     loaded = torch.export.load(io.BytesIO(write({}))).module()
-    return write, lambda part: loaded(*deployed.arguments(part)).numpy()
+
+    def run(part: Feed) -> Sequence[Array]:
+        found = loaded(*deployed.arguments(part))
+        return [one.numpy() for one in (found if isinstance(found, tuple) else (found,))]
+
+    return write, run
 
 
 def _onnx(deployed: DeployedPolicy, feed: Feed) -> tuple[Writer, Runner]:
@@ -114,7 +120,8 @@ def _onnx(deployed: DeployedPolicy, feed: Feed) -> tuple[Writer, Runner]:
     import onnxruntime
 
     program, shapes = _program(deployed, feed), _any_number_of_rows(deployed.arguments(feed))
-    names: dict[str, Any] = {"input_names": list(feed), "output_names": ["action"], "dynamic_shapes": shapes}
+    outputs = ["action", "next_state"] if deployed.state_size else ["action"]
+    names: dict[str, Any] = {"input_names": list(feed), "output_names": outputs, "dynamic_shapes": shapes}
     with _refusing("the network has no form in ONNX"), _quiet():
         made = torch.onnx.export(program, dynamo=True, external_data=False, verbose=False, **names)
     assert made is not None
@@ -126,7 +133,7 @@ def _onnx(deployed: DeployedPolicy, feed: Feed) -> tuple[Writer, Runner]:
 
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(write({}), options, ["CPUExecutionProvider"])
-    return write, lambda part: session.run(["action"], part)[0]
+    return write, lambda part: session.run(outputs, part)
 
 
 def _program(deployed: DeployedPolicy, feed: Feed) -> Any:
@@ -143,7 +150,7 @@ def _program(deployed: DeployedPolicy, feed: Feed) -> Any:
 def _any_number_of_rows(arguments: tuple[Any, ...]) -> Any:
     """The form in which torch's exporters are told so, for each of the arguments."""
     rows = {0: torch.export.Dim("batch", min=1)}
-    return tree_map(lambda _: rows, arguments)
+    return tree_map(lambda part: None if part is None else rows, arguments)
 
 
 @contextmanager
@@ -207,7 +214,7 @@ def _check(agent: Agent, obs: Observation, feed: Feed, run: Runner) -> float:
     # The first by itself, as a robot shows one at a time.
     for rows in (slice(1), *(slice(i, i + _ROWS) for i in range(1, _STATES, _ROWS))):
         part, given = ({k: v[rows] for k, v in feed.items()}, _rows(obs, rows))
-        difference = _difference(agent, given, part.get("noise"), run(part))
+        difference = _difference(agent, given, run(part), part.get("noise"), part.get("state"))
         if not difference <= _TOLERANCE:
             raise UsageError(f"the file's actions differ from klrl's by {difference:.2g}: nothing was written")
         largest = max(largest, difference)
@@ -218,32 +225,38 @@ def _rows(obs: Any, rows: slice) -> Any:
     return tree_map(lambda part: part[rows], obs)
 
 
-def _difference(agent: Agent, obs: Observation, noise: Array | None, found: Array) -> float:
-    """How far actions are from the agent's own, at most; of continuous ones above 1, in terms of the largest.
+def _difference(
+    agent: Agent, obs: Observation, given: Sequence[Array], noise: Array | None = None, state: Array | None = None
+) -> float:
+    """How far actions are from the agent's own, at most, or states after them; of actions above 1, in terms of the
+    largest.
 
     Of discrete ones that differ, how far apart the two best logits are.
     """
-    if noise is None:
-        wanted, _ = agent.predict(obs, deterministic=True)
-    else:
-        wanted = agent.env_action(agent.act(obs, rng=_Given(noise)))
+    found, moved = given[0], None if state is None else state.copy()
+    more: dict[str, Any] = {} if moved is None else {"state": moved}
+    wanted = agent.env_action(agent.act(obs, noise is None, None if noise is None else _Given(noise), **more))
+    of_state = 0.0 if moved is None else float(np.abs(given[1] - moved).max())
     if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
         raise UsageError(f"the file gives {found.dtype} {found.shape}, and klrl {wanted.dtype} {wanted.shape}")
     if isinstance(agent.action_space, spaces.Box):
         apart = np.abs(found.astype(np.float64) - wanted)
-        return float(apart.max() / max(1.0, float(np.abs(wanted).max())))
+        return max(of_state, float(apart.max() / max(1.0, float(np.abs(wanted).max()))))
     differs = (found != wanted).reshape(len(wanted), -1)
-    best = np.sort(agent.distribution(obs).logits.cpu().numpy() + (0 if noise is None else noise), -1)
+    outputs = agent.policy.outputs(obs, None if state is None else state.copy())
+    logits = agent.policy.head(torch.from_numpy(outputs).to(agent.device)).logits.detach().cpu().numpy()
+    best = np.sort(logits + (0 if noise is None else noise), -1)
     gaps = best[..., -1] - best[..., -2]
     # A joint action has several parts, but one gap.
-    return float(gaps[differs if differs.shape == gaps.shape else differs.any(1)].max(initial=0.0))
+    return max(of_state, float(gaps[differs if differs.shape == gaps.shape else differs.any(1)].max(initial=0.0)))
 
 
 def _about(agent: Agent, trained: LoadedPolicy | None, deployed: DeployedPolicy, feed: Feed) -> dict[str, Any]:
     """What a file says of itself."""
     inputs = {n: {"shape": ["batch", *part.shape[1:]], "dtype": str(part.dtype)} for n, part in feed.items()}
     for name, about in inputs.items():
-        about["is"] = deployed.noise if name == "noise" else "as the environment shows it"
+        what = {"noise": deployed.noise, "state": "next_state of the step before; zeros where an episode begins"}
+        about["is"] = what.get(name, "as the environment shows it")
     return {
         "agent": agent.name(),
         "env_id": trained.env if trained else "",
@@ -251,7 +264,10 @@ def _about(agent: Agent, trained: LoadedPolicy | None, deployed: DeployedPolicy,
         "observation_space": to_json(agent.observation_space),
         "action_space": to_json(agent.action_space),
         "inputs": inputs,
-        "outputs": {"action": "as the environment takes it, [batch, ...]"},
+        "outputs": {
+            "action": "as the environment takes it, [batch, ...]",
+            **({"next_state": "what the policy remembers, [batch, S]"} if deployed.state_size else {}),
+        },
         "klrl": __version__,
         "torch": str(torch.__version__),
     }

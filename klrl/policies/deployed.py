@@ -68,7 +68,9 @@ class DeployedPolicy(nn.Module):
         else:
             output, after = self.network.step(inputs, state)  # type: ignore[operator]
         if self.encoder.sizes:
-            output = output.masked_fill(obs[MASK].reshape(output.shape) == 0, -torch.inf)
+            parts = torch.split(obs[MASK].reshape(output.shape) != 0, self.encoder.sizes, -1)
+            allowed = torch.cat([part | ~part.any(-1, keepdim=True) for part in parts], -1)  # as the encoder's
+            output = output.masked_fill(~allowed, -torch.inf)
         action: Tensor = self.head.deployed(output, noise)  # type: ignore[operator]
         return action if after is None else (action, after)
 
