@@ -59,6 +59,8 @@ class Agent(Actor):
     Config: ClassVar[type[Any]]
     compiles: tuple[str, ...] = ()
     """Methods that torch.compile may be asked to compile: gradients, from tensors to tensors."""
+    takes_masks: ClassVar[bool] = False
+    """Whether policies obey action masks; where not, ``--env.action-masks auto`` leaves them out."""
     ranks = ALONE
 
     def __init__(
@@ -136,14 +138,16 @@ class Agent(Actor):
         ``state``: what a recurrent policy remembers, [N, S], as ``initial_state`` gives it, moved on in place; None
         where each observation is an episode's first.
         """
-        return self.policy.act(obs, None if deterministic else self.rng if rng is None else rng, state)
+        remembered = () if state is None else (state,)  # a policy of one's own need not know of any
+        return self.policy.act(obs, None if deterministic else self.rng if rng is None else rng, *remembered)
 
     def collect(self, obs: Observation, buffer: Any) -> Actions:
         """``act`` for a step that ``buffer`` takes next: with what the policy remembers of its environments."""
         return self.act(obs)
 
     def distribution(self, obs: Observation) -> Any:
-        """The policy at observations [B, *shape], as data: no gradients, no view of the weights."""
+        """The policy at observations [B, *shape], as data: no gradients, no view of the weights; with a memory, where
+        each is an episode's first."""
         return self.policy_at(self.encoder(obs))
 
     @torch.no_grad()

@@ -2,7 +2,8 @@
 
 The same numbers as autograd on ``policy_loss`` and ``value_loss`` gives, without a graph: on 64 to 256 rows a step is
 about as long as its calls, and NumPy's take a third of torch's time. Where it does not apply (images, a network of
-one's own, layer norm, silu and gelu, frozen weights, CUDA) the agents use autograd.
+one's own, a memory, a shared network, a bottleneck, other heads, layer norm, silu and gelu, frozen weights, CUDA) the
+agents use autograd.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -76,7 +76,8 @@ class Governed(Actor):
         """Actions [N, d] for a batch of observations [N, *shape], as ``Agent.act``."""
         head, of_reference = self._heads
         outputs = self.policy.outputs(obs)
-        others = np.zeros_like(outputs) if self._other is None else self._other.outputs(obs)
+        forbidden = np.isneginf(outputs)  # by a mask
+        others = np.where(forbidden, outputs, 0) if self._other is None else self._other.outputs(obs)
         mine, theirs = head.numbers(outputs), of_reference.numbers(others)
         one, many = _GOVERN[len(mine)]
         numbers = (one if len(outputs) == 1 else many)(*mine, *theirs, self.kappa)

@@ -16,6 +16,8 @@ from klrl.policies.encoder import Inputs
 from klrl.policies.memory import SEQUENCE, STATE, make_recurrent
 from klrl.policies.networks import Array, make_network
 
+_SAVED = ("now", "before", "critic", "begin")
+
 
 class Memory:
     """The states of ``agent``'s recurrent policy and critic; without ``--memory`` there are none, and nothing to do.
@@ -30,6 +32,8 @@ class Memory:
         self.agent, self.kind, self.size = agent, config.memory, config.memory_size
         self.now, self.critic = np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32)
         """[N, S]: the policy's state before the next step, and the critic's where the next rollout begins."""
+        self.before = self.now
+        """[N, S]: the policy's state before the last step."""
         self.begin = np.zeros((0, 2, 0), np.float32)
         """[N, 2, S]: those of both where the running rollout began."""
         self.collected = 0
@@ -39,7 +43,7 @@ class Memory:
         agent.compiles = ()  # sequences have new lengths in every minibatch
         for option, given in [
             ("--bottleneck.size", getattr(config, "bottleneck", None) and config.bottleneck.size),
-            ("--share-network", getattr(config, "share_network", False)),
+            ("--share-network (--no-share-network, where a preset has it)", getattr(config, "share_network", False)),
             ("--fisher-fraction below 1", getattr(config, "fisher_fraction", 1) < 1),
         ]:
             if given:
@@ -62,12 +66,15 @@ class Memory:
         if len(self.now) != buffer.n_envs:
             self.now, self.critic = (self.agent.initial_state(buffer.n_envs) for _ in range(2))
         done = 0 if buffer.full else buffer.filled
+        if self.collected == done + 1:  # the last step failed, as there is no row of it
+            self.now[:] = self.before
+        in_step = done == 0 or self.collected in (done, done + 1)
+        self.collected = done + 1 if in_step else -1
         self.now[buffer.begins] = 0.0
         if done == 0:
             self.critic[buffer.begins] = 0.0
             self.begin = np.stack([self.now, self.critic], 1)
-        in_step = done == 0 or self.collected in (done, done + 1)  # of a step that failed there is no row
-        self.collected = done + 1 if in_step else -1
+        self.before = self.now.copy()
         return self.now
 
     def sequences(self, rollout: RolloutBuffer, inputs: Inputs) -> Inputs:
@@ -94,10 +101,11 @@ class Memory:
     def state_dict(self) -> State:
         if self.kind == "none":
             return {}
-        arrays = {name: torch.from_numpy(getattr(self, name).copy()) for name in ("now", "critic", "begin")}
+        arrays = {name: torch.from_numpy(getattr(self, name).copy()) for name in _SAVED}
         return {**arrays, "collected": self.collected}
 
     def load_state_dict(self, state: State) -> None:
         if self.kind != "none":
-            self.now, self.critic, self.begin = (state[name].numpy().copy() for name in ("now", "critic", "begin"))
+            for name in _SAVED:
+                setattr(self, name, state[name].numpy().copy())
             self.collected = int(state["collected"])

@@ -74,8 +74,8 @@ class OnPolicyConfig(Checked):
     """Logarithm of the initial standard deviation of continuous actions, where a bounded action spans -1 to 1."""
     memory: Literal["none", "gru", "lstm"] = "none"
     """Let policy and critic each remember an episode's observations, by a recurrent layer before the hidden ones. On a
-    CPU an lstm is the faster one."""
-    memory_size: PositiveInt = 64
+    CPU an lstm is the faster one. A minibatch is then of whole environments, batch_size rows or more."""
+    memory_size: Annotated[PositiveInt, Needs("memory")] = 64
     """Numbers of that layer's hidden state."""
     head: HeadName = "plain"
     """The policy's distribution: a normal or categoricals, as actions are (plain), a normal whose standard deviation
@@ -107,7 +107,7 @@ class Batch:
         return self.weight > 0
 
     def take(self, index: Tensor | npt.NDArray[Any] | slice, scale: float = 1.0) -> "Batch":
-        """The rows ``index``, which may be an array, as a batch, their weights times ``scale``."""
+        """The rows ``index``, or with a memory whole environments', as a batch, their weights times ``scale``."""
         index = index if isinstance(index, slice) else torch.as_tensor(index, device=self.weight.device)
         parts = (self.action, self.log_prob, self.value, self.advantage, self.returns)
         inputs = {key: rows[index] for key, rows in self.inputs.items()}
@@ -140,7 +140,8 @@ def make_critic(make: Callable[..., nn.Module], config: Any, policy: Policy, ini
     """The critic that ``config`` asks for, on a network of ``make``'s, from widths, outputs and their gain."""
     if getattr(config, "share_network", False):
         if config.critic != "point" or config.critic_hidden_sizes or isinstance(policy.network, BottleneckNetwork):
-            raise UsageError("--share-network goes without --critic bayesian, --critic-hidden-sizes and a bottleneck")
+            others = "--critic bayesian, --critic-hidden-sizes and a bottleneck"
+            raise UsageError(f"--share-network goes without {others}: --no-share-network")
         return SharedCritic(policy, init)
     widths = config.critic_hidden_sizes or config.hidden_sizes
     make = partial(make, widths)
@@ -154,6 +155,7 @@ class OnPolicyAgent(Agent):
     """Learns from whole rollouts of its policy; Box, Discrete, MultiDiscrete and MultiBinary actions."""
 
     Config: ClassVar[type[Any]] = OnPolicyConfig
+    takes_masks = True
 
     def setup(self, init: torch.Generator, network: OwnNetwork | None) -> None:
         config = self.config
@@ -200,7 +202,8 @@ class OnPolicyAgent(Agent):
         return taken
 
     def collect(self, obs: Observation, buffer: RolloutBuffer) -> Actions:
-        return self.act(obs, state=self.memory.carry(buffer))
+        state = self.memory.carry(buffer)
+        return self.act(obs) if state is None else self.act(obs, state=state)
 
     @property
     def stored_space(self) -> spaces.Space[Any]:
@@ -219,7 +222,8 @@ class OnPolicyAgent(Agent):
 
     @torch.no_grad()
     def value(self, obs: Observation) -> Tensor:
-        """V(s), [B]: the discounted return that the critic expects, of rewards as they are scaled for it."""
+        """V(s), [B]: the discounted return that the critic expects, of rewards as they are scaled for it; with a
+        memory, where each observation is an episode's first."""
         return torch.cat([self.critic(chunk) for chunk in chunks(self.encoder(obs))])
 
     def critic_reward(self, reward: npt.NDArray[np.float64], obs: Observation) -> npt.NDArray[np.float64]:

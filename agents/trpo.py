@@ -126,7 +126,7 @@ class TRPO(OnPolicyAgent):
             if suits(self.policy, params):
                 pieces.append((part, *FusedPolicy(self.policy).linearize(part.inputs, params)))
                 continue
-            with torch.enable_grad():
+            with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):  # its RNNs have no second derivative
                 policy = self.policy(part.inputs)
             pieces.append((part, policy, *jacobian(parameters_of(policy), params)))
         return pieces

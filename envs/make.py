@@ -62,8 +62,8 @@ class EnvConfig(Checked):
     """What an exception or a wrong answer of an environment's step does: end the run, or truncate that episode."""
     action_masks: Literal["auto", "on", "off"] = "auto"
     """Let policies take only the actions that an environment allows, by its method action_masks() or its infos'
-    action_mask. auto: where it has one of these, but of what a function makes, only the method. What observations show
-    as action_mask is obeyed in any case."""
+    action_mask. auto: where it has one of these, but of what a function makes, only the method, and not for agents that
+    cannot, such as SAC. What observations show as action_mask is obeyed in any case."""
     timeout: Annotated[float, Range(0, 1e6, above=True)] = 60.0
     """Seconds that a step or reset may take in a process of its own."""
 

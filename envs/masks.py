@@ -59,7 +59,7 @@ class ActionMasks(gym.Wrapper[Any, Any, Any, Any]):
     def _mask(self, info: dict[str, Any]) -> npt.NDArray[np.int8]:
         """What the environment allows now, [sum of sizes]."""
         if self._ask is None and MASK not in info:
-            raise ValueError(f"it says of no action mask: neither {_METHOD}() nor info[{MASK!r}]")
+            raise ValueError(f"it gives no action mask: neither {_METHOD}() nor info[{MASK!r}]")
         given = info[MASK] if self._ask is None else self._ask()
         mask = np.concatenate([np.ravel(part) for part in given]) if isinstance(given, tuple) else np.asarray(given)
         if mask.size != self.everything.size:

@@ -110,7 +110,7 @@ class Needs:
     def met(self, config: Any) -> bool:
         """Whether the field does something in ``config``."""
         found = getattr(config, self.name)
-        return found == self.value if self.value else bool(found)
+        return found == self.value if self.value else found not in ("", "none", 0, False)
 
 
 def _drawn(seed: Any) -> Any:

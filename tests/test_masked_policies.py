@@ -187,9 +187,10 @@ def test_a_reference_a_governor_and_a_student_obey() -> None:
     assert Picky.crimes == 0
     obs = seen([6], 200)
     governed = Governed(other.agent, first.agent, 1e-4)
-    for rows in (slice(None), slice(1)):
-        some = {key: part[rows] for key, part in obs.items()}
-        assert np.take_along_axis(some["action_mask"], governed.act(some), 1).all()
+    for one in (governed, Governed(other.agent, "uniform", 1e-4)):
+        for rows in (slice(None), slice(1)):
+            some = {key: part[rows] for key, part in obs.items()}
+            assert np.take_along_axis(some["action_mask"], one.act(some), 1).all()
     assert float(reverse_kl(first.agent.distribution(obs), governed.distribution(obs)).max()) < 1.01e-4
     assert (student.agent.distribution(obs).probs[:, 0][torch.from_numpy(obs["action_mask"]) == 0] == 0).all()
 

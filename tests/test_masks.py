@@ -173,8 +173,13 @@ def test_masks_that_cannot_be_had_are_refused(env: Any, options: Any, says: str)
     with pytest.raises(UsageError, match=says):
         klrl.train("ppo", env, env=options, quiet=True, total_timesteps=100)
     with pytest.raises(UsageError, match=r"SAC takes no action masks: --env\.action-masks off"):
-        klrl.train("sac", "Picky-v0", quiet=True, total_timesteps=100)
+        klrl.train("sac", "Picky-v0", env={"action_masks": "on"}, quiet=True, total_timesteps=100)
     assert not Path("runs").exists()
+
+
+def test_an_agent_that_takes_no_masks_goes_without_by_default() -> None:
+    run = klrl.train("sac", "Picky-v0", quiet=True, total_timesteps=100, learning_starts=50, final_episodes=1)
+    assert run.agent.observation_space == Picky().observation_space
 
 
 def test_environments_without_masks_are_asked_once() -> None:

@@ -1,6 +1,7 @@
 """Recurrent policies: their formulas, sequences against single steps, KL, resume, and tasks that need a memory."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from klrl.agents.on_policy import OnPolicyConfig
 from klrl.agents.ppo import PPO, PPOConfig
 from klrl.agents.trpo import TRPO, TRPOConfig
 from klrl.buffers.rollout import RolloutBuffer
+from klrl.cli.main import main
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.envs.probes import Recall
 from klrl.errors import UsageError
@@ -227,7 +229,25 @@ def test_only_a_memory_recalls_what_was_shown_once(config: OnPolicyConfig) -> No
     assert scores["none"] < 0.8
 
 
-def test_what_does_not_go_with_a_memory_is_one_line(tmp_path: Any) -> None:
+def test_a_step_that_failed_is_not_remembered_twice(tmp_path: Path) -> None:
+    agent, buffer, _ = rolled("lstm")
+    agent.update(buffer)
+    other = PPO(agent.observation_space, agent.action_space, agent.config)
+    other.load_state_dict(agent.state_dict())
+    obs, no = buffer.obs[0], np.zeros(4, bool)
+    agent.collect(obs, buffer)  # an environment fails in its step, and the agent is saved
+    again = PPO.load(agent.save(tmp_path / "agent"))
+    for one in (agent, again, other):
+        held = one.new_buffer(4)
+        held.begins = buffer.begins
+        for _ in range(2):
+            action = one.collect(obs, held)
+            held.add(obs, action, np.zeros(4), no, no, obs)
+    assert np.array_equal(agent.memory.now, other.memory.now)
+    assert np.array_equal(again.memory.now, other.memory.now)
+
+
+def test_what_does_not_go_with_a_memory_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     space, discrete = spaces.Box(-1.0, 1.0, (3,)), spaces.Discrete(2)
     options = {**SMALL, "memory": "gru"}
     with pytest.raises(UsageError, match="--memory gru does not go with --bottleneck"):
@@ -237,6 +257,13 @@ def test_what_does_not_go_with_a_memory_is_one_line(tmp_path: Any) -> None:
     with pytest.raises(UsageError, match="--memory gru does not go with a --network"):
         PPO(space, discrete, options, network=torch.nn.Linear(3, 4))
     agent = PPO(space, discrete, options)
+    with pytest.raises(UsageError, match=r"--memory gru does not go with --share-network \(--no-share-network"):
+        PPO(space, discrete, {**options, "share_network": True})
+    with pytest.raises(SystemExit):
+        main(["train", "ppo", "CartPole-v1", "--memory-size", "32"])
+    assert "--memory-size" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"--memory goes without --env\.wrappers atari"):
+        klrl.train("ppo", "CartPole-v1", memory="lstm", env={"wrappers": ["atari"]})
     with pytest.raises(UsageError, match="autoreset NEXT_STEP"):
         agent.collect(np.zeros((2, 3), np.float32), agent.new_buffer(2, "SameStep"))
     buffer, no = agent.new_buffer(2), np.zeros(2, bool)

@@ -70,14 +70,15 @@ class RecurrentNetwork(nn.Module):
         hidden, after = self.cell(self.torso(inputs)[None], self._parts(state))
         return self.mlp(hidden[0]), self._whole(after)
 
+    @np.errstate(all="ignore")  # as torch
     def step_numpy(self, x: Array, state: Array) -> Array | None:
         """The outputs [B, outputs] of ``step`` for vectors x [B, F] on the CPU, and ``state`` [B, S] moved on in place.
 
         On a handful of rows torch's cells take ten times as long. None where a layer is no plain one.
         """
         cell: Any = self._modules["cell"]
-        hooked = cell._forward_hooks or cell._forward_pre_hooks
-        if hooked or not self.mlp.is_plain:
+        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in (cell, self.torso))
+        if hooked or type(cell) not in (nn.GRU, nn.LSTM) or cell.num_layers != 1 or not self.mlp.is_plain:
             return None
         to_input, to_hidden, bias, hidden_bias = (part.detach().numpy() for part in cell._parameters.values())
         hidden, size = state[:, : self.size], self.size

@@ -46,7 +46,8 @@ class Policy(nn.Module):
     def __init__(self, encoder: ObservationEncoder, network: nn.Module, head: Head) -> None:
         super().__init__()
         if encoder.sizes and head.size != sum(encoder.sizes):
-            raise UsageError(f"{type(head).__name__} takes no action masks: --env.action-masks off leaves them out")
+            leave = "--env.action-masks off, or gymnasium.wrappers.FilterObservation, leaves them out"
+            raise UsageError(f"{type(head).__name__} takes no action masks: {leave}")
         self.encoder, self.network, self.head = encoder, network, head
 
     def forward(self, inputs: Inputs) -> Any:

@@ -59,12 +59,12 @@ def category_sizes(space: spaces.Space[Any]) -> list[int]:
 
 def mask_sizes(observation: spaces.Space[Any], action: spaces.Space[Any]) -> list[int]:
     """How many choices each categorical of the actions has, where the observation's part MASK says which are allowed;
-    empty where there is no such part, or it has another width."""
+    empty where there is no such part, or it has another size."""
     part = observation.spaces.get(MASK) if isinstance(observation, spaces.Dict) else None
     if isinstance(action, spaces.Box) or not isinstance(part, spaces.Box | spaces.MultiBinary):
         return []
     sizes = category_sizes(action)
-    return sizes if part.shape == (sum(sizes),) else []
+    return sizes if math.prod(part.shape) == sum(sizes) else []
 
 
 def check_joint(space: spaces.Space[Any], actions: int) -> None:

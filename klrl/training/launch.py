@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from klrl.rundir.folder import open_file, replace_file
 from klrl.training.host import OVERDUE, on_one_machine
 
 _RESTARTS, _MARK = "TORCHELASTIC_RESTART_COUNT", "launcher"
+_MEETINGS = itertools.count()  # of this process with the other ranks
 _SAVING = 60  # seconds that ranks have to end by themselves
 
 
@@ -40,7 +42,7 @@ def joined() -> Iterator[Ranks]:
     near = os.environ.get("LOCAL_WORLD_SIZE", "") == os.environ.get("WORLD_SIZE")
     if mine:
         try:
-            address: Any = _restarted() if near and os.environ.get(_RESTARTS, "0") != "0" else {}
+            address: Any = _apart() if near and _RESTARTS in os.environ else {}
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **address)
         except RuntimeError as problem:
             raise RankLostError(f"the ranks did not find each other: {one_line(problem)}") from None
@@ -60,13 +62,13 @@ def joined() -> Iterator[Ranks]:
             gc.collect()
 
 
-def _restarted() -> dict[str, Any]:
-    """Where ranks that torchrun restarted meet: torch 2.13 leaves there the addresses of those before, which gloo then
-    asks in vain."""
+def _apart() -> dict[str, Any]:
+    """Where ranks of torchrun meet: apart from where they, or those before a restart, met before, as torch 2.13 leaves
+    the addresses there, which gloo then asks in vain."""
     stores: Any = dist
     size = int(os.environ["WORLD_SIZE"])
     store = stores.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
-    apart = stores.PrefixStore(f"klrl {os.environ[_RESTARTS]}", store)
+    apart = stores.PrefixStore(f"klrl {os.environ[_RESTARTS]} {next(_MEETINGS)}", store)
     return {"store": apart, "rank": int(os.environ["RANK"]), "world_size": size}
 
 

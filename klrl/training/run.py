@@ -232,6 +232,11 @@ def _run(
     name, here = agent_class.name(), Path.cwd()  # which an environment may leave
     if network is None and config.network:
         network = named_network(config.network)
+    if config.env.action_masks == "auto" and not agent_class.takes_masks:
+        config = replace(config, env=replace(config.env, action_masks="off"))
+    if getattr(agent_config, "memory", "none") != "none" and "atari" in config.env.wrappers:
+        advice = "take --env.wrappers grayscale resize:84 stack:4"
+        raise UsageError(f"--memory goes without --env.wrappers atari, which learns from lives as episodes: {advice}")
     took = ranks.first(to_dict(settled(env, config.n_envs, config.env)) if ranks.rank == 0 else {})
     config = replace(config, env=build(EnvConfig, took), processes=ranks.size)  # a run says what it took
     device = pick_device(config.device, lambda: images_of(env, config.env))

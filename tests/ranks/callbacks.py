@@ -5,8 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
 import klrl
 from klrl.errors import RankLostError
 
@@ -24,7 +22,6 @@ class Fails(klrl.Callback):
         raise LookupError("mine")
 
 
-dist.init_process_group("gloo")  # one group for both
 run = klrl.train("ppo", "CartPole-v1", **OPTIONS, callbacks=[Stops()] if RANK else [])
 why = ""
 try:
@@ -32,6 +29,5 @@ try:
 except (LookupError, RankLostError) as problem:
     why = f"{type(problem).__name__}: {[problem, *getattr(problem, '__notes__', [])]}"
 Path(f"{RANK}.json").write_text(json.dumps([run.steps, run.score.returns, why]))
-dist.destroy_process_group()
 if RANK == 0:
     Path(sys.argv[1]).write_text(json.dumps(str(run.folder)))
