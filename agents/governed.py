@@ -57,7 +57,8 @@ class Governed(Actor):
             self._other, other = None, uniform_like(own)
         self._heads: Any = agent.policy.head, (self._other or agent.policy).head
         if type(own) is not type(other) or not isinstance(own, MultiCategorical | DiagonalNormal | SquashedNormal):
-            raise UsageError(f"no geometric mean of {type(own).__name__} and {type(other).__name__} policies is known")
+            kinds = f"{type(own).__name__} and {type(other).__name__}"
+            raise UsageError(f"a governor mixes two normals, squashed ones, or categoricals, and not {kinds}")
         try:
             reverse_kl(other, own)
         except ValueError as problem:

@@ -26,7 +26,7 @@ from klrl.agents.memory import Memory
 from klrl.agents.reference import Reference, ReferenceConfig
 from klrl.buffers.returns import RewardScale, gae
 from klrl.buffers.rollout import RolloutBuffer
-from klrl.config import Checked, Fraction, Needs, NonNegative, PositiveInt, Range, Widths
+from klrl.config import Checked, Fraction, Needs, NonNegative, Range, Widths
 from klrl.errors import UsageError
 from klrl.kl import ALONE, Ranks, select
 from klrl.policies.bayesian import BayesianCritic
@@ -75,7 +75,7 @@ class OnPolicyConfig(Checked):
     memory: Literal["none", "gru", "lstm"] = "none"
     """Let policy and critic each remember an episode's observations, by a recurrent layer before the hidden ones. On a
     CPU an lstm is the faster one. A minibatch is then of whole environments, batch_size rows or more."""
-    memory_size: Annotated[PositiveInt, Needs("memory")] = 64
+    memory_size: Annotated[int, Range(1, 4096), Needs("memory")] = 64
     """Numbers of that layer's hidden state."""
     head: HeadName = "plain"
     """The policy's distribution: a normal or categoricals, as actions are (plain), a normal whose standard deviation
@@ -156,6 +156,7 @@ class OnPolicyAgent(Agent):
 
     Config: ClassVar[type[Any]] = OnPolicyConfig
     takes_masks = True
+    of_networks = ("hidden_sizes", "critic_hidden_sizes", "activation", "layer_norm")
 
     def setup(self, init: torch.Generator, network: OwnNetwork | None) -> None:
         config = self.config

@@ -169,7 +169,7 @@ def test_bad_governors_are_refused() -> None:
     with pytest.raises(UsageError, match="action space is"):
         Governed(agent, pair(spaces.Discrete(2))[0], 0.1)
     box = spaces.Box(-1.0, 1.0, (2,))
-    with pytest.raises(UsageError, match="no geometric mean"):
+    with pytest.raises(UsageError, match="a governor mixes two"):
         Governed(pair(box)[0], pair(box, SAC)[0], 0.1)
 
 

@@ -176,6 +176,17 @@ def test_every_rule_learns_and_holds(name: str, sizes: list[int]) -> None:
     assert not any(result.metrics.get("reference/kl", 0) > 0.01 for result in results)
 
 
+def test_predict_takes_masks_that_could_be_an_environments() -> None:
+    agent, masks = agent_of([3]), np.eye(3, dtype=np.int8)
+    shown = np.zeros((3, *agent.encoder.space.shape), np.float32)
+    assert agent.predict(shown, action_masks=masks)[0].tolist() == [0, 1, 2]
+    for wrong, says in ((masks * 0, "no action is allowed"), (masks * 0.5, "expected 0 or 1"), (masks[:, :2], "of 3")):
+        with pytest.raises(UsageError, match=says):
+            agent.predict(shown, action_masks=wrong)
+    with pytest.raises(UsageError, match="may be given to predict as action_masks="):
+        agent.predict(shown)
+
+
 def test_a_reference_a_governor_and_a_student_obey() -> None:
     quick: dict[str, Any] = {"total_timesteps": 500, "n_envs": 4, "n_steps": 64, "eval_every": 0, "quiet": True}
     first = klrl.train("ppo", "Picky-v0", **quick, hidden_sizes=(8,))

@@ -144,7 +144,7 @@ def test_a_head_of_ones_own_is_read_back_only_where_it_is_imported(
     assert checkpoint.load(checkpoint.resolve(run.folder))["state"]["options"]["head"] == name_of(Laplace)
     student = klrl.distill(run.folder, **{**SMALL, "teacher_updates": 1})
     assert isinstance(student.agent.policy.head, Laplace)
-    with pytest.raises(UsageError, match="no geometric mean"):
+    with pytest.raises(UsageError, match="a governor mixes two"):
         klrl.Governed(run.agent, klrl.load(run.folder), 0.1)
     with pytest.raises(SystemExit):
         main(["compare", str(run.folder), str(run.folder)])
@@ -253,3 +253,20 @@ def test_the_help_lists_the_names_and_says_that_a_class_may_be_named(capsys: pyt
     assert "{plain,state-dependent-std,beta,module:Class}" in text
     main(["completion", "bash"])
     assert 'words="none gate reverse project"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"network": 3}, "network= takes an nn.Module, or what makes one for a space, not 3"),
+        ({"network": lambda space: 3}, "network= is to make an nn.Module, and made 3"),
+        ({"network": lambda space: torch.nn.Flatten(0)}, r"returns \[8\] for 2 rows: it must return \[B, F\]"),
+        ({"network": torch.nn.Linear(4, 8), "layer_norm": True}, "--layer-norm does nothing beside --network"),
+        ({"network": torch.nn.Linear(4, 8), "hidden_sizes": (7,)}, "--hidden-sizes does nothing beside --network"),
+        ({"stop_at_return": float("nan")}, "--stop-at-return must be a number"),
+    ],
+)
+def test_what_cannot_be_or_does_nothing_is_one_line(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        klrl.train("ppo", "CartPole-v1", **options, quiet=True)
+    assert not Path("runs").exists()

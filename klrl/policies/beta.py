@@ -133,5 +133,11 @@ class BetaHead(nn.Module):
         scaled = low + action.reshape(len(action), *self.space.shape) * (high - low)
         return scaled.clip(low, high).astype(self.space.dtype)
 
+    def deployed(self, output: Tensor, noise: Tensor | None) -> Tensor:
+        """``to_env`` of the mean, in torch; no noise is known that draws a Beta's actions."""
+        low, high = (torch.from_numpy(x) for x in (self.space.low, self.space.high))
+        scaled = low + self(output).mode.reshape(-1, *low.shape) * (high - low)
+        return scaled.clamp(low, high).to(low.dtype)
+
     def metrics(self) -> dict[str, float]:
         return {}

@@ -188,13 +188,18 @@ class ObservationEncoder:
     def masked(self, obs: Any, masks: Any) -> Any:
         """Observations with the masks, [n] or [N, n], that they came without; as they are where these are None.
 
-        Raises UsageError where this encoder takes no masks.
+        Raises UsageError where this encoder takes no masks, and for masks of another form, or that allow nothing.
         """
         if masks is None:
             return obs
         if not self.sizes:
             raise UsageError("action_masks: this agent was made for an environment without, and takes none")
-        return {**(obs if isinstance(obs, dict) else {UNMASKED: obs}), MASK: masks}
+        mask = np.asarray(masks)
+        if mask.shape[-1:] != (sum(self.sizes),) or not np.isin(mask, (0, 1)).all():
+            raise UsageError(f"action_masks: expected 0 or 1 for each of {sum(self.sizes)} choices, got {masks}")
+        if not np.logical_or.reduceat(mask != 0, self._starts, axis=-1).all():
+            raise UsageError("action_masks: no action is allowed")
+        return {**(obs if isinstance(obs, dict) else {UNMASKED: obs}), MASK: mask.astype(np.int8)}
 
 
 def replace_rows(obs: Any, others: Any, rows: Any) -> Any:

@@ -171,17 +171,20 @@ class FeatureNetwork(nn.Module):
             torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=rng)))
             # A copy in any case: policy and critic share no weights unless ``SharedCritic`` is asked for.
             features = copy.deepcopy(own if isinstance(own, nn.Module) else own(encoder.space))
+            if not isinstance(features, nn.Module):
+                raise UsageError(f"network= is to make an nn.Module, and made {features!r}")
             # In evaluation mode, as a policy is a function of its weights: no dropout, no batch's statistics.
             self.features = features.eval()
             try:
                 with torch.no_grad():
                     seen = self.features(self._given(encoder.zeros(2)))
-                rows, width = seen.shape
+                (rows, width) = seen.shape if seen.dim() == 2 else (0, 0)
             except Exception as problem:
                 text = " ".join(f"{type(problem).__name__}: {problem}".split())
                 raise UsageError(f"network {type(features).__name__} cannot be used: {text}") from None
             if rows != 2:
-                raise UsageError(f"network {type(features).__name__} returns {rows} rows for 2: it must return [B, F]")
+                shape = list(seen.shape)
+                raise UsageError(f"network {type(features).__name__} returns {shape} for 2 rows: it must return [B, F]")
             self.output = linear(width, outputs, output_gain, rng)
 
     def train(self, mode: bool = True) -> "FeatureNetwork":
@@ -218,7 +221,12 @@ def make_network(
 
 
 def name_of_network(own: OwnNetwork) -> str:
-    """Its "module:Class", which ``named_network`` finds where it is a class of modules."""
+    """Its "module:Class", which ``named_network`` finds where it is a class of modules.
+
+    Raises UsageError for what is no network, nor makes one.
+    """
+    if not callable(own):
+        raise UsageError(f"network= takes an nn.Module, or what makes one for a space, not {own!r}")
     cls = own if isinstance(own, type) or not isinstance(own, nn.Module) else type(own)
     return f"{cls.__module__}:{getattr(cls, '__qualname__', type(cls).__qualname__)}"
 

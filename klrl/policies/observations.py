@@ -6,7 +6,7 @@ import numpy as np
 from gymnasium import spaces
 
 from klrl.errors import UsageError
-from klrl.policies.spaces import channels_first, check_observation_space, is_image, leaves
+from klrl.policies.spaces import MASK, channels_first, check_observation_space, is_image, leaves
 
 Observation = np.ndarray[Any, Any] | dict[str, np.ndarray[Any, Any]]
 
@@ -93,7 +93,8 @@ class Layout:
     def _part(self, name: str, obs: Any) -> Any:
         """A part of an observation, by its name or along its keys."""
         if not isinstance(obs, dict):
-            raise UsageError(f"an observation is a dict of {', '.join(self.parts)}, got {type(obs).__name__}")
+            hint = f"; its {MASK} may be given to predict as action_masks=" if MASK in self.parts else ""
+            raise UsageError(f"an observation is a dict of {', '.join(self.parts)}, got {type(obs).__name__}{hint}")
         if name in obs:
             return obs[name]
         for key in self._paths[name]:

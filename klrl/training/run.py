@@ -19,6 +19,7 @@ from klrl.config import (
     convert,
     field_types,
     merge,
+    option,
     option_names,
     refuse_idle,
     to_dict,
@@ -203,6 +204,13 @@ def run_training(
 ) -> Run:
     """Train in a new folder, with the ranks that this process was started as one of."""
     refuse_idle(agent_config)
+    if math.isnan(config.stop_at_return):
+        raise UsageError("--stop-at-return must be a number, or inf, got nan")
+    if network is not None or config.network:
+        usual = resolve(agent_class, env, {"init_from": config.init_from})[1]
+        unused = [name for name in agent_class.of_networks if getattr(agent_config, name) != getattr(usual, name)]
+        if unused and agent_config.critic == "point":
+            raise UsageError(f"{option(unused[0])} does nothing beside --network, which has its own layers")
     with joined() as ranks:
         if config.processes > 1 and ranks.size == 1 and rank() is None:
             raise UsageError("processes: from Python, start the script by torchrun --nproc-per-node N")
