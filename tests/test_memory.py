@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from helpers import collect, make, rows
+from helpers import benchmark, collect, make, rows
 
 import klrl
 from klrl.agents.limits import KLTarget
@@ -227,6 +227,14 @@ def test_only_a_memory_recalls_what_was_shown_once(config: OnPolicyConfig) -> No
         envs.close()
     assert scores["lstm"] == 1.0
     assert scores["none"] < 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_cartpole_without_velocities_takes_a_memory(tmp_path: Path, seed: int) -> None:
+    score = benchmark("memory").score
+    assert score("lstm", seed, 300_000, str(tmp_path)) >= 450
+    assert score("none", seed, 100_000, str(tmp_path)) < 150
 
 
 def test_a_step_that_failed_is_not_remembered_twice(tmp_path: Path) -> None:
