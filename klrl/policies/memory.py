@@ -57,11 +57,9 @@ class RecurrentNetwork(nn.Module):
         return self.size * (1 if isinstance(self.cell, nn.GRU) else 2)
 
     def forward(self, inputs: Inputs) -> Tensor:
-        x = self.torso(inputs)
         if SEQUENCE not in inputs:
-            return self.mlp(self.cell(x[None])[0][0])
-        which, time, first = places(inputs[SEQUENCE][:, 1])
-        padded = x.new_zeros(int(time.max()) + 1, len(first), x.shape[1]).index_put((time, which), x)
+            return self.mlp(self.cell(self.torso(inputs)[None])[0][0])
+        padded, (which, time, first) = self._padded(inputs)
         hidden, _ = self.cell(padded, self._parts(inputs[STATE][first, self.place]))
         return self.mlp(hidden[time, which])
 
@@ -98,12 +96,16 @@ class RecurrentNetwork(nn.Module):
     @torch.no_grad()
     def last_states(self, inputs: Inputs, n_envs: int) -> Tensor:
         """The states [N, S] after the last row of each environment."""
-        which, time, first = places(inputs[SEQUENCE][:, 1])
+        padded, (which, time, first) = self._padded(inputs)
         last = which[-n_envs:]  # rows are in the order of time
-        x = self.torso(inputs)
-        padded = x.new_zeros(int(time.max()) + 1, len(first), x.shape[1]).index_put((time, which), x)[:, last]
-        packed = nn.utils.rnn.pack_padded_sequence(padded, time[-n_envs:].cpu() + 1, enforce_sorted=False)
+        packed = nn.utils.rnn.pack_padded_sequence(padded[:, last], time[-n_envs:].cpu() + 1, enforce_sorted=False)
         return self._whole(self.cell(packed, self._parts(inputs[STATE][first[last], self.place]))[1])
+
+    def _padded(self, inputs: Inputs) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """What the torso makes of the rows, [L, Q, F], their sequences side by side; and ``places``."""
+        x, (which, time, first) = self.torso(inputs), places(inputs[SEQUENCE][:, 1])
+        padded = x.new_zeros(int(time.max()) + 1, len(first), x.shape[1]).index_put((time, which), x)
+        return padded, (which, time, first)
 
     def _parts(self, state: Tensor) -> Any:
         """States [B, S] as torch's cells take them."""
