@@ -262,5 +262,6 @@ class Seen(torch.nn.Linear):
 
 
 def test_a_network_of_ones_own_is_shown_the_rest() -> None:
-    run = klrl.train("ppo", "Picky-v0", total_timesteps=300, network=Seen, **QUICK)
+    options = {name: value for name, value in QUICK.items() if name != "hidden_sizes"}
+    run = klrl.train("ppo", "Picky-v0", total_timesteps=300, network=Seen, **options)
     assert klrl.load(run.folder).encoder.space == Picky().observation_space
