@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Literal
 
 Stream = Literal["stdout", "stderr"]
@@ -115,8 +116,7 @@ class NotebookLine:
     """A line of a cell's output that Jupyter's front end writes anew."""
 
     def __init__(self) -> None:
-        from IPython.display import display
-
+        display: Any = import_module("IPython.display").display
         self._handle = display({"text/plain": ""}, raw=True, display_id=True)
 
     def show(self, line: str) -> None:
