@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from typing import Literal
+from typing import Any, Literal
 
 Stream = Literal["stdout", "stderr"]
 LAUNCH = "KLRL_LAUNCH"
