@@ -81,7 +81,10 @@ def ranks_of(launcher: "subprocess.Popen[str]") -> list[int]:
     found = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=False)
     ranks = {}
     for pid in map(int, found.stdout.split()):
-        words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        try:
+            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):  # it has ended since
+            continue
         ranks |= {int(word[5:]): pid for word in words if word.startswith(b"RANK=")}
     return [ranks[rank] for rank in sorted(ranks)]
 
