@@ -73,7 +73,7 @@ class Actor(ABC):
         return (action[0], remembered[0]) if single else (action, remembered)
 
 
-def check_forgets(actor: Actor, what: str) -> None:
+def refuse_recurrent(actor: Actor, what: str) -> None:
     """Raise UsageError where the policy of ``what`` is a recurrent one, which single observations do not determine."""
     if actor.policy.state_size:
-        raise UsageError(f"{what} has a policy with a memory, and only one without can be had here")
+        raise UsageError(f"{what} has a policy with a memory (--memory), whose actions take more than an observation")

@@ -61,7 +61,7 @@ class Agent(Actor):
     """Methods that torch.compile may be asked to compile: gradients, from tensors to tensors."""
     takes_masks: ClassVar[bool] = False
     """Whether policies obey action masks; where not, ``--env.action-masks auto`` leaves them out."""
-    of_networks: ClassVar[tuple[str, ...]] = ()
+    network_options: ClassVar[tuple[str, ...]] = ()
     """Options that do nothing beside a network of one's own."""
     ranks = ALONE
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from torch import Tensor
 
-from klrl.agents.actor import Actions, Actor, check_forgets
+from klrl.agents.actor import Actions, Actor, refuse_recurrent
 from klrl.agents.base import Agent
 from klrl.agents.reference import UNIFORM
 from klrl.config import Range, convert
@@ -44,13 +44,13 @@ class Governed(Actor):
         kappa = convert(Annotated[float, Range(0, above=True)], kappa, "kappa")
         if not isinstance(agent, Agent) or not (isinstance(reference, Agent) or reference == UNIFORM):
             raise UsageError("Governed takes two agents, such as klrl.load gives, and a kappa")
-        check_forgets(agent, "an agent that is governed")
+        refuse_recurrent(agent, "an agent that is governed")
         self.agent, self.reference, self.kappa = agent, reference, kappa
         self.policy, self.encoder = agent.policy, agent.encoder
         own = agent.policy_at(agent.encoder.probe())
         if isinstance(reference, Agent):
             check_same_spaces(agent, reference, "the reference's", "the agent's ")
-            check_forgets(reference, "the reference")
+            refuse_recurrent(reference, "the reference")
             self._other: Any = reference.policy
             other = reference.policy_at(reference.encoder.probe())
         else:

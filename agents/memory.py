@@ -40,7 +40,6 @@ class Memory:
         """How many of its steps were taken with this memory."""
         if self.kind == "none":
             return
-        agent.compiles = ()  # sequences have new lengths in every minibatch
         for option, given in [
             ("--bottleneck.size", getattr(config, "bottleneck", None) and config.bottleneck.size),
             ("--share-network (--no-share-network, where a preset has it)", getattr(config, "share_network", False)),
@@ -65,6 +64,7 @@ class Memory:
             raise UsageError(f"--memory {self.kind} takes environments with autoreset NEXT_STEP, Gymnasium's default")
         if len(self.now) != buffer.n_envs:
             self.now, self.critic = (self.agent.initial_state(buffer.n_envs) for _ in range(2))
+            self.collected = 0
         done = 0 if buffer.full else buffer.filled
         if self.collected == done + 1:  # the last step failed, as there is no row of it
             self.now[:] = self.before

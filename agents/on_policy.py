@@ -156,7 +156,7 @@ class OnPolicyAgent(Agent):
 
     Config: ClassVar[type[Any]] = OnPolicyConfig
     takes_masks = True
-    of_networks = ("hidden_sizes", "critic_hidden_sizes", "activation", "layer_norm")
+    network_options = ("hidden_sizes", "critic_hidden_sizes", "activation", "layer_norm")
 
     def setup(self, init: torch.Generator, network: OwnNetwork | None) -> None:
         config = self.config

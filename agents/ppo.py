@@ -112,8 +112,9 @@ class PPO(OnPolicyAgent):
             raise UsageError(f"--clip-rule {self.config.clip_rule} needs a --clip-range above 0, such as 0.2")
         if self.config.clip_range > 0:
             self.limit.rules.append(RATIO_RULES[self.config.clip_rule](self.config.clip_range))
-        if self.config.bottleneck.size:
-            self.compiles = ()  # a compiled gradient would draw one noise for all steps
+        if self.config.bottleneck.size or self.config.memory != "none":
+            # A compiled gradient would draw one noise for all steps, or be compiled anew for each length of sequences.
+            self.compiles = ()
         rate = self.config.learning_rate
         self.learning_rate = Adaptive(rate, factor=1 / 1.5, low=0.5, high=2.0, minimum=rate / 30, maximum=3 * rate)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from klrl.agents import registry
-from klrl.agents.actor import check_forgets
+from klrl.agents.actor import refuse_recurrent
 from klrl.agents.base import Agent, State
 from klrl.config import Checked, Needs, NonNegative, PositiveInt
 from klrl.errors import UsageError
@@ -83,7 +83,7 @@ class FrozenPolicy:
     def read(cls, path: str | Path, device: torch.device) -> "FrozenPolicy":
         """The policy of a run or checkpoint. Raises UsageError where there is none."""
         agent = registry.read(path).agent
-        check_forgets(agent, str(path))
+        refuse_recurrent(agent, str(path))
         return cls.from_state(cls(agent).state_dict(), device)
 
     def distribution(self, obs: Observation) -> Any:

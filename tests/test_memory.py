@@ -253,6 +253,10 @@ def test_a_step_that_failed_is_not_remembered_twice(tmp_path: Path) -> None:
             held.add(obs, action, np.zeros(4), no, no, obs)
     assert np.array_equal(agent.memory.now, other.memory.now)
     assert np.array_equal(again.memory.now, other.memory.now)
+    more = PPO.load(tmp_path / "agent")  # which goes on with another number of environments
+    held, obs = more.new_buffer(2), buffer.obs[0, :2]
+    more.collect(obs, held)
+    assert more.memory.now.shape == (2, 12)
 
 
 def test_what_does_not_go_with_a_memory_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

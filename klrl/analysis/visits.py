@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils._pytree import tree_map
 
-from klrl.agents.actor import check_forgets
+from klrl.agents.actor import refuse_recurrent
 from klrl.agents.base import Agent
 from klrl.policies.observations import Observation
 from klrl.training.loop import Envs
@@ -60,7 +60,7 @@ def visit(agent: Agent, envs: Envs, steps: int, seed: int) -> Visits:
 
     The agent's own random state is left alone. Raises UsageError where the policy has a memory.
     """
-    check_forgets(agent, "the agent")
+    refuse_recurrent(agent, "the agent")
     rng = np.random.default_rng(seed)
     layout = agent.encoder.layout
     shown, _ = envs.reset(seed=seed)

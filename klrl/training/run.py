@@ -208,8 +208,9 @@ def run_training(
         raise UsageError("--stop-at-return must be a number, or inf, got nan")
     if network is not None or config.network:
         usual = resolve(agent_class, env, {"init_from": config.init_from})[1]
-        unused = [name for name in agent_class.of_networks if getattr(agent_config, name) != getattr(usual, name)]
-        if unused and agent_config.critic == "point":
+        names = [name for name in agent_class.network_options if hasattr(usual, name)]
+        unused = [name for name in names if getattr(agent_config, name) != getattr(usual, name)]
+        if unused and getattr(agent_config, "critic", "point") == "point":
             raise UsageError(f"{option(unused[0])} does nothing beside --network, which has its own layers")
     with joined() as ranks:
         if config.processes > 1 and ranks.size == 1 and rank() is None:
