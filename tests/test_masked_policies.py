@@ -176,6 +176,14 @@ def test_every_rule_learns_and_holds(name: str, sizes: list[int]) -> None:
     assert not any(result.metrics.get("reference/kl", 0) > 0.01 for result in results)
 
 
+def test_a_network_that_is_shared_obeys() -> None:
+    agent = agent_of([6], share_network=True)
+    inputs = agent.encoder(seen([6], 20))
+    shared, whole = agent.policy(agent.critic.seen(inputs)), agent.policy(inputs)
+    assert torch.equal(shared.logits, whole.logits)
+    assert (shared.probs == 0).any()
+
+
 def test_predict_takes_masks_that_could_be_an_environments() -> None:
     agent, masks = agent_of([3]), np.eye(3, dtype=np.int8)
     shown = np.zeros((3, *agent.encoder.space.shape), np.float32)

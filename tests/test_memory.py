@@ -102,6 +102,16 @@ def test_the_critic_goes_on_over_rollouts_as_one_that_takes_single_steps(cell: s
     assert torch.allclose(torch.from_numpy(agent.memory.critic), state, atol=1e-5)
 
 
+def test_states_are_forgotten_where_a_rollout_begins_with_an_episode() -> None:
+    agent, buffer, _ = rolled("lstm")
+    agent.update(buffer)
+    critic, buffer.begins = agent.memory.critic.copy(), np.array([True, False, False, True])
+    agent.collect(buffer.obs[-1], buffer)
+    assert critic.any(1).all()
+    assert not agent.memory.begin[[0, 3]].any()
+    assert np.array_equal(agent.memory.begin[1:3, 1], critic[1:3])
+
+
 def test_minibatches_are_of_whole_environments_and_their_gradients_average_to_the_whole_one_s() -> None:
     agent, buffer, _ = rolled("lstm")
     batch = agent.make_batch(buffer)
