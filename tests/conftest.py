@@ -1,10 +1,13 @@
-"""Shared by all tests: one torch thread, as training has, and a folder of its own for each test's files."""
+"""Shared by all tests: one thread of torch and NumPy, as training has, and a folder of its own for each test's files."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
+
+threadpool_limits(1, user_api="blas")  # several threads wait for each other where other programs run, ten times as long
 
 
 @pytest.fixture(autouse=True)

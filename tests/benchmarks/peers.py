@@ -34,16 +34,20 @@ def timed(advance: Advance, warm_up: int, steps: int) -> float:
     return done / (time.perf_counter() - start)
 
 
-def klrl(agent: str, env: str, warm_up: int, steps: int, **options: Any) -> float:
+def klrl(
+    agent: str, env: str, warm_up: int, steps: int, klrl_options: dict[str, Any] | None = None, **options: Any
+) -> float:
     """``klrl.train``, from the first logged update after the warm-up to the last but one.
 
     The last one's time has the final evaluation in it. Rows that only reset an environment are not steps.
+    ``klrl_options``: what peers have no option for.
     """
     import klrl
 
     kl = {"ppo": {"stop": 0.0, "check": "update"}, "trpo": {}, "sac": {"every": 1000}}[agent]
     with tempfile.TemporaryDirectory() as folder:
         options |= {"run_dir": folder, "total_timesteps": warm_up + steps, "eval_every": 0, "quiet": True, "kl": kl}
+        options |= klrl_options or {}
         run = klrl.train(agent, env, **options)
         rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     first, *_, last, _ = (row for row in rows if row["step"] >= warm_up)
@@ -191,7 +195,7 @@ def speed(name: str, work: dict[str, Any]) -> float:
     torch.set_num_threads(1)
     if name == "klrl":
         return klrl(**work)
-    given = {key: value for key, value in work.items() if key not in ("warm_up", "steps")}
+    given = {key: value for key, value in work.items() if key not in ("warm_up", "steps", "klrl_options")}
     return timed(PEERS[name](**given), work["warm_up"], work["steps"])
 
 

@@ -46,7 +46,15 @@ WORKS: dict[str, dict[str, Any]] = {
     "sac-halfcheetah": {"env": "HalfCheetah-v5", **_SAC},
     "sac-pendulum": {"env": "Pendulum-v1", **_SAC},
 }
-"""By name: the agent, what all do alike under SB3's names, and the environment steps before and during the clock."""
+WORKS["ppo-pendulum"] = {**WORKS["ppo-cartpole"], "env": "Pendulum-v1"}
+_VECTOR = {"env": {"vectorization": "vector"}}
+WORKS |= {
+    "ppo-cartpole-vector": {**WORKS["ppo-cartpole"], "klrl_options": _VECTOR},
+    "sac-halfcheetah-compiled": {**WORKS["sac-halfcheetah"], "klrl_options": {"compile": True}},
+    "sac-pendulum-compiled": {**WORKS["sac-pendulum"], "klrl_options": {"compile": True}},
+}
+"""By name: the agent, what all do alike under SB3's names, the environment steps before and during the clock, and what
+klrl alone has an option for."""
 
 _HERE = Path(__file__).resolve().parents[2]
 TITLES = {
@@ -57,7 +65,7 @@ TITLES = {
 """By agent: how the table names a work."""
 
 PEERS = {
-    "stable-baselines3": ("ppo-cartpole", "ppo-halfcheetah", "sac-halfcheetah", "sac-pendulum"),
+    "stable-baselines3": tuple(work for work in WORKS if not work.startswith("trpo")),
     "sb3-contrib": ("trpo-cartpole", "trpo-hopper"),
     "skrl": ("ppo-cartpole", "sac-pendulum"),
     "tianshou": ("ppo-cartpole", "sac-pendulum"),
@@ -139,7 +147,7 @@ def measure(one: str, work: str, root: Path = _HERE) -> float:
 
 def title(work: str) -> str:
     """What is done, as the table names it."""
-    return TITLES[WORKS[work]["agent"]].format(**WORKS[work])
+    return TITLES[WORKS[work]["agent"]].format(**WORKS[work]) + (f": {work}" if "klrl_options" in WORKS[work] else "")
 
 
 def machine(rounds: int) -> str:
