@@ -8,11 +8,12 @@ agents use autograd.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce, wraps
+from functools import cache, reduce, wraps
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from klrl.agents.fused_heads import CategoricalSlopes, NormalSlopes
@@ -52,6 +53,23 @@ def _in_pieces(function: F) -> F:
         return total, gradient
 
     return whole  # type: ignore[return-value]
+
+
+@cache
+def _numpys_threads() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="blas")
+
+
+def on_torchs_threads(function: F) -> F:
+    """Let NumPy take no more threads in ``function`` than torch may: its own default is one for each core, whatever
+    torch was told, and where a machine is busy they wait for each other, which takes ten times as long."""
+
+    @wraps(function)
+    def limited(*args: Any, **more: Any) -> Any:
+        with _numpys_threads().limit(limits=torch.get_num_threads()):
+            return function(*args, **more)
+
+    return limited  # type: ignore[return-value]
 
 
 def _quiet(function: F) -> F:

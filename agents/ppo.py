@@ -10,7 +10,7 @@ from torch import Tensor
 
 from klrl.agents.base import State, UpdateResult
 from klrl.agents.bottleneck import BottleneckConfig
-from klrl.agents.fused import FusedCritic, FusedPolicy, Rows, applies, suits
+from klrl.agents.fused import FusedCritic, FusedPolicy, Rows, applies, on_torchs_threads, suits
 from klrl.agents.limits import KLConfig
 from klrl.agents.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_loss
 from klrl.agents.reference import ReferenceConfig
@@ -118,6 +118,7 @@ class PPO(OnPolicyAgent):
         rate = self.config.learning_rate
         self.learning_rate = Adaptive(rate, factor=1 / 1.5, low=0.5, high=2.0, minimum=rate / 30, maximum=3 * rate)
 
+    @on_torchs_threads
     @torch.no_grad()
     def update(self, rollout: RolloutBuffer, progress: float = 0.0) -> UpdateResult:
         """Improve policy and critic on a full rollout, and report how far the policy moved.

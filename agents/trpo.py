@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from klrl.agents.base import CHUNK, UpdateResult
-from klrl.agents.fused import FusedCritic, FusedPolicy, Rows, applies, suits
+from klrl.agents.fused import FusedCritic, FusedPolicy, Rows, applies, on_torchs_threads, suits
 from klrl.agents.limits import KLTarget
 from klrl.agents.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_loss
 from klrl.agents.reference import Reference, ReferenceConfig
@@ -86,6 +86,7 @@ class TRPO(OnPolicyAgent):
             except ValueError as problem:
                 raise UsageError(f"head {self.config.head} does not suit TRPO: {problem}") from None
 
+    @on_torchs_threads
     @torch.no_grad()
     def update(self, rollout: RolloutBuffer, progress: float = 0.0) -> UpdateResult:
         """Take one natural step within the KL limit, fit the critic, and report how far the policy moved.

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread of torch and NumPy, as training has, and a folder of its own for each test's files."""
+"""Shared by all tests: one thread of torch and of NumPy, as training has, and a folder for each test's files."""
 
 from collections.abc import Iterator
 from pathlib import Path

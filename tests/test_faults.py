@@ -115,7 +115,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(monkeypatch: pytest.Mo
 
 
 SIGNALLED: dict[str, dict[str, Any]] = {
-    "ppo": {"total_timesteps": 12_000, "n_envs": 2, "env": {"vectorization": "async"}},
+    "ppo": {"total_timesteps": 6_000, "n_envs": 2, "env": {"vectorization": "async"}},
     "sac": {"total_timesteps": 1500, "learning_starts": 200, "gradient_steps": 1, "kl": {"every": 100}},
 }
 

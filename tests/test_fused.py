@@ -9,6 +9,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from helpers import train
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import Tensor, nn
 
 from klrl.agents.fused import FusedCritic, FusedPolicy, Rows, applies, suits
@@ -272,6 +273,20 @@ def test_an_agent_acts_through_a_hook(name: str) -> None:
     before = agent.act([[0.5, 0.5, 0.5]], deterministic=True)
     agent.policy.get_submodule(name).register_forward_hook(lambda module, given, output: 3 * output)
     assert agent.act([[0.5, 0.5, 0.5]], deterministic=True) == pytest.approx(3 * before, rel=1e-5)
+
+
+@pytest.mark.parametrize("config", [PPOConfig(n_steps=8, n_epochs=1), TRPOConfig(n_steps=8, n_critic_updates=1)])
+def test_numpy_takes_no_more_threads_in_an_update_than_torch_may(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def threads() -> list[int]:
+        return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+    seen: list[int] = []
+    gradient = FusedCritic.gradient
+    monkeypatch.setattr(FusedCritic, "gradient", lambda *args: seen.extend(threads()) or gradient(*args))
+    with threadpool_limits(3, user_api="blas"):
+        train(config, "CartPole-v1", 1)
+        assert set(seen) == {torch.get_num_threads()} == {1}
+        assert set(threads()) == {3}, "as it was"
 
 
 @pytest.mark.parametrize("kind", [PPO, TRPO])
