@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import gymnasium as gym
 import tyro
 from gymnasium import error
-from gymnasium.vector import SyncVectorEnv, VectorEnv
+from gymnasium.vector import VectorEnv
 
 import klrl.envs  # registers the probes
 from klrl.config import Checked, Range, cores
@@ -23,6 +23,7 @@ from klrl.envs.guards import FAILURES, each_line_once
 from klrl.envs.masks import masking, offers_masks
 from klrl.envs.pixels import named_wrappers, wrapped
 from klrl.envs.pool import Pool
+from klrl.envs.sync import Sync
 from klrl.envs.workers import Workers, make_one, make_seeded
 from klrl.envs.wrappers import EpisodePosition, NamedFaults, SeededEpisodes, close_or_warn, next_step
 from klrl.errors import UsageError, needs, one_line
@@ -118,7 +119,7 @@ def make_vector(
         for index, position in enumerate(positions or [None] * n_envs)
     ]
     if config.vectorization == "sync":
-        return next_step(SyncVectorEnv(makers), env_name(env))
+        return next_step(Sync(makers), env_name(env))
     longest = max((len(position.actions) for position in positions), default=0)
     return Workers(makers, worker_count(n_envs, config.workers), config.timeout, longest)
 
@@ -214,7 +215,7 @@ def worker_count(n_envs: int, wanted: int) -> int:
 
 def can_replay(envs: VectorEnv[Any, Any, Any]) -> bool:
     """Whether episodes of ``make_vector``'s environments can be had again: each was made and seeded by itself."""
-    return isinstance(envs.unwrapped, SyncVectorEnv | Workers)
+    return isinstance(envs.unwrapped, Sync | Workers)
 
 
 def env_name(env: str | EnvFactory) -> str:

@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from klrl.console import warn
 from klrl.envs.guards import CLOSE_SECONDS, each_line_once
+from klrl.envs.sync import Sync
 from klrl.envs.wrappers import LEARNED, RESTARTED, EpisodePosition, SeededEpisodes, as_learned
 from klrl.errors import STOP_SIGNALS, EnvironmentFailedError, UsageError, one_line
 
@@ -57,7 +58,7 @@ class Share(gym.Env[Any, Any]):
         if os.getpid() != trainer:
             for signum in STOP_SIGNALS:  # a group's signal reaches all; the trainer decides when to end
                 signal.signal(signum, signal.SIG_IGN)
-        self.envs = SyncVectorEnv(makers, copy=False)
+        self.envs = Sync(makers, copy=False)
         self.observation_space, self.action_space = self.envs.observation_space, self.envs.action_space
         self.metadata = self.envs.metadata
 

@@ -7,10 +7,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import klrl
 from klrl.envs.make import EnvConfig, make_vector, settled
+from klrl.envs.sync import Sync
+from klrl.envs.wrappers import SeededEpisodes
 from klrl.errors import UsageError
 from klrl.rundir.history import read_history
 
@@ -85,3 +87,36 @@ def test_auto_takes_what_is_faster_and_says_so_in_the_config(monkeypatch: pytest
     assert settled("klrl/CartPole-v1", 4, auto).vectorization == "sync", "which is stepped in one way only"
     run = klrl.train("ppo", "CartPole-v1", total_timesteps=256, env={"vectorization": "auto"}, **SMALL)
     assert 'vectorization = "sync"' in (run.folder / "config.toml").read_text()
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "klrl.envs:klrl/Truncation-v0"])
+def test_environments_in_this_process_answer_as_gymnasiums_do(env: str) -> None:
+    makers = [lambda i=i: SeededEpisodes(gym.make(env, max_episode_steps=9 + i), i) for i in range(3)]  # type: ignore[misc]
+    pair = Sync(makers), SyncVectorEnv(makers)
+    assert all(np.array_equal(*(envs.reset(seed=3)[0] for envs in pair)) for _ in range(2))
+    pair[0].action_space.seed(0)
+    kept = []
+    for _ in range(40):
+        action = pair[0].action_space.sample()
+        mine, theirs = (envs.step(action.copy()) for envs in pair)
+        for part, other in zip(mine[:4], theirs[:4], strict=True):
+            assert part.dtype == other.dtype
+            assert np.array_equal(part, other)
+        assert mine[4] == theirs[4] == {}
+        kept.append((mine[0], mine[0].copy()))
+    assert all(np.array_equal(shown, before) for shown, before in kept), "each answer stays what it was"
+
+
+def test_infos_come_from_each_environment_by_itself() -> None:
+    class Told(gym.Wrapper[Any, Any, Any, Any]):
+        def step(self, action: Any) -> Any:
+            *answer, _ = super().step(action)
+            return *answer, {"action": int(action)} if action else {}
+
+    makers = [lambda: Told(gym.make("CartPole-v1"))] * 3
+    pair = Sync(makers), SyncVectorEnv(makers)
+    for envs in pair:
+        envs.reset(seed=0)
+    mine, theirs = (envs.step(np.array([1, 0, 1]))[4] for envs in pair)
+    assert {key: part.tolist() for key, part in mine.items()} == {key: part.tolist() for key, part in theirs.items()}
+    assert mine["_action"].tolist() == [True, False, True]
