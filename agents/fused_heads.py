@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,12 @@ from klrl.policies.distributions import LOG_SQRT_TWO_PI
 from klrl.policies.heads import CategoricalHead, NormalHead
 from klrl.policies.networks import Array
 from klrl.policies.spaces import MASK
+
+
+def _largest(x: Array) -> Array:
+    """The largest number of each row, [..., 1]. Along a short last axis NumPy's own takes several times as long."""
+    columns = x.shape[-1]
+    return reduce(np.maximum, (x[..., i, None] for i in range(columns))) if columns <= 8 else x.max(-1, keepdims=True)
 
 
 class NormalSlopes:
@@ -106,7 +113,7 @@ class CategoricalSlopes:
             output = np.where(batch.inputs[MASK], output, np.float32(-np.inf))
             self.allowed = self.old_log_probs > -np.inf
         logits = self._spread(output, -np.inf)
-        logits = logits - np.maximum.reduce(logits, -1, keepdims=True)
+        logits = logits - _largest(logits)
         probs = np.exp(logits)
         total = np.add.reduce(probs, -1, keepdims=True)
         probs /= total
