@@ -3,12 +3,15 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from klrl.training.captured import captured
 
 # The last makes a tensor of numbers, which then goes to the device.
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "lift_fresh")
@@ -87,3 +90,11 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         for name in ("cpu", "tolist", "__array__"):  # which on the CPU are no operations
             patch.setattr(torch.Tensor, name, _counted(mode.found, name, getattr(torch.Tensor, name)))
         yield mode.found
+
+
+def by_torch(patch: pytest.MonkeyPatch) -> None:
+    """Let networks and their gradients go by torch, as they do where NumPy cannot; runs record their steps."""
+    for name in ("ppo.applies", "trpo.applies", "trpo.suits"):
+        patch.setattr(f"klrl.agents.{name}", lambda *_: False)
+    patch.setattr("klrl.policies.networks.MLP.forward", lambda mlp, x: mlp.layers[-1](mlp.hidden(x)))
+    patch.setattr("klrl.training.loop.captured", partial(captured, record=Stand()))

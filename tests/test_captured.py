@@ -13,7 +13,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from helpers import collect
-from recording import Stand, waits
+from recording import Stand, by_torch, waits
 from torch import distributions as td
 
 from klrl import PPO, SAC, PPOConfig, SACConfig
@@ -31,9 +31,7 @@ BOX = spaces.Box(-2, 2, (3,))
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let networks and their gradients go by torch, as they do where NumPy cannot."""
-    monkeypatch.setattr("klrl.agents.ppo.applies", lambda *_: False)
-    monkeypatch.setattr("klrl.policies.networks.MLP.forward", lambda mlp, x: mlp.layers[-1](mlp.hidden(x)))
+    by_torch(monkeypatch)
 
 
 def ppo(env: Any, config: PPOConfig, **more: Any) -> tuple[PPO, Any]:

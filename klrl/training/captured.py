@@ -135,7 +135,7 @@ def record_graph(device: torch.device, run: Callable[[], Any]) -> tuple[Callable
         with torch.cuda.stream(side):
             for _ in range(_WARM_UPS):
                 run()
-            with _waiting_raises():  # here, as in a capture it would be an error of CUDA's
+            with waiting_raises():  # here, as in a capture it would be an error of CUDA's
                 run()
         now.wait_stream(side)
         gc.disable()  # a tensor that it frees meanwhile would break the capture
@@ -149,7 +149,7 @@ def record_graph(device: torch.device, run: Callable[[], Any]) -> tuple[Callable
 
 
 @contextmanager
-def _waiting_raises() -> Iterator[None]:
+def waiting_raises() -> Iterator[None]:
     """Let whatever waits for the GPU raise RuntimeError in the block."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
