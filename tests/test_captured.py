@@ -3,6 +3,8 @@
 On a CPU a stand-in does the operations again that it recorded, on the tensors that it recorded them with.
 """
 
+import copy
+import pickle
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -113,7 +115,6 @@ def test_the_steps_of_ppo_wait_for_nothing(step: str, as_on_a_gpu: None, monkeyp
     env, found = make_vector("Pendulum-v1", 4, EnvConfig()), []
     for batch_size, n_epochs in ((64, 2), (16, 2), (16, 3)):
         agent, buffer = ppo(env, PPOConfig(n_steps=32, batch_size=batch_size, n_epochs=n_epochs, **STEPS[step]))
-        agent.update(buffer)
         learn = agent._learn
 
         def counted(*args: Any, _learn: Any = learn) -> Any:
@@ -174,15 +175,6 @@ class Noisy(torch.nn.Linear):
         return super().forward(x) + 0.1 * torch.rand(len(x), 1)
 
 
-class Refused(torch.nn.Linear):
-    """Looks at its numbers, which no graph does."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and float(x.sum()) == 0.5:
-            return -super().forward(x)
-        return super().forward(x)
-
-
 def refusing(run: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
     run()
     raise RuntimeError("operation not permitted\nwhen stream is capturing")
@@ -192,7 +184,7 @@ def refusing(run: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
     ("network", "record", "why"),
     [
         (Noisy(4, 8), Stand(), "RuntimeError: it draws random numbers on the CPU"),
-        (Refused(4, 8), refusing, "RuntimeError: operation not permitted"),
+        (torch.nn.Linear(4, 8), refusing, "RuntimeError: operation not permitted"),
     ],
 )
 def test_what_cannot_be_recorded_goes_on_as_it_was_and_says_so(
@@ -257,6 +249,20 @@ def test_nothing_is_recorded_on_a_cpu_with_ranks_or_with_a_memory() -> None:
     agent.ranks.size = 2
     with captured(agent, Stand()):
         assert agent._step.record is None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda agent: pickle.loads(pickle.dumps(agent))])
+def test_a_copy_of_an_agent_that_learns_takes_its_own_steps(copied: Any, as_on_a_gpu: None) -> None:
+    env = make_vector("CartPole-v1", 4, EnvConfig())
+    agent, buffer = ppo(env, PPOConfig(n_steps=32, batch_size=64, n_epochs=2))
+    with captured(agent, Stand()):
+        agent.update(buffer)
+        twin = copied(agent)
+        before = everything(agent)
+        twin.update(buffer)
+        assert torch.equal(everything(agent), before)
+        agent.update(buffer)
+    assert torch.equal(everything(agent), everything(twin))
 
 
 def test_a_recording_moves_no_generator(as_on_a_gpu: None) -> None:

@@ -3,8 +3,14 @@
 What asks for a device runs on a CPU, too, where a stand-in records its steps: what is tried there is the test.
 """
 
+import gc
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +25,7 @@ from klrl import PPO, SAC, TRPO, PPOConfig, SACConfig, TRPOConfig
 from klrl.agents.limits import KLConfig, OffPolicyKLConfig
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.kl.state import without_looking
-from klrl.training.captured import captured, waiting_raises
+from klrl.training.captured import captured, record_graph, waiting_raises
 from klrl.training.process import gpu_pays, pick_device
 
 _MARKS = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -57,7 +63,7 @@ ON_POLICY: dict[str, Any] = {
 @DEVICES
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 @pytest.mark.parametrize("which", ON_POLICY)
-def test_an_update_is_the_cpus(which: str, env_id: str, device: str) -> None:
+def test_an_update_is_the_cpus(which: str, env_id: str, device: str, capsys: pytest.CaptureFixture[str]) -> None:
     kind, config = ON_POLICY[which]
     env = make_vector(env_id, 4, EnvConfig())
     near, far = (
@@ -69,6 +75,7 @@ def test_an_update_is_the_cpus(which: str, env_id: str, device: str) -> None:
     mine = near.update(buffer)
     with learning(far):
         theirs = far.update(buffer)
+    assert capsys.readouterr().err == "", "no step went on without a graph"
     assert apart(near, far) < 1e-4
     assert theirs.kl.mean == pytest.approx(mine.kl.mean, rel=1e-2)
     assert theirs.kl.mean <= theirs.kl.limit
@@ -155,6 +162,66 @@ def test_cuda_trains_and_its_checkpoint_loads_on_the_cpu() -> None:
     assert run.agent.policy_params.flat.is_cuda  # type: ignore[attr-defined]
     loaded = klrl.load(run.folder)
     assert torch.equal(loaded.policy_params.flat, run.agent.policy_params.flat.cpu())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_graph_is_recorded_after_runs_that_warm_up_and_one_that_may_not_wait(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    class Part:
+        def __init__(self, *args: Any) -> None:
+            pass
+
+        def wait_stream(self, other: Any) -> None:
+            done.append("wait for a stream")
+
+        def replay(self) -> None:
+            done.append("replay")
+
+    @contextmanager
+    def within(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+        done.append(name)
+        yield
+        done.append(f"{name} ends")
+
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, partial(within, name))
+    for name in ("current_stream", "Stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, Part)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: done.append(f"waiting: {mode}"))
+
+    def run() -> str:
+        done.append("run" if gc.isenabled() else "run, no garbage collected")
+        if fails and done[-1] != "run":
+            raise RuntimeError("refused")
+        return "outputs"
+
+    assert gc.isenabled()
+    if fails:
+        with pytest.raises(RuntimeError, match="refused"):
+            record_graph(torch.device("cuda"), run)
+    else:
+        replay, outputs = record_graph(torch.device("cuda"), run)
+        replay()
+        assert (outputs, done[-3:]) == ("outputs", ["stream ends", "device ends", "replay"])
+    assert gc.isenabled()
+    warm = ["wait for a stream", "device", "stream", "stream", "run", "run", "waiting: error", "run", "waiting: 0"]
+    assert done[:13] == [*warm, "stream ends", "wait for a stream", "graph", "run, no garbage collected"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_its_table() -> None:
+    script = Path(__file__).parent / "benchmarks" / "gpu.py"
+    command = [sys.executable, str(script), "--device", "cpu", "--quick"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert {len(row) for row in rows} == {3} | {2}, "the first has no title"
+    assert [row[2] for row in rows if row[0].startswith("largest difference")] == ["0.0e+00"] * 3
 
 
 def test_auto_takes_the_gpu_only_where_it_pays_and_each_process_has_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,9 @@ class Captured:
         self.agent, self.method, self.record = agent, method, record
         self.recordings: dict[Any, Recording] = {}
 
+    def __reduce__(self) -> Any:
+        return self.method.__reduce__()  # a copy of the agent takes its steps as they are
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with without_looking():
             if self.record is None:

@@ -35,7 +35,7 @@ class RunConfig(Checked):
     """Environments stepped side by side."""
     device: Annotated[DeviceName, DEVICES] = "auto"
     """Where the networks live; auto takes CUDA, where there is one, for images, and for big networks or many rows at a
-    time, else the CPU. On CUDA the steps of PPO and SAC are CUDA graphs, unless they are compiled."""
+    time, else the CPU. On CUDA gradient steps are CUDA graphs, unless they are compiled."""
     threads: Annotated[int, Range(1, 1024)] = 1
     """CPU threads of torch, at most this machine's cores; small networks are fastest with one."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
