@@ -21,7 +21,7 @@ from torch import distributions as td
 from klrl import PPO, SAC, PPOConfig, SACConfig
 from klrl.agents.limits import KLConfig, OffPolicyKLConfig
 from klrl.envs.make import EnvConfig, make_vector
-from klrl.kl import Ranks, kl
+from klrl.kl import Clip, Ranks, kl
 from klrl.kl.state import without_looking
 from klrl.policies.distributions import MultiCategorical
 from klrl.policies.parameters import FlatParameters
@@ -231,9 +231,11 @@ def test_weights_that_are_frozen_and_options_that_change_are_recorded_anew(as_on
             agent.update(buffer)
             agent.config = replace(agent.config, ent_coef=0.1)
             agent.update(buffer)
+            agent.limit.rules[0] = Clip(0.01)
+            agent.update(buffer)
         ended.append(everything(agent))
     assert torch.equal(*ended)
-    assert stand.recorded == 3
+    assert stand.recorded == 4
 
 
 def test_nothing_is_recorded_on_a_cpu_with_ranks_or_with_a_memory() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from klrl.agents.base import Agent
 from klrl.console import warn
 from klrl.errors import one_line
+from klrl.kl import KLLimit
 from klrl.kl.divergence import map_parameters
 from klrl.kl.state import without_looking
 from klrl.policies.parameters import FlatParameters
@@ -60,8 +61,8 @@ class Recording:
     """Where it reads the arguments' tensors."""
     repeat: Callable[[], object]
     outputs: Any
-    reads: tuple[Any, ...]
-    """What it was recorded with and lies in no argument: not to be freed."""
+    reads: list[Any]
+    """What else it was recorded with, which is not to be freed."""
 
 
 class Captured:
@@ -107,9 +108,9 @@ class Captured:
             return leaf
 
         mapped(arguments, note)
-        groups, config = _groups(self.agent), self.agent.config
+        groups, settings = _groups(self.agent), _settings(self.agent)
         learns = [p.requires_grad for group in groups for p in group.parameters.values()]
-        key = (*form, *learns, id(config))
+        key = (*form, *learns, *map(id, settings))
         if key not in self.recordings and len(self.recordings) < _MOST:
             inputs = [_cloned(tensor) for tensor in tensors]
 
@@ -121,7 +122,7 @@ class Captured:
 
             with _undone(self.agent):
                 repeat, outputs = record(run)
-            self.recordings[key] = Recording(inputs, repeat, outputs, (config, *(group.frozen for group in groups)))
+            self.recordings[key] = Recording(inputs, repeat, outputs, [*settings, *(group.frozen for group in groups)])
         return self.recordings.get(key), tensors
 
 
@@ -192,6 +193,12 @@ def _drawn(agent: Agent) -> list[Any]:
 
 def _groups(agent: Agent) -> list[FlatParameters]:
     return [part for part in vars(agent).values() if isinstance(part, FlatParameters)]
+
+
+def _settings(agent: Agent) -> list[Any]:
+    """What steps go by that is no tensor: objects that are replaced, and do not change."""
+    limits = [part for part in vars(agent).values() if isinstance(part, KLLimit)]
+    return [agent.config, *(each for limit in limits for each in (limit.penalty.bound, *limit.rules))]
 
 
 def _cloned(leaf: Any) -> Any:
