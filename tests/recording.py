@@ -1,5 +1,6 @@
 """What a GPU does, on a CPU: steps that are recorded and done again, and what would be waited for."""
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from klrl.kl import KLLimit
+from klrl.policies.parameters import FlatParameters
 from klrl.training.captured import captured
 
 # The last makes a tensor of numbers, which then goes to the device.
@@ -98,3 +101,25 @@ def by_torch(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(f"klrl.agents.{name}", lambda *_: False)
     patch.setattr("klrl.policies.networks.MLP.forward", lambda mlp, x: mlp.layers[-1](mlp.hidden(x)))
     patch.setattr("klrl.training.loop.captured", partial(captured, record=Stand()))
+
+
+def to_meta(agent: Any, patch: pytest.MonkeyPatch) -> None:
+    """Move what an agent's steps read to the device "meta", whose tensors have shapes and no numbers: what looks at one
+    raises, and what mixes devices does, as on a GPU."""
+    agent.device = torch.device("meta")
+    for name, part in vars(agent).items():
+        if isinstance(part, FlatParameters):
+            part.module.to("meta")
+            part.parameters = dict(part.module.named_parameters())
+            for tensor in ("flat", "first_moment", "second_moment", "count"):
+                setattr(part, tensor, getattr(part, tensor).to("meta"))
+        elif isinstance(limit := getattr(part, "limit", part), KLLimit):
+            limit.beta = limit.beta.to("meta")
+        elif isinstance(part, torch.Tensor):
+            setattr(agent, name, part.to("meta"))
+
+    def adam(*lists: list[torch.Tensor], lr: torch.Tensor, **_: Any) -> None:
+        assert {x.device.type for x in (lr, *itertools.chain(*lists))} == {"meta"}
+
+    patch.setattr(torch, "_fused_adam_", adam)  # which is not written for it
+    patch.setattr(torch, "is_autocast_enabled", lambda *_: False)

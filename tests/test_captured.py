@@ -15,17 +15,18 @@ import pytest
 import torch
 from gymnasium import spaces
 from helpers import collect
-from recording import Stand, by_torch, waits
+from recording import Stand, by_torch, to_meta, waits
 from torch import distributions as td
 
 from klrl import PPO, SAC, PPOConfig, SACConfig
 from klrl.agents.limits import KLConfig, OffPolicyKLConfig
+from klrl.agents.reference import ReferenceConfig
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.kl import Clip, Ranks, kl
 from klrl.kl.state import without_looking
 from klrl.policies.distributions import MultiCategorical
 from klrl.policies.parameters import FlatParameters
-from klrl.training.captured import captured
+from klrl.training.captured import captured, mapped
 from klrl.training.randomness import random_state
 
 BOX = spaces.Box(-2, 2, (3,))
@@ -110,8 +111,8 @@ def test_sac_repeats_the_steps_that_it_would_take(
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_the_steps_of_ppo_wait_for_nothing(step: str, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", ["clip", "gate", "reverse"])
+def test_an_update_of_ppo_waits_once_an_epoch(step: str, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     env, found = make_vector("Pendulum-v1", 4, EnvConfig()), []
     for batch_size, n_epochs in ((64, 2), (16, 2), (16, 3)):
         agent, buffer = ppo(env, PPOConfig(n_steps=32, batch_size=batch_size, n_epochs=n_epochs, **STEPS[step]))
@@ -130,15 +131,31 @@ def test_the_steps_of_ppo_wait_for_nothing(step: str, as_on_a_gpu: None, monkeyp
     assert found[2] <= found[1] + 2, "for its rows' order and its KL, once an epoch"
 
 
-def test_the_steps_of_sac_wait_for_nothing(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for action in (spaces.Box(-1, 1, (2,)), spaces.Discrete(3)):
-        agent, buffer = sac(action, SACConfig(kl=OffPolicyKLConfig(target=1.0, per_state="reverse")))
-        agent._begin_window(buffer)
-        batch, alpha = buffer.sample(16, agent.rng, agent.device), torch.tensor(0.1)
-        noise = agent.actions.draw_noise(agent.rng, 16)
-        with torch.no_grad(), without_looking(), waits(monkeypatch) as counts:
-            agent._step(batch, noise, alpha, moves=True)
-        assert not counts
+@pytest.mark.parametrize("step", [*STEPS, "reference"])
+def test_the_steps_of_ppo_look_at_no_number_and_stay_on_one_device(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = STEPS.get(step, {"reference": ReferenceConfig(run="uniform", target=0.5)})
+    env = make_vector("Pendulum-v1" if step in ("beta", "reverse") else "CartPole-v1", 4, EnvConfig())
+    agent, buffer = ppo(env, PPOConfig(n_steps=16, **more))
+    batch = mapped(agent.make_batch(buffer), lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x)
+    to_meta(agent, monkeypatch)
+    with torch.no_grad(), without_looking():
+        assert agent._step(batch, torch.empty((), device="meta")).is_meta
+        agent._critic_step(batch, torch.empty(2, device="meta"))
+
+
+@pytest.mark.parametrize("rule", ["none", "reverse", "project"])
+@pytest.mark.parametrize("action", [spaces.Box(-1, 1, (2,)), spaces.Discrete(3)])
+def test_the_steps_of_sac_look_at_no_number_and_stay_on_one_device(
+    action: spaces.Space[Any], rule: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent, buffer = sac(action, SACConfig(kl=OffPolicyKLConfig(target=1.0, per_state=rule), hidden_sizes=(8, 8)))
+    agent._begin_window(buffer)
+    given = buffer.sample(16, agent.rng, agent.device), agent.actions.draw_noise(agent.rng, 16), torch.zeros(())
+    args = mapped(given, lambda x: x.to("meta"))
+    to_meta(agent, monkeypatch)
+    with torch.no_grad(), without_looking():
+        for moves in (True, False):
+            assert agent._step(*args, moves=moves).is_meta
 
 
 FAMILIES: list[Callable[[torch.Tensor], td.Distribution]] = [
