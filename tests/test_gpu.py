@@ -164,9 +164,9 @@ def test_cuda_trains_and_its_checkpoint_loads_on_the_cpu() -> None:
     assert torch.equal(loaded.policy_params.flat, run.agent.policy_params.flat.cpu())  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fails", ["", "run", "run, no garbage collected"])
 def test_a_graph_is_recorded_after_runs_that_warm_up_and_one_that_may_not_wait(
-    fails: bool, monkeypatch: pytest.MonkeyPatch
+    fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
 
@@ -195,7 +195,7 @@ def test_a_graph_is_recorded_after_runs_that_warm_up_and_one_that_may_not_wait(
 
     def run() -> str:
         done.append("run" if gc.isenabled() else "run, no garbage collected")
-        if fails and done[-1] != "run":
+        if fails == done[-1]:
             raise RuntimeError("refused")
         return "outputs"
 
@@ -209,7 +209,10 @@ def test_a_graph_is_recorded_after_runs_that_warm_up_and_one_that_may_not_wait(
         assert (outputs, done[-3:]) == ("outputs", ["stream ends", "device ends", "replay"])
     assert gc.isenabled()
     warm = ["wait for a stream", "device", "stream", "stream", "run", "run", "waiting: error", "run", "waiting: 0"]
-    assert done[:13] == [*warm, "stream ends", "wait for a stream", "graph", "run, no garbage collected"]
+    if fails == "run":
+        assert done == [*warm[:5], "wait for a stream"], "which is where weights are put back"
+    else:
+        assert done[:13] == [*warm, "stream ends", "wait for a stream", "graph", "run, no garbage collected"]
 
 
 @pytest.mark.slow
@@ -220,7 +223,7 @@ def test_the_benchmark_prints_its_table() -> None:
         command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert {len(row) for row in rows} == {3} | {2}, "the first has no title"
+    assert {len(row) for row in rows[1:]} == {3}
     assert [row[2] for row in rows if row[0].startswith("largest difference")] == ["0.0e+00"] * 3
 
 

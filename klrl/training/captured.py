@@ -136,12 +136,14 @@ def record_graph(device: torch.device, run: Callable[[], Any]) -> tuple[Callable
     graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
     side.wait_stream(now)
     with torch.cuda.device(device), torch.cuda.stream(now):  # which a capture that fails does not go back to
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                run()
-            with waiting_raises():  # here, as in a capture it would be an error of CUDA's
-                run()
-        now.wait_stream(side)
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UPS):
+                    run()
+                with waiting_raises():  # here, as in a capture it would be an error of CUDA's
+                    run()
+        finally:
+            now.wait_stream(side)  # before anything that these runs changed is put back
         gc.disable()  # a tensor that it frees meanwhile would break the capture
         try:
             with torch.cuda.graph(graph, stream=side):

@@ -51,8 +51,8 @@ def gpu_pays(space: spaces.Space[Any], config: Any, n_envs: int) -> bool:
 
     space: of an observation. ``config``: the agent's; of a network of one's own nothing is known, and its
     ``hidden_sizes`` count. The threshold is arithmetic, and not measured: 2^25 products of a weight and a row, there
-    and back, are 2e8 operations, 4 ms of a core that does 5e10 a second. A GPU takes some 0.3 ms to launch a recorded
-    step and to copy its rows, and loses as much again at each of a few steps of acting, where it is asked for actions.
+    and back, are 2e8 operations, 4 ms of a core that does 5e10 a second. A GPU needs some 0.3 ms for a recorded step
+    and the copies of its rows; the rest pays for acting, as each step of the environments waits 0.1 ms for its actions.
     """
     parts = [part for _, part in leaves(space)]
     if any(is_image(part) for part in parts):
