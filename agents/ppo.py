@@ -104,6 +104,7 @@ class PPO(OnPolicyAgent):
 
     Config: ClassVar[type[OnPolicyConfig]] = PPOConfig
     compiles: tuple[str, ...] = ("_gradient_by_autograd",)
+    captures: tuple[str, ...] = ("_step", "_critic_step")
     fused: tuple[FusedPolicy, FusedCritic] | None = None
 
     def setup(self, init: torch.Generator, network: OwnNetwork | None) -> None:
@@ -114,7 +115,7 @@ class PPO(OnPolicyAgent):
             self.limit.rules.append(RATIO_RULES[self.config.clip_rule](self.config.clip_range))
         if self.config.bottleneck.size or self.config.memory != "none":
             # A compiled gradient would draw one noise for all steps, or be compiled anew for each length of sequences.
-            self.compiles = ()
+            self.compiles = self.captures = ()
         rate = self.config.learning_rate
         self.learning_rate = Adaptive(rate, factor=1 / 1.5, low=0.5, high=2.0, minimum=rate / 30, maximum=3 * rate)
 

@@ -66,6 +66,7 @@ class SAC(Agent):
 
     Config = SACConfig
     compiles = ("_critic_gradient", "_policy_gradient")
+    captures = ("_step",)
 
     def setup(self, init: torch.Generator, network: OwnNetwork | None) -> None:
         """``network`` is the policy's; the critics keep theirs, on encoded observations and actions."""

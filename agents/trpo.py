@@ -73,12 +73,15 @@ class TRPO(OnPolicyAgent):
     """
 
     Config: ClassVar[type[OnPolicyConfig]] = TRPOConfig
+    captures: tuple[str, ...] = ("_step",)
     fused: FusedCritic | None = None
 
     def setup(self, init: torch.Generator, network: OwnNetwork | None) -> None:
         if self.config.kl.target == 0:
             raise UsageError("--kl.target 0: TRPO's step has the length that its KL limit allows, so it needs one")
         super().setup(init, network)
+        if self.config.memory != "none":
+            self.captures = ()  # sequences have a form of their own each time
         if ":" in self.config.head:
             probe = self.policy_at(self.encoder.probe())
             try:

@@ -21,7 +21,7 @@ import klrl
 from klrl.agents import registry
 from klrl.analysis.anomalies import find_anomalies
 from klrl.cli.main import main
-from klrl.envs.make import EnvConfig, make_vector, preset, presets
+from klrl.envs.make import preset, presets
 from klrl.envs.wrappers import next_step
 from klrl.errors import NonFiniteError, UsageError
 from klrl.rundir import checkpoint
@@ -29,7 +29,6 @@ from klrl.rundir.folder import make_folder
 from klrl.rundir.history import read_history
 from klrl.rundir.logger import Console
 from klrl.training.episodes import Episodes
-from klrl.training.process import pick_device
 from klrl.training.run import Run, resolve
 
 SB3_TAGS = {
@@ -281,13 +280,6 @@ def test_folders_never_collide() -> None:
     assert all(folder.parent == Path("runs") for folder in folders)
 
 
-def test_auto_takes_the_gpu_only_for_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert pick_device("auto", lambda: True) == "cuda"
-    assert pick_device("auto", lambda: False) == "cpu"
-    assert make_vector("CartPole-v1", 1, EnvConfig()).num_envs == 1
-
-
 def test_plain_lines_show_kl_against_its_limit(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(100, quiet=False)
     for step in (50, 55):  # the second within the same tenth
@@ -318,15 +310,6 @@ def test_a_run_that_takes_every_update_back_says_that_nothing_moves(capsys: pyte
     lines = capsys.readouterr().out.splitlines()
     assert "undone" not in lines[3]
     assert "5 undone: nothing moves" in lines[4]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_trains_and_its_checkpoint_loads_on_the_cpu() -> None:
-    run = klrl.train("ppo", "CartPole-v1", **{**QUICK, "device": "cuda"})
-    assert run.agent.policy_params.flat.is_cuda  # type: ignore[attr-defined]
-    loaded = klrl.load(run.folder)
-    assert torch.equal(loaded.policy_params.flat, run.agent.policy_params.flat.cpu())  # type: ignore[attr-defined]
 
 
 def test_a_run_of_0_1_0_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

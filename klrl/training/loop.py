@@ -29,6 +29,7 @@ from klrl.rundir import checkpoint
 from klrl.rundir.history import STOPPED_EARLY
 from klrl.rundir.logger import Console, Logger
 from klrl.training.callbacks import LiveRun, tell
+from klrl.training.captured import captured
 from klrl.training.compiled import compiled
 from klrl.training.episodes import Episodes
 from klrl.training.evaluation import NO_EPISODES, Evaluation, evaluation_seed
@@ -100,8 +101,8 @@ class Loop:
                 self.obs = begin_episodes(self)
             resumed, names = self.resumed_at is not None, config.log if self.leads else ()
             self.track = self.opened.enter_context(tracked(names, folder, self.options, resumed, config.quiet))
-            if config.compile:
-                self.opened.enter_context(compiled(self.agent, config.quiet or not self.leads))
+            quiet = config.quiet or not self.leads
+            self.opened.enter_context(compiled(self.agent, quiet) if config.compile else captured(self.agent))
             if config.profile and self.leads:
                 self.opened.enter_context(Profile().of(self))
             try:

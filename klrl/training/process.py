@@ -3,14 +3,18 @@
 import contextlib
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
+from gymnasium import spaces
+from gymnasium.spaces import flatdim
 from threadpoolctl import threadpool_limits
 
 from klrl.config import cores
 from klrl.errors import UsageError
+from klrl.policies.spaces import is_image, leaves
 from klrl.training.options import RunConfig
 
 
@@ -39,8 +43,31 @@ def process_settings(config: RunConfig) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def pick_device(wanted: str, has_images: Any) -> str:
-    """The device to use. Raises UsageError for CUDA where there is none."""
+_WORK = 2**25
+
+
+def gpu_pays(space: spaces.Space[Any], config: Any, n_envs: int) -> bool:
+    """Whether a GPU is taken by itself: for images, and for big networks or many rows at a time.
+
+    space: of an observation. ``config``: the agent's; of a network of one's own nothing is known, and its
+    ``hidden_sizes`` count. The threshold is arithmetic, and not measured: 2^25 products of a weight and a row, there
+    and back, are 2e8 operations, 4 ms of a core that does 5e10 a second. A GPU needs some 0.3 ms for a recorded step
+    and the copies of its rows; the rest pays for acting, as each step of the environments waits 0.1 ms for its actions.
+    """
+    parts = [part for _, part in leaves(space)]
+    if any(is_image(part) for part in parts):
+        return True
+    sizes = [sum(flatdim(part) for part in parts), *getattr(config, "hidden_sizes", ())]
+    weights = 2 * sum(a * b for a, b in pairwise(sizes))  # of policy and critic
+    rows = min(getattr(config, "batch_size", 0), n_envs * getattr(config, "n_steps", 1_000_000))
+    return weights * max(rows, n_envs) >= _WORK
+
+
+def pick_device(wanted: str, pays: Callable[[], bool]) -> str:
+    """The device to use: where it is "auto", CUDA if it ``pays`` and each process here has one of its own.
+
+    Raises UsageError for CUDA where there is none.
+    """
     if wanted.startswith("cuda"):
         count, index = torch.cuda.device_count() if torch.cuda.is_available() else 0, int(wanted[5:] or 0)
         if not count:
@@ -48,7 +75,8 @@ def pick_device(wanted: str, has_images: Any) -> str:
         if index >= count:
             raise UsageError(f"--device {wanted}: the last CUDA device here is cuda:{count - 1}")
     if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() and has_images() else "cpu"
+        enough = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return "cuda" if enough and pays() else "cpu"
     return wanted
 
 

@@ -51,7 +51,7 @@ from klrl.training.evaluation import summary
 from klrl.training.launch import interrupted, joined, mark
 from klrl.training.loop import Loop
 from klrl.training.options import ResumeConfig, RunConfig
-from klrl.training.process import own_device, pick_device, process_settings
+from klrl.training.process import gpu_pays, own_device, pick_device, process_settings
 from klrl.training.randomness import random_state_kept, scatter_random_state
 from klrl.training.result import Run as Run
 from klrl.training.saving import of_rank, saved_processes
@@ -248,7 +248,7 @@ def _run(
         raise UsageError(f"--memory goes without --env.wrappers atari, which learns from lives as episodes: {advice}")
     took = ranks.first(to_dict(settled(env, config.n_envs, config.env)) if ranks.rank == 0 else {})
     config = replace(config, env=build(EnvConfig, took), processes=ranks.size)  # a run says what it took
-    device = pick_device(config.device, lambda: images_of(env, config.env))
+    device = pick_device(config.device, lambda: gpu_pays(shown_by(env, config.env), agent_config, config.n_envs))
     if device.startswith("cuda") and ranks.size > 1:
         device = own_device()
     # A resumed run keeps its name, whatever the factory that it is given is called.
@@ -338,9 +338,8 @@ def config_of(agent_class: type[Agent], options: Mapping[str, Any]) -> tuple[Run
     return resolve(agent_class, None, {k: v for k, v in given.items() if k not in ("agent", "env_id")})
 
 
-def images_of(env: str | EnvFactory, config: EnvConfig) -> bool:
-    """Whether the environment shows images, for which a GPU pays off."""
+def shown_by(env: str | EnvFactory, config: EnvConfig) -> gym.Space[Any]:
+    """The space of the environment's observations."""
     probe = make_vector(env, 1, config)
-    space = probe.single_observation_space
     probe.close()
-    return any(spaces.is_image(part) for _, part in spaces.leaves(space))
+    return probe.single_observation_space

@@ -8,6 +8,7 @@ minibatches of a quarter of the rollout, at most 8192 rows); and of both togethe
 
 import argparse
 import time
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -15,34 +16,35 @@ import torch
 
 from klrl import PPO, PPOConfig
 from klrl.envs.make import EnvConfig, make_vector
+from klrl.training.captured import captured
 
 
-def rates(n_envs: int) -> dict[str, float]:
+def rates(n_envs: int, device: str = "cpu") -> dict[str, float]:
     """Steps per second, by what is done: the best of three rollouts after the first."""
     n_steps = max(16, 4096 // n_envs)
     envs: Any = make_vector("klrl/CartPole-v1", n_envs, EnvConfig())
     config = PPOConfig(n_steps=n_steps, batch_size=min(8192, n_envs * n_steps // 4), n_epochs=2)
-    agent = PPO(envs.single_observation_space, envs.single_action_space, config)
+    agent = PPO(envs.single_observation_space, envs.single_action_space, config, device)
     buffer = agent.new_buffer(n_envs)
     obs, _ = envs.reset(seed=0)
     found: dict[str, list[float]] = {"environment": [], "collecting": [], "updates": [], "both": []}
-    for _ in range(4):
-        stepping = 0.0
-        start = time.perf_counter()
-        for _ in range(n_steps):
-            action = agent.act(obs)
-            before = time.perf_counter()
-            after, reward, terminated, truncated, _ = envs.step(agent.env_action(action))
-            stepping += time.perf_counter() - before
-            buffer.add(obs, action, reward, terminated, truncated, after)
-            obs = after
-        collected = time.perf_counter()
-        agent.update(buffer)
-        done = time.perf_counter()
-        seconds = (stepping, collected - start, done - collected, done - start)
-        for part, taken in zip(found.values(), seconds, strict=True):
-            part.append(n_envs * n_steps / taken)
-    envs.close()
+    with closing(envs), captured(agent):
+        for _ in range(4):
+            stepping = 0.0
+            start = time.perf_counter()
+            for _ in range(n_steps):
+                action = agent.act(obs)
+                before = time.perf_counter()
+                after, reward, terminated, truncated, _ = envs.step(agent.env_action(action))
+                stepping += time.perf_counter() - before
+                buffer.add(obs, action, reward, terminated, truncated, after)
+                obs = after
+            collected = time.perf_counter()
+            agent.update(buffer)
+            done = time.perf_counter()
+            seconds = (stepping, collected - start, done - collected, done - start)
+            for part, taken in zip(found.values(), seconds, strict=True):
+                part.append(n_envs * n_steps / taken)
     return {part: float(np.max(each[1:])) for part, each in found.items()}
 
 
