@@ -61,7 +61,8 @@ class Agent(Actor):
     """Methods that torch.compile may be asked to compile: gradients, from tensors to tensors."""
     captures: tuple[str, ...] = ()
     """Methods that a GPU may repeat as a CUDA graph: they change weights and optimizers alone, all in place, by tensors
-    that they are given or that stay where they are. What else one does happens only when it is recorded."""
+    that they are given or that stay where they are. What else one does happens only when it is recorded, so that a
+    subclass whose own does more leaves its name out."""
     takes_masks: ClassVar[bool] = False
     """Whether policies obey action masks; where not, ``--env.action-masks auto`` leaves them out."""
     network_options: ClassVar[tuple[str, ...]] = ()

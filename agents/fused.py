@@ -8,12 +8,11 @@ agents use autograd.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, reduce, wraps
+from functools import reduce, wraps
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from klrl.agents.fused_heads import CategoricalSlopes, NormalSlopes
@@ -55,23 +54,6 @@ def _in_pieces(function: F) -> F:
     return whole  # type: ignore[return-value]
 
 
-@cache
-def _numpys_threads() -> ThreadpoolController:
-    return ThreadpoolController().select(user_api="blas")
-
-
-def on_torchs_threads(function: F) -> F:
-    """Let NumPy take no more threads in ``function`` than torch may: its own default is one for each core, whatever
-    torch was told, and where a machine is busy they wait for each other, which takes ten times as long."""
-
-    @wraps(function)
-    def limited(*args: Any, **more: Any) -> Any:
-        with _numpys_threads().limit(limits=torch.get_num_threads()):
-            return function(*args, **more)
-
-    return limited  # type: ignore[return-value]
-
-
 def _quiet(function: F) -> F:
     """Let what overflows be infinite or nan without a warning, as torch does: it is found in the weights."""
     quiet: Any = np.errstate(all="ignore")(function)
@@ -84,11 +66,11 @@ def applies(module: Any, *groups: FlatParameters) -> bool:
     network = module.network
     plain = type(module) in (Policy, Critic) and type(network) is Network and network.torso.is_plain
     plain = plain and type(network.mlp) is MLP and network.mlp.is_plain and network.mlp.activation in _SLOPES
-    plain = plain and not any(map(_hooked, module.modules()))
+    plain = plain and not any(map(hooked, module.modules()))
     return plain and all(group.frozen is None and group.flat.device.type == "cpu" for group in groups)
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     """Whether hooks have a part in the module's outputs or gradients."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or any(p._backward_hooks for p in module._parameters.values() if p is not None)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from klrl.agents.base import State, UpdateResult
 from klrl.agents.bottleneck import BottleneckConfig
-from klrl.agents.fused import FusedCritic, FusedPolicy, Rows, applies, on_torchs_threads, suits
+from klrl.agents.fused import FusedCritic, FusedPolicy, Rows, applies, suits
 from klrl.agents.limits import KLConfig
 from klrl.agents.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_loss
 from klrl.agents.reference import ReferenceConfig
@@ -21,6 +21,7 @@ from klrl.kl import RATIO_RULES, Adaptive, KLLimit, Move, at_most, state_mean
 from klrl.kl.rules import RatioRuleName
 from klrl.policies.networks import OwnNetwork
 from klrl.policies.parameters import adam_step, clip_, gradients
+from klrl.policies.threads import on_torchs_threads
 
 
 @dataclass(frozen=True)

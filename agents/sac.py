@@ -31,6 +31,7 @@ from klrl.policies.parameters import FlatParameters, adam_step, gradients
 from klrl.policies.policy import Policy
 from klrl.policies.spaces import mask_sizes
 from klrl.policies.squashed import CorrelatedNoise
+from klrl.policies.threads import on_torchs_threads
 
 _STATES = 1024  # of the replay buffer, on which a window's KL is measured
 
@@ -153,6 +154,7 @@ class SAC(Agent):
         due = self.config.train_freq * buffer.n_envs * self.ranks.size
         return steps >= self.config.learning_starts and not empty and new_steps >= due
 
+    @on_torchs_threads
     @torch.no_grad()
     def update(self, buffer: ReplayBuffer, progress: float = 0.0) -> UpdateResult | None:
         """Gradient steps on replayed transitions; a report at the end of a window of ``kl.every`` of them, else None.

@@ -25,6 +25,7 @@ from klrl.policies.observations import Observation
 from klrl.policies.own import metavar, name_of
 from klrl.policies.spaces import check_same_spaces, mask_sizes
 from klrl.policies.squashed import SquashedHead
+from klrl.policies.threads import on_torchs_threads
 
 _OTHERS: dict[str, type[nn.Module]] = {"squashed": SquashedHead, "joint": JointCategoricalHead}
 _FAMILIES = ("plain", *_OTHERS, *HEADS)
@@ -154,6 +155,7 @@ class Student(OnPolicyAgent):
         finally:
             self.n_updates = done
 
+    @on_torchs_threads
     @torch.no_grad()
     def update(self, rollout: RolloutBuffer, progress: float = 0.0) -> UpdateResult:
         """Come nearer to the teachers on a full rollout, and report how far the student moved and is from them.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from klrl.agents.base import CHUNK, UpdateResult
-from klrl.agents.fused import FusedCritic, FusedPolicy, Rows, applies, on_torchs_threads, suits
+from klrl.agents.fused import FusedCritic, FusedPolicy, Rows, applies, suits
 from klrl.agents.limits import KLTarget
 from klrl.agents.on_policy import Batch, OnPolicyAgent, OnPolicyConfig, value_loss
 from klrl.agents.reference import Reference, ReferenceConfig
@@ -24,6 +24,7 @@ from klrl.policies.jacobian import Pull, Push, jacobian
 from klrl.policies.memory import SEQUENCE
 from klrl.policies.networks import OwnNetwork
 from klrl.policies.parameters import adam_step, gradients
+from klrl.policies.threads import on_torchs_threads
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,20 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import SyncVectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 
 class Sync(SyncVectorEnv):
-    """Gymnasium's ``SyncVectorEnv`` in NEXT_STEP mode, of environments whose observations have their space's shape.
+    """Gymnasium's ``SyncVectorEnv``, whose environments' observations have their space's shape and kind of numbers, as
+    ``SeededEpisodes`` makes sure.
 
-    The same answers in less time where observations and actions are arrays: of small environments, a fifth of a step
-    goes into what serves all spaces and modes.
+    The same answers in less time in NEXT_STEP mode, where observations and actions are arrays: of small environments, a
+    fifth of a step goes into what serves all spaces and modes. Each answer is a copy.
     """
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        if not isinstance(self.single_observation_space, spaces.Box) or not isinstance(actions, np.ndarray):
+        plain = isinstance(self.single_observation_space, spaces.Box) and isinstance(actions, np.ndarray)
+        if not plain or self.autoreset_mode is not AutoresetMode.NEXT_STEP:
             return super().step(actions)
         rewards, terminated, truncated, shown = self._rewards, self._terminations, self._truncations, self._env_obs
         infos: dict[str, Any] = {}

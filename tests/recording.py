@@ -39,8 +39,9 @@ class _Tape(TorchDispatchMode):
     def play(self) -> None:
         for func, args, kwargs, outputs in self.operations:
             again = func(*args, **kwargs)
-            for mine, new in zip(outputs, tree_leaves(again) if outputs else (), strict=True):
-                mine.copy_(new)
+            new = [x for x in tree_leaves(again) if isinstance(x, torch.Tensor)] if outputs else ()
+            for mine, now in zip(outputs, new, strict=True):
+                mine.copy_(now)
 
 
 class Stand:

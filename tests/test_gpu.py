@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -254,7 +255,14 @@ IMAGES = spaces.Dict({"a": spaces.Box(0, 255, (84, 84, 3), np.uint8), "b": space
         (FOUR, SACConfig(hidden_sizes=(64, 64)), 1, False),
         (IMAGES, PPOConfig(), 8, True),
         (spaces.Discrete(500), TRPOConfig(), 8, False),
+        (FOUR, SimpleNamespace(hidden_sizes=64), 8, False),  # of an agent of one's own
+        (MANY, SimpleNamespace(hidden_sizes=(256, 256), n_steps=4096), 64, True),
     ],
 )
 def test_a_gpu_pays_for_images_big_networks_and_many_rows(space: Any, config: Any, n_envs: int, pays: bool) -> None:
     assert gpu_pays(space, config, n_envs) is pays
+
+
+def test_observations_that_no_agent_takes_are_named_before_a_device_is_picked() -> None:
+    with pytest.raises(UsageError, match="Sequence"):
+        gpu_pays(spaces.Sequence(FOUR), PPOConfig(), 8)

@@ -103,8 +103,24 @@ def test_environments_in_this_process_answer_as_gymnasiums_do(env: str) -> None:
             assert part.dtype == other.dtype
             assert np.array_equal(part, other)
         assert mine[4] == theirs[4] == {}
-        kept.append((mine[0], mine[0].copy()))
+        kept += [(part, part.copy()) for part in mine[:4]]
     assert all(np.array_equal(shown, before) for shown, before in kept), "each answer stays what it was"
+
+
+def test_other_numbers_and_modes_are_gymnasiums() -> None:
+    class Wide(gym.ObservationWrapper[Any, Any, Any]):
+        def observation(self, observation: Any) -> Any:
+            return observation.astype(np.float64)
+
+    pair = [kind([lambda: Wide(gym.make("CartPole-v1"))] * 2) for kind in (Sync, SyncVectorEnv)]
+    for envs in pair:
+        envs.reset(seed=0)
+    mine, theirs = (envs.step(np.array([1, 0]))[0] for envs in pair)
+    assert mine.dtype == theirs.dtype == np.float32
+    assert np.array_equal(mine, theirs)
+    same = Sync([lambda: gym.make("CartPole-v1", max_episode_steps=1)] * 2, autoreset_mode="SameStep")
+    same.reset(seed=0)
+    assert "final_obs" in same.step(np.array([1, 0]))[4]
 
 
 def test_infos_come_from_each_environment_by_itself() -> None:

@@ -72,8 +72,7 @@ def exp_is_safe(x: Tensor) -> bool:
     """Whether e^x is safe to take of every element; False where one is nan."""
     if not x.numel():
         return True
-    # A graph does not depend on its data, and a GPU's would have to be waited for: the careful way.
-    if not (state.looks and x.is_cpu) or torch.compiler.is_compiling():
+    if not (state.may_look() and x.is_cpu):  # a GPU's numbers would have to be waited for: the careful way
         return False
     least, most = torch.aminmax(x.detach())
     return float(least) > -_SAFE and float(most) < _SAFE
@@ -195,7 +194,7 @@ def _normal_kl_of_scale(
 ) -> tuple[Tensor, Tensor, Tensor]:
     z = (mean_new - mean_old).div_(std_new)
     c = (std_old - std_new).div_(std_new)
-    if state.looks and c.is_cpu and c.numel() and float(c.min()) > -0.9:
+    if state.may_look() and c.is_cpu and c.numel() and float(c.min()) > -0.9:
         ratio = c.to(torch.float64, copy=True).add_(1.0)
     else:  # too little of the ratio is left in c; dividing in float64 takes several times as long
         ratio = std_old.double() / std_new

@@ -63,8 +63,8 @@ def kl(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Ten
     Source: Kullback and Leibler (1951), equation 2.4.
     """
     value = _kl(old, new)
-    # No KL is -inf, so only a nan makes their sum one. (A compiled graph does not look at its data.)
-    if state.looks and not torch.compiler.is_compiling() and math.isnan(value.detach().sum()):
+    # No KL is -inf, so only a nan makes their sum one.
+    if state.may_look() and math.isnan(value.detach().sum()):
         raise_nan(old, new)
     return in_units(value, units)
 

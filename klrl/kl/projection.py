@@ -43,7 +43,7 @@ def project_states(old: td.Distribution, new: D, limit: float, direction: Direct
     with torch.no_grad():
         reached = measure(old, new)
         moved = reached > limit
-        if state.looks and not bool(moved.any()):
+        if state.may_look() and not bool(moved.any()):
             return new
         weight = torch.where(moved, _weight(old, new, limit, measure, reached), 1.0)
         if not any(parameter.requires_grad for parameter in parameters_of(new)):
@@ -79,7 +79,7 @@ def _weight(old: td.Distribution, new: td.Distribution, limit: float, measure: A
         at_low = torch.where(inside, value, torch.where(was_inside == 0, 0.5, 1.0) * at_low)
         low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
         was_inside, short = inside.to(reached.dtype), torch.where(inside, value, short)
-        if state.looks and not bool((beyond & (short < _SHORT)).any()):
+        if state.may_look() and not bool((beyond & (short < _SHORT)).any()):
             break
     return low
 

@@ -5,6 +5,7 @@ import copy
 import enum
 import inspect
 import numbers
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -43,20 +44,28 @@ def own_noise(seed: int = 0, device: torch.device | None = None) -> Iterator[Non
         yield
 
 
-looks = True
-"""Whether a KL may look at its numbers, to take a shorter way where they allow it, and to refuse a nan."""
+class _Looking(threading.local):
+    allowed = True
+
+
+_looking = _Looking()
+
+
+def may_look() -> bool:
+    """Whether a KL may look at its numbers, to take a shorter way where they allow it, and to refuse a nan; a graph,
+    which does not depend on its data, may not."""
+    return not torch.compiler.is_compiling() and _looking.allowed
 
 
 @contextlib.contextmanager
 def without_looking() -> Iterator[None]:
-    """Let no KL look at its numbers in the block: on a GPU that waits for them, and a recorded step cannot. Each takes
-    the way that suits all numbers, and one that is nan raises nothing."""
-    global looks
-    before, looks = looks, False
+    """Let no KL of this thread look at its numbers in the block: on a GPU that waits for them, and a recorded step
+    cannot. Each takes the way that suits all numbers, and one that is nan raises nothing."""
+    before, _looking.allowed = _looking.allowed, False
     try:
         yield
     finally:
-        looks = before
+        _looking.allowed = before
 
 
 class NotSupportedError(ValueError):

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from klrl.agents.base import Agent
+from klrl.agents.fused import hooked
+from klrl.agents.reference import FrozenPolicy, Reference
 from klrl.console import warn
 from klrl.errors import one_line
 from klrl.kl import KLLimit
@@ -45,12 +47,14 @@ def captured(agent: Agent, record: Recorder | None = None) -> Iterator[None]:
     if agent.ranks.size > 1:
         record = None
     names = agent.captures
+    before = {name: vars(agent)[name] for name in names if name in vars(agent)}
     vars(agent).update({name: Captured(agent, getattr(agent, name), record) for name in names})
     try:
         yield
     finally:
         for name in names:
             delattr(agent, name)
+        vars(agent).update(before)
 
 
 @dataclass
@@ -72,7 +76,9 @@ class Captured:
     def __init__(self, agent: Agent, method: Callable[..., Any], record: Recorder | None) -> None:
         """``record``: None takes the method as it is."""
         self.agent, self.method, self.record = agent, method, record
+        self.__name__ = method.__name__
         self.recordings: dict[Any, Recording] = {}
+        self.said = False
 
     def __reduce__(self) -> Any:
         return self.method.__reduce__()  # a copy of the agent takes its steps as they are
@@ -81,20 +87,28 @@ class Captured:
         with without_looking():
             if self.record is None:
                 return self.method(*args, **kwargs)
+            if any(hooked(module) for each in self.agent.modules().values() for module in each.modules()):
+                self._say("somebody hooked in, whose Python a graph would leave out")
+                return self.method(*args, **kwargs)
             try:
                 recording, tensors = self._recorded((args, kwargs), self.record)
             except Exception as problem:  # whatever CUDA refuses to record, or a network of one's own
                 self.record, self.recordings = None, {}
                 result = self.method(*args, **kwargs)  # which raises what has nothing to do with recording
-                name = self.method.__name__.strip("_").replace("_", " ")
-                warn(f"CUDA graphs: {name} goes on without: {one_line(problem)[:200]}")
+                self._say(one_line(problem)[:200])
                 return result
             if recording is None:
+                self._say(f"it has more than {_MOST} forms")
                 return self.method(*args, **kwargs)
             for mine, given in zip(recording.inputs, tensors, strict=True):
                 mine.copy_(given)
             recording.repeat()
             return mapped(recording.outputs, _cloned)
+
+    def _say(self, why: str) -> None:
+        if not self.said:
+            self.said = True
+            warn(f"CUDA graphs: {self.__name__.strip('_').replace('_', ' ')} goes on without: {why}")
 
     def _recorded(self, arguments: Any, record: Recorder) -> tuple[Recording | None, list[Tensor]]:
         """The recording for arguments of this form, and their tensors; None where there are too many."""
@@ -110,7 +124,7 @@ class Captured:
         mapped(arguments, note)
         groups, settings = _groups(self.agent), _settings(self.agent)
         learns = [p.requires_grad for group in groups for p in group.parameters.values()]
-        key = (*form, *learns, *map(id, settings))
+        key = (*form, *learns, *(x if isinstance(x, str | float) else id(x) for x in settings))
         if key not in self.recordings and len(self.recordings) < _MOST:
             inputs = [_cloned(tensor) for tensor in tensors]
 
@@ -122,6 +136,7 @@ class Captured:
 
             with _undone(self.agent):
                 repeat, outputs = record(run)
+            mapped(outputs, _cloned)  # which raises for what no tensors and constants are
             self.recordings[key] = Recording(inputs, repeat, outputs, [*settings, *(group.frozen for group in groups)])
         return self.recordings.get(key), tensors
 
@@ -198,9 +213,12 @@ def _groups(agent: Agent) -> list[FlatParameters]:
 
 
 def _settings(agent: Agent) -> list[Any]:
-    """What steps go by that is no tensor: objects that are replaced, and do not change."""
-    limits = [part for part in vars(agent).values() if isinstance(part, KLLimit)]
-    return [agent.config, *(each for limit in limits for each in (limit.penalty.bound, *limit.rules))]
+    """What steps go by beside their arguments: objects that are replaced, and do not change or change in place."""
+    parts = list(vars(agent).values())
+    parts += [each for part in parts if isinstance(part, Reference) for each in vars(part).values()]
+    limits = [part for part in parts if isinstance(part, KLLimit)]
+    rules = [each for x in limits for each in (x.direction, x.influence, x.beta, x.penalty.bound, *x.rules)]
+    return [agent.config, *rules, *(part for part in parts if isinstance(part, Tensor | FrozenPolicy))]
 
 
 def _cloned(leaf: Any) -> Any:

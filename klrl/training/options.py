@@ -34,8 +34,8 @@ class RunConfig(Checked):
     n_envs: EnvCount = 8
     """Environments stepped side by side."""
     device: Annotated[DeviceName, DEVICES] = "auto"
-    """Where the networks live; auto takes CUDA, where there is one, for images, and for big networks or many rows at a
-    time, else the CPU. On CUDA gradient steps are CUDA graphs, unless they are compiled."""
+    """Where the networks live; auto takes CUDA, where each process has a card, for images, and for big networks or many
+    rows at a time, else the CPU. On CUDA gradient steps are CUDA graphs, unless they are compiled."""
     threads: Annotated[int, Range(1, 1024)] = 1
     """CPU threads of torch, at most this machine's cores; small networks are fastest with one."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from klrl.config import cores
 from klrl.errors import UsageError
-from klrl.policies.spaces import is_image, leaves
+from klrl.policies.spaces import check_observation_space, is_image, leaves
 from klrl.training.options import RunConfig
 
 
@@ -53,13 +53,17 @@ def gpu_pays(space: spaces.Space[Any], config: Any, n_envs: int) -> bool:
     ``hidden_sizes`` count. The threshold is arithmetic, and not measured: 2^25 products of a weight and a row, there
     and back, are 2e8 operations, 4 ms of a core that does 5e10 a second. A GPU needs some 0.3 ms for a recorded step
     and the copies of its rows; the rest pays for acting, as each step of the environments waits 0.1 ms for its actions.
+    SAC's defaults, two layers of 256 and as many rows, are just there.
     """
+    check_observation_space(space)
     parts = [part for _, part in leaves(space)]
     if any(is_image(part) for part in parts):
         return True
-    sizes = [sum(flatdim(part) for part in parts), *getattr(config, "hidden_sizes", ())]
+    widths = getattr(config, "hidden_sizes", ())
+    sizes = [sum(flatdim(part) for part in parts), *(widths if isinstance(widths, tuple | list) else ())]
     weights = 2 * sum(a * b for a, b in pairwise(sizes))  # of policy and critic
-    rows = min(getattr(config, "batch_size", 0), n_envs * getattr(config, "n_steps", 1_000_000))
+    batch, rollout = getattr(config, "batch_size", 0), n_envs * getattr(config, "n_steps", 0)
+    rows = min((count for count in (batch, rollout) if count), default=0)
     return weights * max(rows, n_envs) >= _WORK
 
 

@@ -4,7 +4,8 @@
 
 The environment alone: gymnasium's SyncVectorEnv, or its own vector environment, with actions drawn beforehand. The
 arithmetic alone: the matrix products of the networks, forwards and backwards, and nothing else, on one thread. Both:
-one after the other, which a loop in one process and thread cannot pass with these networks and minibatches.
+one after the other, which a loop in one process and thread, with these environments, networks and minibatches, cannot
+pass by much: klrl steps small environments in a fifth less time than Gymnasium's does.
 """
 
 import time
@@ -32,15 +33,15 @@ def environment(env: str, n_envs: int, mode: str, steps: int = 4000) -> float:
 
 
 def products(sizes: list[int], rows: int, backwards: str = "") -> float:
-    """Seconds for an MLP's matrix products: forwards, and ``backwards`` to its "weights", "inputs" or "both"."""
+    """Seconds for an MLP's matrix products: forwards, and ``backwards`` to its "weights" or "inputs"."""
     rng = np.random.default_rng(0)
     done: list[Callable[[], Any]] = []
     for layer, (n, m) in enumerate(pairwise(sizes)):
         x, w, y = (rng.standard_normal(shape, np.float32) for shape in ((rows, n), (m, n), (rows, m)))
         done.append(lambda x=x, w=w: x @ w.T)  # type: ignore[misc]
-        if backwards in ("weights", "both"):
+        if backwards == "weights":
             done.append(lambda x=x, y=y: y.T @ x)  # type: ignore[misc]
-        if backwards and (layer > 0 or backwards != "weights"):
+        if backwards == "inputs" or (backwards and layer > 0):
             done.append(lambda y=y, w=w: y @ w)  # type: ignore[misc]
     seconds = []
     for _ in range(50):

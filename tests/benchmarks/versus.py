@@ -88,7 +88,8 @@ def main(doc: str | None, prefix: str = "", peers: Sequence[str] = tuple(PEERS))
     options = parser.parse_args()
     file = options.output.open("w") if options.output else None
     chosen = [works[name] for name in options.work]
-    rows = against(chosen, options.against, options.rounds) if options.against else None
+    same = [work for work in chosen if "klrl_options" not in WORKS[work]]  # an older one need not have the others
+    rows = against(same, options.against, options.rounds) if options.against else None
     for line in rows or table(chosen, options.peers, options.rounds):
         print(line, flush=True)
         if file is not None:
