@@ -34,8 +34,6 @@ from klrl.policies.squashed import CorrelatedNoise
 from klrl.policies.threads import on_torchs_threads
 
 _STATES = 1024  # of the replay buffer, on which a window's KL is measured
-
-
 _TRACED = ("train/critic_loss", "train/q_mean", "train/actor_loss", "entropy/sampled")
 
 

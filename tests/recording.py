@@ -7,17 +7,24 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
+from helpers import collect
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from klrl import PPO, SAC, PPOConfig, SACConfig
 from klrl.kl import KLLimit
 from klrl.policies.parameters import FlatParameters
 from klrl.training.captured import captured
 
 # The last makes a tensor of numbers, which then goes to the device.
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "lift_fresh")
+
+
+BOX = spaces.Box(-2, 2, (3,))
 
 
 class _Tape(TorchDispatchMode):
@@ -124,3 +131,24 @@ def to_meta(agent: Any, patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(torch, "_fused_adam_", adam)  # which is not written for it
     patch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+
+
+def ppo(env: Any, config: PPOConfig, **more: Any) -> tuple[PPO, Any]:
+    agent = PPO(env.single_observation_space, env.single_action_space, config, **more)
+    buffer = agent.new_buffer(env.num_envs)
+    collect(agent, env, buffer, env.reset(seed=0)[0])
+    return agent, buffer
+
+
+def sac(action: spaces.Space[Any], config: SACConfig) -> tuple[SAC, Any]:
+    agent, rng = SAC(BOX, action, config), np.random.default_rng(0)
+    buffer, no, obs = agent.new_buffer(1), np.zeros(1, bool), rng.normal(size=(41, 1, 3)).astype(np.float32)
+    for step in range(40):
+        buffer.add(obs[step], agent.act(obs[step]), rng.normal(size=1), no, no, obs[step + 1])
+    return agent, buffer
+
+
+def everything(agent: Any) -> torch.Tensor:
+    """All weights, and Adam's state."""
+    groups = [part for part in vars(agent).values() if isinstance(part, FlatParameters)]
+    return torch.cat([part.flatten() for group in groups for part in (group.flat, *group.optimizer)])

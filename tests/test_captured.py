@@ -16,47 +16,23 @@ import pytest
 import torch
 from gymnasium import spaces
 from helpers import collect
-from recording import Stand, by_torch, to_meta, waits
+from recording import BOX, Stand, by_torch, everything, ppo, sac, to_meta, waits
 from torch import distributions as td
 
-from klrl import PPO, SAC, PPOConfig, SACConfig
+from klrl import PPO, PPOConfig, SACConfig
 from klrl.agents.limits import KLConfig, OffPolicyKLConfig
 from klrl.agents.reference import ReferenceConfig
 from klrl.envs.make import EnvConfig, make_vector
-from klrl.kl import Clip, Ranks, at_most, kl
+from klrl.kl import Clip, Ranks, kl
 from klrl.kl.state import may_look, without_looking
 from klrl.policies.distributions import MultiCategorical
-from klrl.policies.parameters import FlatParameters
 from klrl.training.captured import captured, mapped
 from klrl.training.randomness import random_state
-
-BOX = spaces.Box(-2, 2, (3,))
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     by_torch(monkeypatch)
-
-
-def ppo(env: Any, config: PPOConfig, **more: Any) -> tuple[PPO, Any]:
-    agent = PPO(env.single_observation_space, env.single_action_space, config, **more)
-    buffer = agent.new_buffer(env.num_envs)
-    collect(agent, env, buffer, env.reset(seed=0)[0])
-    return agent, buffer
-
-
-def sac(action: spaces.Space[Any], config: SACConfig) -> tuple[SAC, Any]:
-    agent, rng = SAC(BOX, action, config), np.random.default_rng(0)
-    buffer, no, obs = agent.new_buffer(1), np.zeros(1, bool), rng.normal(size=(41, 1, 3)).astype(np.float32)
-    for step in range(40):
-        buffer.add(obs[step], agent.act(obs[step]), rng.normal(size=1), no, no, obs[step + 1])
-    return agent, buffer
-
-
-def everything(agent: Any) -> torch.Tensor:
-    """All weights, and Adam's state."""
-    groups = [part for part in vars(agent).values() if isinstance(part, FlatParameters)]
-    return torch.cat([part.flatten() for group in groups for part in (group.flat, *group.optimizer)])
 
 
 # What PPO's steps are made of; each with options that those of the others do not have.
@@ -256,63 +232,6 @@ def test_weights_that_are_frozen_and_options_that_change_are_recorded_anew(as_on
         ended.append(everything(agent))
     assert torch.equal(*ended)
     assert stand.recorded == 4
-
-
-def _faster(agent: Any) -> None:
-    agent.learning_rate = torch.tensor(1e-2)
-
-
-def _firmer(agent: Any) -> None:
-    agent.limit.influence = 0.5
-
-
-def _tighter(agent: Any) -> None:
-    agent.limit.penalty.bound = at_most(1e-6)
-
-
-@pytest.mark.parametrize("change", [_faster, _firmer, _tighter])
-def test_what_somebody_replaces_between_two_updates_is_recorded_anew(change: Any, as_on_a_gpu: None) -> None:
-    rules = OffPolicyKLConfig(target=1e-3, every=40, stop=0.0, influence=2.0)
-    stand, ended = Stand(), []
-    for how in (without_looking(), captured):
-        agent, buffer = sac(BOX, SACConfig(learning_starts=1, gradient_steps=40, batch_size=16, kl=rules))
-        with captured(agent, stand) if how is captured else how:  # type: ignore[attr-defined]
-            agent.update(buffer)
-            change(agent)
-            agent.update(buffer)
-        ended.append(everything(agent))
-    assert torch.equal(*ended)
-    assert stand.recorded == 2
-
-
-def test_a_network_that_somebody_hooked_into_is_not_recorded(
-    as_on_a_gpu: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    env, calls = make_vector("CartPole-v1", 4, EnvConfig()), []
-    agent, buffer = ppo(env, PPOConfig(n_steps=32, batch_size=64, n_epochs=3))
-    with captured(agent, stand := Stand()):
-        agent.critic.network.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
-        agent.update(buffer)
-    assert len(calls) >= 6
-    assert stand.recorded == 0
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == "klrl: CUDA graphs: step goes on without: somebody hooked in, whose Python a graph would leave out"
-
-
-def test_blocks_within_each_other_and_odd_results_do_no_harm(as_on_a_gpu: None) -> None:
-    class Odd(PPO):
-        Config = PPOConfig
-
-        def _step(self, *args: Any) -> Any:
-            return super()._step(*args), {1}
-
-    env = make_vector("CartPole-v1", 4, EnvConfig())
-    agent = Odd(env.single_observation_space, env.single_action_space, PPOConfig(n_steps=32))
-    buffer = agent.new_buffer(4)
-    collect(agent, env, buffer, env.reset(seed=0)[0])
-    with captured(agent, Stand()), captured(agent, Stand()):
-        assert agent._step(agent.make_batch(buffer), torch.tensor(0.1))[1] == {1}
-    assert not set(agent.captures) & vars(agent).keys()
 
 
 def test_one_thread_that_may_not_look_leaves_others_alone() -> None:

@@ -25,6 +25,7 @@ import klrl
 from klrl import PPO, SAC, TRPO, PPOConfig, SACConfig, TRPOConfig
 from klrl.agents.limits import KLConfig, OffPolicyKLConfig
 from klrl.envs.make import EnvConfig, make_vector
+from klrl.errors import UsageError
 from klrl.kl.state import without_looking
 from klrl.training.captured import captured, record_graph, waiting_raises
 from klrl.training.process import gpu_pays, pick_device
