@@ -239,18 +239,24 @@ class OnPolicyAgent(Agent):
 
         Raises ValueError where it is not full, and NonFiniteError naming the field where it is not finite.
         """
-        config, rows = self.config, rollout.n_steps * rollout.n_envs
+        rows = rollout.n_steps * rollout.n_envs
         self.policy_params.sync()
         self.critic_params.sync()
-        if not rollout.full:
-            raise ValueError(f"the rollout holds {rollout.filled} of {rollout.n_steps} steps: fill it before update")
+        rollout.check_full()
         rollout.check_finite()
         inputs = self.memory.sequences(rollout, self.encoder(rollout.obs))
         seen = self.critic.seen(inputs)
         value = torch.cat([self.critic(chunk) for chunk in chunks(seen)])
         inputs, seen = ({key: part[:rows] for key, part in each.items()} for each in (inputs, seen))
         old = self.policy_at(seen)
-        table = value.view(rollout.n_steps + 1, rollout.n_envs).cpu().numpy()
+        parts = (rollout.action, *self.estimates(rollout, value.view(rollout.n_steps + 1, rollout.n_envs)))
+        action, advantages, targets, weights = (torch.as_tensor(x, device=self.device).flatten(0, 1) for x in parts)
+        reference = self.reference.seen(rollout.obs_before_steps(), old, weights > 0)
+        return Batch(inputs, old, action, old.log_prob(action), value[:rows], advantages, targets, weights, reference)
+
+    def estimates(self, rollout: RolloutBuffer, value: Tensor) -> tuple[Any, Any, Any]:
+        """Advantages, returns and weights, each [T, N], from the values [T + 1, N] of all observations."""
+        config, table = self.config, value.cpu().numpy()
         following = rollout.values_of_next(table, lambda obs: self.value(obs).cpu().numpy())
         terminated, ended = rollout.terminated, rollout.terminated | rollout.truncated
         reward = self.reward_scale(rollout.reward, ended, rollout.valid)
@@ -258,11 +264,8 @@ class OnPolicyAgent(Agent):
         if config.normalize_advantage:
             mean, deviation = self.ranks.moments(advantage[rollout.valid].astype(np.float64))
             advantage = ((advantage - np.float64(mean)) / (deviation + 1e-8)).astype(np.float32)
-        weight = (rollout.valid / max(self.ranks.sum(float(rollout.valid.sum()))[0], 1)).astype(np.float32)
-        parts = (rollout.action, advantage, returns, weight)
-        action, advantages, targets, weights = (torch.as_tensor(x, device=self.device).flatten(0, 1) for x in parts)
-        reference = self.reference.seen(rollout.obs_before_steps(), old, weights > 0)
-        return Batch(inputs, old, action, old.log_prob(action), value[:rows], advantages, targets, weights, reference)
+        weight = rollout.valid / max(self.ranks.sum(float(rollout.valid.sum()))[0], 1)
+        return advantage, returns, weight.astype(np.float32)
 
     def hold(self, batch: Batch) -> Any:
         """A context in which the policy is updated under ``self.limit``, measured on the batch."""
@@ -294,7 +297,7 @@ class OnPolicyAgent(Agent):
 
     def end_update(self, rollout: RolloutBuffer) -> None:
         """Move what stands still until the KL was measured: the observations' statistics, and the count of updates."""
-        self.encoder.update(rollout.obs_before_steps(), torch.from_numpy(rollout.valid.flatten()).to(self.device))
+        self.encoder.update(rollout.obs_before_steps(), torch.as_tensor(rollout.valid.flatten(), device=self.device))
         self.n_updates += 1
 
     def _learned(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ The dynamics are those of Gymnasium's ``CartPole-v1`` and ``Pendulum-v1``, in fl
 """
 
 import math
+import zlib
 from abc import abstractmethod
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch import Tensor
 class TorchVectorEnv(VectorEnv[Any, Any, Any]):
     """``num_envs`` environments, their states the rows of one tensor, in NEXT_STEP mode.
 
-    On the CPU observations and all else are NumPy arrays, elsewhere tensors on ``device``; actions may be either.
-    ``state_dict`` says all that decides what happens next.
+    On the CPU observations and all else are NumPy arrays, elsewhere, and after ``to``, tensors on ``device``; actions
+    may be either. ``state_dict`` says all that decides what happens next.
     """
 
     def __init__(self, num_envs: int = 1, max_episode_steps: int = 1000, device: str = "cpu") -> None:
@@ -27,10 +28,18 @@ class TorchVectorEnv(VectorEnv[Any, Any, Any]):
         self.num_envs, self.max_episode_steps, self.device = num_envs, max_episode_steps, torch.device(device)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
+        self.tensors = self.device.type != "cpu"
         self._generator = torch.Generator(self.device)
+        self._bounds: tuple[Tensor, ...] | None = None
         self.state = self.first_states()
         self.steps = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
         self.ended = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
+
+    def to(self, device: torch.device) -> None:
+        """Move to ``device``, and show tensors from now on; episodes begin anew, at the next reset with a seed."""
+        self.device, self.tensors = device, True
+        self._generator, self._bounds = torch.Generator(device), None
+        self.state, self.steps, self.ended = (part.to(device) for part in (self.state, self.steps, self.ended))
 
     @abstractmethod
     def first_states(self) -> Tensor:
@@ -55,7 +64,7 @@ class TorchVectorEnv(VectorEnv[Any, Any, Any]):
         resets = self.ended
         state, reward, terminated = self.move(self.state, torch.as_tensor(actions, device=self.device))
         self.steps = self.steps + 1
-        if self.device.type != "cpu" or bool(resets.any()):  # elsewhere, asking would wait for the device
+        if self.tensors or bool(resets.any()):  # on a GPU, asking would wait for it
             state = torch.where(resets.unsqueeze(-1), self.first_states(), state)
             self.steps = self.steps.masked_fill(resets, 0)
             reward, terminated = reward.masked_fill(resets, 0.0), terminated & ~resets
@@ -72,18 +81,23 @@ class TorchVectorEnv(VectorEnv[Any, Any, Any]):
         if len(state["state"]) != self.num_envs:
             raise ValueError(f"{len(state['state'])} environments were saved, and there are {self.num_envs}")
         self.state, self.steps, self.ended = (state[name].to(self.device) for name in ("state", "steps", "ended"))
-        self._generator.set_state(state["generator"])
+        try:
+            self._generator.set_state(state["generator"])
+        except RuntimeError:  # that of another kind of device
+            self._generator.manual_seed(zlib.crc32(state["generator"].numpy().tobytes()))
         return self._shown(self.observe(self.state))
 
     def _uniform(self, low: list[float], high: list[float]) -> Tensor:
-        """Uniform numbers [N, k] between k bounds."""
+        """Uniform numbers [N, k] between k bounds, which are the same at each call."""
         kind: Any = {"dtype": torch.float64, "device": self.device}
         drawn = torch.rand(self.num_envs, len(low), generator=self._generator, **kind)
-        bottom, top = torch.tensor(low, **kind), torch.tensor(high, **kind)
+        if self._bounds is None:  # a copy to a GPU at each step would wait for it
+            self._bounds = torch.tensor([low, high], **kind).unbind()
+        bottom, top = self._bounds
         return bottom + (top - bottom) * drawn
 
     def _shown(self, part: Tensor) -> Any:
-        return part.numpy() if self.device.type == "cpu" else part
+        return part if self.tensors else part.numpy()
 
 
 _WIDE, _ANGLE = 2.4, 12 * math.pi / 180  # where CartPole's episodes end

@@ -129,7 +129,7 @@ def test_the_help_of_the_command_needs_no_torch() -> None:
 PATH = {
     "agents/ppo.py": "policy_loss PPO.update PPO._learn PPO._critic_step PPO._step PPO._gradient "
     "PPO._gradient_by_autograd",
-    "agents/on_policy.py": "Batch value_loss OnPolicyAgent.make_batch OnPolicyAgent.hold "
+    "agents/on_policy.py": "Batch value_loss OnPolicyAgent.make_batch OnPolicyAgent.estimates OnPolicyAgent.hold "
     "OnPolicyAgent.take_step OnPolicyAgent.diagnostics OnPolicyAgent.end_update OnPolicyAgent._learned "
     "OnPolicyAgent.snapshot OnPolicyAgent.undo",
     "klrl/kl/limit.py": "KLLimit Move",

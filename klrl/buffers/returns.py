@@ -47,15 +47,13 @@ class RewardScale:
     def __init__(self, gamma: float, enabled: bool = True) -> None:
         self.gamma, self.enabled, self.ranks = gamma, enabled, ALONE
         self.count, self.mean, self.var = 0.0, 0.0, 1.0
-        self.running: npt.NDArray[np.float64] | None = None
+        self.running: npt.NDArray[np.float64] = np.zeros(0)
 
     def __call__(self, reward: Floats, ended: Bools, valid: Bools) -> Floats:
         """Take the rewards [T, N] of a rollout in and return them scaled. ``ended``: terminated or truncated."""
         if not self.enabled:
             return reward
-        fits = self.running is not None and len(self.running) == reward.shape[1]
-        running = self.running if fits else np.zeros(reward.shape[1])
-        assert running is not None
+        running = self.running if len(self.running) == reward.shape[1] else np.zeros(reward.shape[1])
         discounted = np.empty(reward.shape)
         for t in range(len(reward)):
             running = running * self.gamma + reward[t]
@@ -64,20 +62,21 @@ class RewardScale:
         self.running = running
         sample = discounted[valid]
         mine = [[len(sample), sample.mean(), sample.var()]] if len(sample) else np.zeros((0, 3))
+        return (reward / self.take_in(mine)).astype(np.float32)
+
+    def take_in(self, mine: Any) -> Any:
+        """Take in this rank's moments of returns, [[count, mean, variance]] or none; what rewards are divided by."""
         for count, mean, var in self.ranks.rows(torch.tensor(mine, dtype=torch.float64))[0].tolist():
             total, delta = self.count + count, mean - self.mean  # Chan et al. (1983)
             spread = self.var * self.count + var * count
             self.var = (spread + delta**2 * self.count * count / total) / total
             self.mean, self.count = self.mean + delta * count / total, total
-        deviation = np.sqrt(self.var)
-        if deviation <= 1e-4 * abs(self.mean):  # returns that do not vary have no scale to be divided by
-            return reward
-        return (reward / deviation).astype(np.float32)
+        deviation = np.sqrt(self.var)  # returns that do not vary have no scale to be divided by
+        return np.float64(1) if deviation <= 1e-4 * abs(self.mean) else deviation
 
     def state_dict(self) -> dict[str, float | list[float]]:
-        running = [] if self.running is None else self.running.tolist()
-        return {"count": self.count, "mean": self.mean, "var": self.var, "running": running}
+        return {"count": self.count, "mean": self.mean, "var": self.var, "running": self.running.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.count, self.mean, self.var = state["count"], state["mean"], state["var"]
-        self.running = np.array(state["running"]) if state["running"] else None
+        self.running = np.array(state["running"], np.float64)

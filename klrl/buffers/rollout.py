@@ -57,6 +57,11 @@ class RolloutBuffer(Buffer):
     def full(self) -> bool:
         return self.filled == self.n_steps
 
+    def check_full(self) -> None:
+        """Raise ValueError unless the rollout is full."""
+        if not self.full:
+            raise ValueError(f"the rollout holds {self.filled} of {self.n_steps} steps: fill it before update")
+
     def add(
         self, obs: Any, action: Any, reward: Any, terminated: Any, truncated: Any, next_obs: Any, final_obs: Any = None
     ) -> None:

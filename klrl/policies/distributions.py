@@ -88,9 +88,10 @@ class MultiCategorical(td.Distribution):
         log_probs = self.log_probs.clamp_min(torch.finfo(self.logits.dtype).min)
         return -(log_probs.exp() * log_probs).sum((-2, -1))
 
-    def sample(self, sample_shape: Any = ()) -> Tensor:
+    def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
         """int64 actions of shape [*sample_shape, B, k], by the Gumbel-max rule."""
-        noise = torch.empty((*sample_shape, *self.logits.shape), device=self.logits.device).exponential_()
+        noise = torch.empty((*sample_shape, *self.logits.shape), device=self.logits.device)
+        noise = noise.exponential_(generator=generator)
         return (self.logits - noise.log_()).argmax(dim=-1)
 
     @property
@@ -128,14 +129,14 @@ class DiagonalNormal(td.Distribution):
         """Joint differential entropy in nats, shape [B]."""
         return self.log_std.sum(-1) + self.loc.shape[-1] * (0.5 + LOG_SQRT_TWO_PI)
 
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
+    def rsample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
         """Actions of shape [*sample_shape, B, d], with gradients in the parameters."""
-        noise = torch.randn((*sample_shape, *self.loc.shape), device=self.loc.device)
+        noise = torch.randn((*sample_shape, *self.loc.shape), generator=generator, device=self.loc.device)
         return noise * self.log_std.exp() + self.loc
 
-    def sample(self, sample_shape: Any = ()) -> Tensor:
+    def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
         """Actions of shape [*sample_shape, B, d]."""
-        return self.rsample(sample_shape).detach()
+        return self.rsample(sample_shape, generator).detach()
 
     @property
     def mode(self) -> Tensor:

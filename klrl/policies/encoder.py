@@ -154,6 +154,8 @@ class ObservationEncoder:
 
     def unscaled(self, obs: Observation) -> Inputs:
         """Encode observations without normalisation, for ``scaled``, of this encoder or another's of the space."""
+        if isinstance(obs, Tensor) and self._is_usual(obs):  # which need not visit the CPU
+            return self.joined({self._name: obs.detach()})
         given, seen = self.layout.arrays(obs), {}
         for name, part in self.parts.items():
             array = given[name] if isinstance(given, dict) else given
@@ -162,6 +164,13 @@ class ObservationEncoder:
             seen[name] = torch.as_tensor(array, device=self.device)
         inputs = self.joined(seen)
         return inputs | {MASK: torch.as_tensor(self.allowed(given), device=self.device)} if self.sizes else inputs
+
+    def _is_usual(self, obs: Tensor) -> bool:
+        """Whether a tensor is as ``layout`` would have it, and on this encoder's device."""
+        if not self.plain or self.sizes or obs.dtype != torch.float32 or obs.device != self.mean.device:
+            return False
+        shape = self.parts[self._name].shape or ()
+        return self.parts[self._name].dtype == np.float32 and obs.shape[obs.dim() - len(shape) :] == shape
 
     def joined(self, seen: dict[str, Tensor]) -> Inputs:
         """Network inputs from the parts of observations, choices one-hot, in torch alone."""

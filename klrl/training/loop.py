@@ -12,6 +12,7 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from klrl.agents.base import Agent, UpdateResult
+from klrl.agents.device import on_device
 from klrl.config import flatten
 from klrl.console import warn
 from klrl.envs.make import EnvFactory
@@ -31,6 +32,7 @@ from klrl.rundir.logger import Console, Logger
 from klrl.training.callbacks import LiveRun, tell
 from klrl.training.captured import captured
 from klrl.training.compiled import compiled
+from klrl.training.device import moved, rollouts_stay
 from klrl.training.episodes import Episodes
 from klrl.training.evaluation import NO_EPISODES, Evaluation, evaluation_seed
 from klrl.training.evaluations import Evaluations
@@ -65,11 +67,17 @@ class Loop:
         self.leads = self.ranks.rank == 0
         """Whether this rank writes, prints and decides by the clock."""
         self.progress = Progress()
-        self.buffer = self.agent.new_buffer(self.config.n_envs)
+        self.buffer: Any
+        every, self.stays = 1, rollouts_stay(self.agent, self.envs, self.ranks)
+        if self.stays:
+            self.envs, self.buffer, self.episodes = moved(self.agent, self.envs, self.episodes)
+            every = self.buffer.n_steps - 1  # before a rollout's last step: an update that is due comes first
+        else:
+            self.buffer = self.agent.new_buffer(self.config.n_envs)
         self.obs: Any = None
         self.signals = Signals()
         self.meetings = Meetings(
-            self.ranks, self.signals, self.episodes, self.config.n_envs, self.config.total_timesteps
+            self.ranks, self.signals, self.episodes, self.config.n_envs, self.config.total_timesteps, every
         )
         self.env_seed = self.config.seed
         self.resumed_at: int | None = None  # the step from which a restored loop logs
@@ -103,6 +111,8 @@ class Loop:
             self.track = self.opened.enter_context(tracked(names, folder, self.options, resumed, config.quiet))
             quiet = config.quiet or not self.leads
             self.opened.enter_context(compiled(self.agent, quiet) if config.compile else captured(self.agent))
+            if self.stays:
+                self.opened.enter_context(on_device(self.agent))
             if config.profile and self.leads:
                 self.opened.enter_context(Profile().of(self))
             try:
@@ -187,7 +197,8 @@ class Loop:
             env_action = self.agent.env_action(action)
             try:
                 # A copy, as an environment may change what it is given, and its replay takes what it was given.
-                next_obs, reward, terminated, truncated, info = self.envs.step(env_action.copy())
+                given = env_action if self.stays else env_action.copy()
+                next_obs, reward, terminated, truncated, info = self.envs.step(given)
             except Exception:
                 self.buffer.check_finite()  # a nan that the environment showed may be what made it fail
                 raise

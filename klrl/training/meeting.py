@@ -24,16 +24,18 @@ class Meetings:
 
     How many, the last meeting decided: what the slowest rank does in half a second, but no more than may lie before
     the run's last step, so that it ends at the same step however fast its ranks were. A process alone meets itself at
-    each call.
+    each call, or where counting steps waits for a device, after ``every`` calls.
     """
 
-    def __init__(self, ranks: Ranks, signals: Signals, episodes: Episodes, n_envs: int, total_timesteps: int) -> None:
+    def __init__(
+        self, ranks: Ranks, signals: Signals, episodes: Episodes, n_envs: int, total_timesteps: int, every: int = 1
+    ) -> None:
         self.ranks, self.signals, self.episodes = ranks, signals, episodes
         self.n_envs, self.total_timesteps = n_envs * ranks.size, total_timesteps
         self.steps = 0
         """Environment steps of all ranks, as of the last meeting."""
         self._follows = ranks.size > 1 or FOLLOW in os.environ
-        self._parent, self._count, self._due = os.getppid(), -1, 1
+        self._parent, self._count, self._due = os.getppid(), -1, every
         self._since, self._pace = time.monotonic(), 0.0
 
     def step(self) -> None:

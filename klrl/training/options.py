@@ -35,7 +35,8 @@ class RunConfig(Checked):
     """Environments stepped side by side."""
     device: Annotated[DeviceName, DEVICES] = "auto"
     """Where the networks live; auto takes CUDA, where each process has a card, for images, and for big networks or many
-    rows at a time, else the CPU. On CUDA gradient steps are CUDA graphs, unless they are compiled."""
+    rows at a time, else the CPU. On CUDA gradient steps are CUDA graphs, unless they are compiled, and rollouts of
+    klrl/CartPole-v1 and klrl/Pendulum-v1 stay there."""
     threads: Annotated[int, Range(1, 1024)] = 1
     """CPU threads of torch, at most this machine's cores; small networks are fastest with one."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"

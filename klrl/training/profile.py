@@ -15,6 +15,7 @@ _MOST_EVENTS = 200_000  # of a trace: some 20 MB
 # The calls that are timed, by the part of the run's time that they are. What a part calls of another is that one's.
 _OF_AGENT = {
     "act": "acting",
+    "collect": "acting",
     "env_action": "acting",
     "make_batch": "values and advantages",
     "_learn": "minibatches",
