@@ -12,7 +12,7 @@ class Sync(SyncVectorEnv):
     ``SeededEpisodes`` makes sure.
 
     The same answers in less time in NEXT_STEP mode, where observations and actions are arrays: of small environments, a
-    fifth of a step goes into what serves all spaces and modes. Each answer is a copy.
+    sixth of a step goes into what serves all spaces and modes. Each answer is a copy.
     """
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
