@@ -6,7 +6,7 @@ check:            ## style and types
 	.venv/bin/mypy
 
 test:             ## the default test suite
-	.venv/bin/pytest -n auto
+	.venv/bin/pytest -n auto --maxprocesses 8
 
 train:            ## the main job
 	.venv/bin/klrl train ppo CartPole-v1

@@ -148,7 +148,7 @@ class FusedMLP:
             np.add.reduce(grad, 0, out=to_bias)
             if i > 0:
                 weight = self.layers[i][0]
-                # NumPy's product of a column and a row takes ten times as long as the same numbers one by one.
+                # NumPy's product of a column and a row takes twice as long as the same numbers one by one.
                 grad = grad @ weight if len(weight) > 1 else grad * weight
                 grad *= self._slope(i)
         return self.found

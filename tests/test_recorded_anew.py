@@ -1,5 +1,7 @@
 """CUDA graphs, where something beside their arguments changes: steps are recorded anew, or taken as they are."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -75,3 +77,15 @@ def test_blocks_within_each_other_and_odd_results_do_no_harm(as_on_a_gpu: None) 
     with captured(agent, Stand()), captured(agent, Stand()):
         assert agent._step(agent.make_batch(buffer), torch.tensor(0.1))[1] == {1}
     assert not set(agent.captures) & vars(agent).keys()
+
+
+def test_what_a_step_was_recorded_with_is_not_freed(as_on_a_gpu: None) -> None:
+    agent, buffer = sac(BOX, SACConfig(learning_starts=1, gradient_steps=40, batch_size=16))
+    with captured(agent, Stand()):
+        agent.update(buffer)
+        kept = weakref.ref(agent.learning_rate)
+        _faster(agent)
+        agent.update(buffer)
+        assert kept() is not None, "a graph reads it where it lies"
+    gc.collect()
+    assert kept() is None

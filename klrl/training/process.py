@@ -51,8 +51,8 @@ def gpu_pays(space: spaces.Space[Any], config: Any, n_envs: int) -> bool:
 
     space: of an observation. ``config``: the agent's; of a network of one's own nothing is known, and its
     ``hidden_sizes`` count. The threshold is arithmetic, and not measured: 2^25 products of a weight and a row, there
-    and back, are 2e8 operations, 4 ms of a core that does 5e10 a second. A GPU needs some 0.3 ms for a recorded step
-    and the copies of its rows; the rest pays for acting, as each step of the environments waits 0.1 ms for its actions.
+    and back, are 2e8 operations, 4 ms of a core that does 5e10 a second. A GPU is taken to need 0.3 ms for a recorded
+    step and the copies of its rows; the rest pays for acting, as each step of the environments waits for its actions.
     SAC's defaults, two layers of 256 and as many rows, are just there.
     """
     check_observation_space(space)

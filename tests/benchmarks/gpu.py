@@ -2,11 +2,11 @@
 
     python tests/benchmarks/gpu.py [--device cuda] [--quick]
 
-Steps per second of PPO on klrl/CartPole-v1 with 1 to 65,536 environments, which are stepped on the CPU: of collecting,
+Steps per second of PPO on klrl/CartPole-v1 with 1 to 65,536 environments, which are on the card, too: of collecting,
 and of both collecting and learning (``many_envs.py``). Updates and gradient steps per second on data that stay the
 same: as they are, under ``--compile``, and as CUDA graphs, compiling and recording left out. The largest difference of
-a weight between an update there and on the CPU, of the same weights and data. On one card it takes less than 8 minutes,
-most of them on the CPU; ``--quick`` is a trial of few and small parts.
+a weight between an update there and on the CPU, of the same weights and data. On one card it should take less than 8
+minutes, most of them on the CPU; ``--quick`` is a trial of few and small parts.
 """
 
 import argparse
