@@ -94,8 +94,9 @@ def test_further_is_where_a_small_step_down_the_loss_raises_the_kl(family: str, 
             assert torch.allclose(mine, factor * plain, atol=1e-12)
 
 
-NORMALISED: dict[str, Any] = {  # what makes its logits normalised when it is made
+NORMALISED: dict[str, Any] = {  # what makes its parameters normalised when it is made
     "one": lambda x: td.Categorical(logits=x[:, 0]),
+    "probabilities": lambda x: td.Categorical(probs=x[:, 0].softmax(-1)),
     "several": lambda x: joint(td.Categorical(logits=x)),
     "product": lambda x: Product([td.Categorical(logits=x[:, 0]), td.Categorical(logits=x[:, 1, :3])]),
 }
@@ -103,7 +104,7 @@ NORMALISED: dict[str, Any] = {  # what makes its logits normalised when it is ma
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("kind", NORMALISED)
-def test_further_is_seen_from_the_network_where_logits_were_normalised(kind: str, direction: Any) -> None:
+def test_further_is_seen_from_the_network_where_parameters_were_normalised(kind: str, direction: Any) -> None:
     make, measure = NORMALISED[kind], kl if direction == "forward" else reverse_kl
     raw = noise(200, 2, 4, seed=1).requires_grad_()
     old, new = make(noise(200, 2, 4, seed=0)), make(raw)

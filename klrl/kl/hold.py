@@ -22,9 +22,10 @@ def hold_states(old: td.Distribution, new: D, rules: Iterable[StateRule], direct
         new = hold_states(old, policy(obs), [Gate(0.05)])
         loss(new).backward()
 
-    With g the gradient of the loss in the parameters of a state's distribution, and k that of the state's KL in the
-    limited direction, a step down the loss takes the state further where <g, k> < 0. The least ``factor`` of the rules
-    counts, and 1 of a rule that has none, such as ``Project``. A loss may weigh its states as it likes.
+    With g the gradient of the loss in the parameters of a state's distribution (of a Categorical, in its logits), and k
+    that of the state's KL in the limited direction, a step down the loss takes the state further where <g, k> < 0. The
+    least ``factor`` of the rules counts, and 1 of a rule that has none, such as ``Project``. A loss may weigh its
+    states as it likes.
 
     Raises ValueError for a rule about a ratio, which has a meaning for a surrogate alone, where ``old`` and ``new`` do
     not have batch shape [B], and as ``klrl.kl.kl`` does.
@@ -42,7 +43,7 @@ def hold_states(old: td.Distribution, new: D, rules: Iterable[StateRule], direct
         divergence = (kl if direction == "forward" else reverse_kl)(old, leaf)
         slopes = torch.autograd.grad(divergence.sum(), leaves)
     reached = divergence.detach()
-    outward = [k if p is None else k - (k * p).sum(-1, True) for k, p in zip(slopes, _shares(leaf), strict=True)]
+    outward = [k if of is None else of(k) for k, of in zip(slopes, _outwards(leaf), strict=True)]
 
     def factors(gradient: Iterable[Tensor]) -> Tensor:
         parts = [g * k for g, k in zip(gradient, outward, strict=True)]
@@ -65,20 +66,24 @@ def as_leaves(dist: D) -> tuple[D, list[Tensor]]:
     return map_parameters(dist, detached), leaves
 
 
-def _shares(dist: Any) -> list[Tensor | None]:
-    """The probabilities that belong to each of the parameters, for a ``td.Categorical`` in logits; None for others.
+def _outwards(dist: Any) -> list[Callable[[Tensor], Tensor] | None]:
+    """What a ``td.Categorical`` makes of the KL's slope in its parameters, each; None for others, which leave it.
 
     It normalised its logits when it was made, so that a loss sends back a gradient g which is still to lose its part
-    along p: what reaches the network is g - p sum(g). Instead of g, the other factor of the product loses it.
+    along the probabilities p: what reaches the network is g - p sum(g), or, where it was given p itself, in logits that
+    p is the softmax of, p g - p sum(p g). Instead of g, the other factor of the product loses it.
     """
     if isinstance(dist, Product):
-        return [share for part in dist.parts for share in _shares(part)]
+        return [outward for part in dist.parts for outward in _outwards(part)]
     if isinstance(dist, td.Independent | td.TransformedDistribution):
-        return _shares(dist.base_dist)
+        return _outwards(dist.base_dist)
     if isinstance(dist, td.MixtureSameFamily):
-        return _shares(dist.mixture_distribution) + _shares(dist.component_distribution)
-    if isinstance(dist, td.Categorical) and dist._param is dist.__dict__.get("logits"):
-        return [dist.logits.detach().softmax(-1)]
+        return _outwards(dist.mixture_distribution) + _outwards(dist.component_distribution)
+    if isinstance(dist, td.Categorical):
+        p = dist.probs.detach()
+        if dist._param is dist.__dict__.get("logits"):
+            return [lambda k: k - (k * p).sum(-1, True)]
+        return [lambda k: p * (p * k - (p * p * k).sum(-1, True))]
     return [None] * len(parameters_of(dist))
 
 
