@@ -50,6 +50,15 @@ def test_mutual_information_is_what_actions_tell_of_states() -> None:
         mutual_information(DiagonalNormal(torch.zeros(2, 1), torch.zeros(2, 1)))
 
 
+def test_mutual_information_has_the_gradient_of_the_entropies() -> None:
+    logits = torch.randn(50, 4, generator=torch.manual_seed(0), dtype=torch.float64).requires_grad_()
+    p = logits[:, :3].softmax(-1)
+    (expected,) = torch.autograd.grad((p * p.log()).sum(-1).mean() - (p.mean(0) * p.mean(0).log()).sum(), logits)
+    policy = td.Categorical(logits=logits.masked_fill(torch.arange(4) == 3, -math.inf), validate_args=False)
+    (found,) = torch.autograd.grad(mutual_information(policy), logits)
+    assert torch.allclose(found, expected, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "space", [spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), spaces.Box(-1.0, 1.0, (2,))], ids=str
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from klrl.kl.closed_form import categorical_kl_of, log_probs_64
+from klrl.kl.closed_form import categorical_kl, categorical_kl_of, log_probs_64
 from klrl.kl.divergence import (
     NoClosedFormError,
     Product,
@@ -128,14 +128,16 @@ def renyi(old: td.Distribution, new: td.Distribution, alpha: float, units: Units
 def mutual_information(policy: td.Distribution, units: Units = "nats") -> Tensor:
     """I(S; A) = H(E_s pi(a|s)) - E_s H(pi(a|s)) over B states that count alike, a scalar: what actions tell of states.
 
-    ``policy``: discrete, with batch shape [B]. Computed as the mean KL(pi(.|s) || E_s pi), whose terms are at least 0.
-    Raises ValueError for others, and for over 65,536 joint actions. Source: Cover and Thomas (2006), equation 2.36.
+    ``policy``: discrete, with batch shape [B]. Computed as the mean KL(pi(.|s) || E_s pi), whose terms are at least 0,
+    and differentiable. Raises ValueError for others, and for over 65,536 joint actions. Source: Cover and Thomas
+    (2006), equation 2.36.
     """
     log_p = _tables(policy, policy)[0]
     if log_p.dim() != 2 or bool(log_p.isnan().any()):
         raise ValueError(f"policy has batch shape {tuple(policy.batch_shape)} or nan: it must be [B], and finite")
-    log_mean = torch.logsumexp(log_p, 0) - math.log(len(log_p))
-    return in_units(categorical_kl_of(log_p, log_mean.expand_as(log_p).clone()).mean(), units)
+    # The mean is the policy that makes this least, and so has no part in its gradient.
+    log_mean = torch.logsumexp(log_p.detach(), 0) - math.log(len(log_p))
+    return in_units(categorical_kl(log_p, log_mean.expand_as(log_p)).mean(), units)
 
 
 def _checked(value: Tensor, old: td.Distribution, new: td.Distribution) -> Tensor:
