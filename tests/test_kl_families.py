@@ -45,6 +45,12 @@ def test_families_that_torch_knows_have_the_kl_that_torch_gives(old: td.Distribu
     assert torch.allclose(kl(old, new), td.kl_divergence(old, new))
 
 
+def test_a_family_whose_kl_torch_has_wrong_has_none() -> None:
+    old, new = (td.Wishart(torch.tensor([freedom]), torch.eye(3)) for freedom in (4.0, 5.0))
+    with pytest.raises(NoClosedFormError, match="Wishart"):
+        kl(old, new)
+
+
 def test_only_equal_and_bijective_transforms_keep_the_kl_of_the_bases() -> None:
     def moved(transform: Any, mean: float = 0.0) -> td.TransformedDistribution:
         return td.TransformedDistribution(td.Normal(mean * ONE, ONE), [td.TanhTransform(), transform])

@@ -98,6 +98,8 @@ def _by_torch(old: td.Distribution, new: td.Distribution) -> Tensor:
     """torch's registered formula; between its own families in float64, as in float32 it cancels."""
     if not all(type(dist).__module__.startswith("torch.distributions.") for dist in (old, new)):
         return td.kl_divergence(old, new)
+    if isinstance(old, td.Wishart):  # torch's is wrong: 0.35 nats, of 4 degrees of freedom and 5, are -1.6 to it
+        raise NotImplementedError
     floats = [x.dtype for dist in (old, new) for x in tensors_of(dist) if x.is_floating_point()]
     value = td.kl_divergence(in_float64(old), in_float64(new)).clamp_min(0.0)
     return value.to(reduce(torch.promote_types, floats))
