@@ -104,6 +104,12 @@ def test_penalty_term_points_against_the_excess() -> None:
     assert float(Penalty(at_least(0.1), Fixed(2.0)).term(x)) == -1.0
 
 
+def test_a_penalty_refuses_what_is_no_coefficient() -> None:
+    for wrong in (0.5, Adaptive):
+        with pytest.raises(ValueError, match=r"a penalty needs a Coefficient, such as Fixed\(0.5\)"):
+            Penalty(at_most(1.0), wrong)  # type: ignore[arg-type]
+
+
 def test_rllib_and_paper_presets_follow_their_published_rules() -> None:
     paper, rllib = Adaptive.preset("paper"), Adaptive.preset("rllib")
     for measured, by_paper, by_rllib in ((0.041, 2.0, 0.3), (0.031, 4.0, 0.3), (0.011, 2.0, 0.3), (0.009, 1.0, 0.15)):

@@ -255,6 +255,10 @@ class Penalty:
     bound: Bound
     coefficient: Coefficient
 
+    def __post_init__(self) -> None:
+        if getattr(type(self.coefficient), "adapt", None) is None:
+            raise ValueError(f"a penalty needs a Coefficient, such as Fixed(0.5), not {self.coefficient!r}")
+
     def term(self, x: Tensor) -> Tensor:
         """What to add to a loss that is minimised: the coefficient times x, or times -x for a lower bound."""
         return (self.coefficient.value * self.bound.sign) * x
