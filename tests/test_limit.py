@@ -136,6 +136,17 @@ def test_rollback_restores_the_optimizer_beside_the_weights() -> None:
     assert moment.tolist() == [0.0] * 3
 
 
+def test_an_old_policy_that_is_given_may_be_a_view_of_what_learns() -> None:
+    std = torch.ones(3, requires_grad=True)
+    limit = KLLimit(at_most(math.inf))
+    with limit.update(lambda: joint(td.Normal(OBS[:, :1], std)), old=joint(td.Normal(OBS[:, :1], std))) as move:
+        for _ in range(2):  # no graph of the old one is walked a second time
+            limit.kl(move.old, move.policy()).sum().backward()
+        with torch.no_grad():
+            std.mul_(2.0)
+    assert move.report.mean == pytest.approx(3 * (math.log(2) + 1 / 8 - 1 / 2))
+
+
 def test_an_update_stops_where_and_when_it_was_asked_to() -> None:
     network = made()
     for check in ("update", "epoch", "minibatch"):

@@ -207,7 +207,7 @@ class Move:
         if limit.on_overshoot != "keep" and not self.weights:
             raise ValueError(f"on_overshoot {limit.on_overshoot!r} takes weights back: give them")
         with torch.no_grad():
-            self.old = self.new = freeze(policy()) if old is None else old
+            self.old = self.new = freeze(policy() if old is None else old)
             self.old_log_prob = None if actions is None else self.old.log_prob(actions)
         _check_shapes(self.old.batch_shape, mask, self.old_log_prob)
         self.before = [] if limit.on_overshoot == "keep" else [tensor.detach().clone() for tensor in self.restored]
