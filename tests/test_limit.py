@@ -284,10 +284,13 @@ def test_what_does_not_have_one_value_per_state_is_refused_at_the_beginning() ->
     for given, message in (
         ({"actions": torch.zeros(6, 1, dtype=torch.int64)}, "log-probabilities of the actions must have one value"),
         ({"mask": torch.ones(6, 1, dtype=torch.bool)}, "mask must have one value per state"),
+        ({"mask": torch.tensor([1, 1, 1, 0, 0, 0])}, r"mask must be bool, .* not torch.int64"),
     ):
         with pytest.raises(ValueError, match=message):
             limit.begin(lambda: categorical, **given)
     with pytest.raises(ValueError, match=r"wrap it in joint"):
         limit.begin(lambda: td.Normal(torch.zeros(6, 2), 1.0))
+    with pytest.raises(ValueError, match=r"a dimension of one state"):
+        limit.begin(lambda: td.Categorical(logits=torch.zeros(3)))
     with pytest.raises(ValueError, match="limited from above"):
         KLLimit(at_least(0.1))

@@ -14,7 +14,7 @@ from torch import distributions as td
 
 from klrl.kl.control import Bound, Coefficient, Fixed, Penalty, at_most
 from klrl.kl.divergence import NoClosedFormError, freeze, kl, reverse_kl
-from klrl.kl.measure import Direction, KLReport, Of, fraction, measure, states
+from klrl.kl.measure import Direction, KLReport, Of, check_states, fraction, measure, states
 from klrl.kl.ranks import ALONE, Ranks
 from klrl.kl.rules import PENALTIES, PenaltyRule, Start, StateRule, check_rules, weigh
 from klrl.kl.trust_region import project
@@ -46,14 +46,6 @@ def _checked(bound: Bound) -> Bound:
     if bound.sign < 0 or bound.limit < 0:
         raise ValueError(f"a KL is limited from above, at 0 or more: at_most(0.02), not {bound}")
     return bound
-
-
-def _check_shapes(states: torch.Size, mask: Tensor | None, log_prob: Tensor | None) -> None:
-    if len(states) != 1:
-        raise ValueError(f"the policy has batch shape {tuple(states)}, not [B]: wrap it in joint(...)")
-    for name, given in (("mask", mask), ("log-probabilities of the actions", log_prob)):
-        if given is not None and given.shape != states:
-            raise ValueError(f"{name} must have one value per state: {tuple(given.shape)}, {states}")
 
 
 class KLLimit:
@@ -209,7 +201,7 @@ class Move:
         with torch.no_grad():
             self.old = self.new = freeze(policy() if old is None else old)
             self.old_log_prob = None if actions is None else self.old.log_prob(actions)
-        _check_shapes(self.old.batch_shape, mask, self.old_log_prob)
+        check_states(self.old.batch_shape, mask, self.old_log_prob)
         self.before = [] if limit.on_overshoot == "keep" else [tensor.detach().clone() for tensor in self.restored]
         self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
         self.optimizer_before = copy.deepcopy(self.optimizer.state_dict()) if self.optimizer and self.before else {}

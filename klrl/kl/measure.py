@@ -104,6 +104,18 @@ def fraction(reached: float, limit: float) -> float:
     return 0.0 if limit == math.inf else reached / limit
 
 
+def check_states(shape: torch.Size, mask: Tensor | None, log_prob: Tensor | None) -> None:
+    """Raise ValueError unless a policy's batch ``shape`` is [B], and what is given has one value for each state."""
+    if len(shape) != 1:
+        how = "wrap it in joint(...)" if shape else "give its parameters a dimension of one state"
+        raise ValueError(f"the policy has batch shape {tuple(shape)}, not [B]: {how}")
+    for name, given in (("mask", mask), ("log-probabilities of the actions", log_prob)):
+        if given is not None and given.shape != shape:
+            raise ValueError(f"{name} must have one value per state: {tuple(given.shape)}, {shape}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, True for the states that count, not {mask.dtype}: mask.bool()")
+
+
 def state_mean(values: Tensor, mask: Tensor | None = None, ranks: Ranks = ALONE) -> Tensor:
     """The mean over states of ``values`` [B], float64, of those in ``mask`` (bool [B]) alone where it is given.
 
