@@ -260,6 +260,18 @@ def test_a_fresh_torch_optimizer_is_restored_to_having_no_state() -> None:
         optimizer.step()  # so that it has a state
 
 
+def test_several_optimizers_are_restored() -> None:
+    network = made()
+    optimizers = [torch.optim.SGD([weight], lr=1.0, momentum=0.9) for weight in network.parameters()]
+    limit = KLLimit(at_most(1e-6), on_overshoot="rollback")
+    with limit.update(lambda: policy(network), list(network.parameters()), optimizer=optimizers) as move:
+        policy(network).log_prob(torch.ones(6, 3)).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert move.report.rolled_back == 1.0
+    assert not any(optimizer.state_dict()["state"] for optimizer in optimizers)
+
+
 def test_weights_that_are_not_the_policys_are_refused_where_they_cannot_hold_it() -> None:
     for rule in ("rollback", "project"):
         network = made()

@@ -21,6 +21,7 @@ from klrl.kl.trust_region import project
 
 Check = Literal["update", "epoch", "minibatch"]
 Overshoot = Literal["keep", "rollback", "project"]
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer | Tensor]
 D = TypeVar("D", bound=td.Distribution)
 _WITHOUT = (
     "an estimate has no gradient and is no measure of a single state: with penalty='none' and no rule of states, stop "
@@ -46,6 +47,13 @@ def _checked(bound: Bound) -> Bound:
     if bound.sign < 0 or bound.limit < 0:
         raise ValueError(f"a KL is limited from above, at 0 or more: at_most(0.02), not {bound}")
     return bound
+
+
+def _apart(given: Optimizers) -> tuple[list[torch.optim.Optimizer], list[Tensor]]:
+    """Those with a state_dict, and the tensors of others."""
+    parts = [given] if isinstance(given, torch.optim.Optimizer) else given
+    optimizers = [part for part in parts if isinstance(part, torch.optim.Optimizer)]
+    return optimizers, [part for part in parts if isinstance(part, Tensor)]
 
 
 class KLLimit:
@@ -176,8 +184,8 @@ class Move:
     """An update that is under way: how far it went, and its ``report`` once it has ended.
 
     ``policy()``: the policy at a fixed batch of B states, as it now is. ``weights``: what it depends on, to be taken
-    back in place, and ``optimizer``, or its tensors: what "rollback" restores beside it. ``mask``: bool [B], the
-    states that count. ``actions``: one for each state, drawn from the old policy, for the estimates k1 and k3.
+    back in place, and ``optimizer``, several, or their tensors: what "rollback" restores beside it. ``mask``: bool
+    [B], the states that count. ``actions``: one for each state, drawn from the old policy, for the estimates k1 and k3.
     ``old``: the policy at the beginning, where it is known already. Raises ValueError where these do not have one
     value per state, and where an overshoot is to be taken back without ``weights``.
     """
@@ -189,13 +197,14 @@ class Move:
         weights: Tensor | Sequence[Tensor] = (),
         mask: Tensor | None = None,
         *,
-        optimizer: torch.optim.Optimizer | Sequence[Tensor] = (),
+        optimizer: Optimizers = (),
         actions: Tensor | None = None,
         old: td.Distribution | None = None,
     ) -> None:
         self.limit, self.policy, self.mask, self.actions = limit, policy, mask, actions
         self.weights = [weights] if isinstance(weights, Tensor) else list(weights)
-        self.restored = [*self.weights, *([] if isinstance(optimizer, torch.optim.Optimizer) else optimizer)]
+        self.optimizers, tensors = _apart(optimizer)
+        self.restored = [*self.weights, *tensors]
         if limit.on_overshoot != "keep" and not self.weights:
             raise ValueError(f"on_overshoot {limit.on_overshoot!r} takes weights back: give them")
         with torch.no_grad():
@@ -203,8 +212,7 @@ class Move:
             self.old_log_prob = None if actions is None else self.old.log_prob(actions)
         check_states(self.old.batch_shape, mask, self.old_log_prob)
         self.before = [] if limit.on_overshoot == "keep" else [tensor.detach().clone() for tensor in self.restored]
-        self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
-        self.optimizer_before = copy.deepcopy(self.optimizer.state_dict()) if self.optimizer and self.before else {}
+        self.optimizers_before = [copy.deepcopy(part.state_dict()) for part in self.optimizers] if self.before else []
         self.log_ratio: Tensor | None = None
         """log new(a) - log old(a) of ``actions``, [B], of ``new``: the policy at the last measurement."""
         self.stopped_at, self.reached = 0, 0.0
@@ -279,8 +287,8 @@ class Move:
     def _restore(self) -> None:
         for tensor, before in zip(self.restored, self.before, strict=False):
             tensor.copy_(before)
-        if self.optimizer is not None and self.before:
-            self.optimizer.load_state_dict(self.optimizer_before)
+        for optimizer, state in zip(self.optimizers, self.optimizers_before, strict=False):
+            optimizer.load_state_dict(state)
 
     def _take_back(self, reached: float) -> float:
         """Move the weights back as ``on_overshoot`` says; the fraction of the update that is kept."""
