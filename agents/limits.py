@@ -122,3 +122,9 @@ class OffPolicyKLConfig(KLConfig):
     on_overshoot: Overshoot = "keep"
     every: PositiveInt = 1000
     """How many gradient steps make the window whose KL is measured and limited; kl.check's epoch is a tenth of it."""
+
+    def options(self) -> dict[str, Any]:
+        options = super().options()
+        if any(rule.weighs and type(rule).factor is StateRule.factor for rule in options["rules"]):
+            raise UsageError(f"--kl.per-state {self.per_state} is about a surrogate's ratio: this agent needs a factor")
+        return options

@@ -13,7 +13,7 @@ from test_resume import check_same
 from torch import distributions as td
 
 import klrl
-from klrl.agents.limits import KLConfig
+from klrl.agents.limits import KLConfig, OffPolicyKLConfig
 from klrl.cli.main import main
 from klrl.errors import UsageError
 from klrl.kl import Start, StateRule, at_most
@@ -188,6 +188,20 @@ def test_what_is_no_such_part_is_refused_in_a_line_before_anything_is_written(
     with pytest.raises(UsageError, match=line):
         klrl.train("ppo", "Pendulum-v1", **options, **SMALL)
     assert not Path("runs").exists()
+
+
+class OfRatios(Halve):
+    factor = StateRule.factor
+
+    def weight(self, ratio: Any, advantage: Any, kl: Any) -> Any:
+        return torch.where((ratio - 1).abs() > self.limit, 0.5, 1.0)
+
+
+def test_a_rule_about_ratios_is_for_agents_that_have_one() -> None:
+    of_ppo, of_sac = (config(per_state=OfRatios) for config in (KLConfig, OffPolicyKLConfig))  # type: ignore[arg-type]
+    assert isinstance(of_ppo.make_limit(torch.device("cpu")).rules[0], OfRatios)
+    with pytest.raises(UsageError, match="OfRatios is about a surrogate's ratio: this agent needs"):
+        of_sac.make_limit(torch.device("cpu"))
 
 
 def test_a_class_within_a_function_is_told_to_come_out_of_it() -> None:
