@@ -199,6 +199,8 @@ def test_what_no_rule_can_act_by_is_refused() -> None:
     old = td.Normal(torch.zeros(3, 3), 1.0)
     with pytest.raises(ValueError, match="wrap in joint"):
         KLLimit(rules=[Gate()]).weight(torch.ones(3), torch.ones(3), old, old)
+    with pytest.raises(ValueError, match=r"advantage has shape \(3, 1\), the ratio \(3,\): one per state"):
+        KLLimit(rules=[Clip()]).weight(torch.ones(3), torch.ones(3, 1), old, old)
 
 
 def test_infinite_kls_are_no_nan() -> None:

@@ -209,11 +209,13 @@ def weigh(rules: Sequence[StateRule], ratio: Tensor, advantage: Tensor, kl: Call
     """The least weight that the rules give each state's surrogate, [B]; 1 without a rule that weighs.
 
     ratio, advantage: [B]. kl: gives the states' KLs, and is asked where a rule reads them. Raises ValueError where
-    they are not one value per state.
+    these are not one value per state.
     """
     weighing = [rule for rule in rules if rule.weighs]
     if not weighing:
         return 1.0
+    if advantage.shape not in (ratio.shape, ()):  # torch would make a table of all pairs of states
+        raise ValueError(f"advantage has shape {tuple(advantage.shape)}, the ratio {tuple(ratio.shape)}: one per state")
     with torch.no_grad():
         reached = kl() if any(rule.reads_kl for rule in weighing) else None
         if reached is not None and reached.shape != ratio.shape:
