@@ -124,6 +124,8 @@ def test_a_projected_policy_draws_the_network_to_it() -> None:
     new = td.Normal(means, 1.0)
     within = limit.within(old, new)
     assert within.loc.tolist() == pytest.approx([0.1, 0.2], rel=1e-4)  # 0.2^2 / 2 = 0.02
+    with pytest.raises(ValueError, match=r"a rule draws the policy to what within\(old, new\) makes of it"):
+        limit.term(old, new)
     pull = limit.term(old, new, within)
     assert pull.tolist() == pytest.approx([0.0, 0.5 * 1.8**2 / 2], rel=1e-4)  # type: ignore[union-attr]
     (slope,) = torch.autograd.grad(pull.sum(), means)  # type: ignore[union-attr]

@@ -16,7 +16,7 @@ from klrl.kl.control import Bound, Coefficient, Fixed, Penalty, at_most
 from klrl.kl.divergence import NoClosedFormError, freeze, kl, reverse_kl
 from klrl.kl.measure import Direction, KLReport, Of, check_states, fraction, measure, states
 from klrl.kl.ranks import ALONE, Ranks
-from klrl.kl.rules import PENALTIES, PenaltyRule, Start, StateRule, check_rules, weigh
+from klrl.kl.rules import PENALTIES, PenaltyRule, Start, StateRule, check_rules, pulled, weigh
 from klrl.kl.trust_region import project
 
 Check = Literal["update", "epoch", "minibatch"]
@@ -116,9 +116,9 @@ class KLLimit:
     def term(self, old: td.Distribution, new: td.Distribution, within: td.Distribution | None = None) -> Tensor | float:
         """beta * KL of each state, [B], to be added to a loss; 0 where nothing penalises.
 
-        ``within``: what ``self.within`` made of ``new``, which is then drawn to it.
+        ``within``: what ``self.within`` made of ``new``, which is then drawn to it, as a rule such as Project needs.
         """
-        pull = 0.0 if within is None else sum(rule.pull(within, new) for rule in self.rules)
+        pull = pulled(self.rules, within, new)
         if not self.penalises:
             return pull
         divergence = self.kl(old, new)

@@ -205,6 +205,15 @@ def check_rules(rules: Sequence[StateRule]) -> None:
             raise ValueError(f"{rule!r} is no rule of single states: give an instance, such as Gate(0.05)")
 
 
+def pulled(rules: Sequence[StateRule], within: td.Distribution | None, new: td.Distribution) -> Tensor | float:
+    """What the rules add to each state's loss, [B]. Raises ValueError where one of them needs a ``within``."""
+    if within is not None:
+        return sum(rule.pull(within, new) for rule in rules)
+    if any(type(rule).pull is not StateRule.pull for rule in rules):
+        raise ValueError("a rule draws the policy to what within(old, new) makes of it: the loss is of that")
+    return 0.0
+
+
 def weigh(rules: Sequence[StateRule], ratio: Tensor, advantage: Tensor, kl: Callable[[], Tensor]) -> Tensor | float:
     """The least weight that the rules give each state's surrogate, [B]; 1 without a rule that weighs.
 
