@@ -63,8 +63,8 @@ class KLLimit:
     forward bounds KL(old || new), reverse KL(new || old). They are held by rules, in three places:
 
     - on the mean, during the update: ``term``, a penalty whose coefficient follows ``penalty``, a name of
-      ``PENALTIES``, started at ``coef``, or a ``Coefficient`` of one's own; and ``Move.exceeded``, which says when to
-      stop: once the KL is above ``stop`` times a limit (0: never), measured where ``check`` says;
+      ``PENALTIES``, started at ``coef``, or a ``Coefficient``, as ``Annealed`` to an end; and ``Move.exceeded``, which
+      says when to stop: once the KL is above ``stop`` times a limit (0: never), measured where ``check`` says;
     - in each state, during the update: ``weight`` and ``within``, by the ``StateRule``s in ``rules``;
     - after it: ``on_overshoot`` keeps an update that ends above a limit, takes it back ("rollback"), or moves it back
       along its own line to the boundary ("project"); then the coefficient adapts to what the update had reached: the
