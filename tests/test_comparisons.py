@@ -17,6 +17,7 @@ from klrl.kl import (
     js,
     kl,
     mc_entropy,
+    mutual_information,
     pinsker_bound,
     renyi,
     total_variation,
@@ -113,6 +114,13 @@ def test_joint_distributions_are_compared_as_one() -> None:
     many = MultiCategorical(torch.zeros(1, 20, 3))
     with pytest.raises(ValueError, match="joint outcomes"):
         js(many, many)
+
+
+def test_one_hot_actions_are_compared_as_their_numbers_are() -> None:
+    logits = torch.randn(2, 5, 3, 4, generator=torch.manual_seed(0))
+    hot, numbers = ([joint(make(logits=x)) for x in logits] for make in (td.OneHotCategorical, td.Categorical))
+    for measure in (js, total_variation, lambda old, new: renyi(old, new, 0.5), lambda old, _: mutual_information(old)):
+        assert torch.equal(measure(*hot), measure(*numbers))
 
 
 def test_what_has_no_closed_form_is_refused() -> None:

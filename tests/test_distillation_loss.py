@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.distributions import Bernoulli, Categorical, Independent, Normal
+from torch.distributions import Bernoulli, Categorical, Independent, Normal, OneHotCategorical
 
 from klrl.kl import distillation_loss, joint, kl
 from klrl.policies.distributions import DiagonalNormal, MultiCategorical
@@ -23,6 +23,7 @@ KNOWN = 4 * (0.25 * math.log(0.5) + 0.75 * math.log(1.5))
         (Bernoulli(logits=TEACHER[:, 1]), Bernoulli(logits=STUDENT[:, 1])),
         (Bernoulli(probs=torch.tensor([0.9])), Bernoulli(probs=torch.tensor([0.5]))),
         (MultiCategorical(TEACHER[:, None]), MultiCategorical(STUDENT[:, None])),
+        (OneHotCategorical(logits=TEACHER), OneHotCategorical(logits=STUDENT)),
     ],
 )
 def test_the_loss_is_t_squared_times_the_softened_kl(pair: tuple[torch.distributions.Distribution, ...]) -> None:
@@ -39,6 +40,7 @@ def test_action_dimensions_are_summed_whatever_they_are_wrapped_in() -> None:
         [Independent(Bernoulli(logits=x[..., 1]), 1) for x in wide],
         [joint([Categorical(logits=x[:, 0])] * 3) for x in wide],
         [MultiCategorical(x) for x in wide],
+        [joint(OneHotCategorical(logits=x)) for x in wide],
     ]
     for teacher, student in pairs:
         assert distillation_loss(teacher, student, 2.0).tolist() == pytest.approx([3 * KNOWN], rel=1e-6)

@@ -147,6 +147,8 @@ def _checked(value: Tensor, old: td.Distribution, new: td.Distribution) -> Tenso
 
 
 def _base(dist: Any) -> Any:
+    if isinstance(dist, td.OneHotCategorical):
+        return dist._categorical
     return _base(dist.base_dist) if isinstance(dist, td.Independent) else dist
 
 

@@ -28,6 +28,8 @@ def distillation_loss(teacher: td.Distribution, student: td.Distribution, temper
     if isinstance(teacher, Product) and isinstance(student, Product):
         pairs = zip(teacher.parts, student.parts, strict=True)
         return torch.stack([distillation_loss(*pair, temperature) for pair in pairs]).sum(0)
+    if isinstance(teacher, td.OneHotCategorical) and isinstance(student, td.OneHotCategorical):
+        return distillation_loss(teacher._categorical, student._categorical, temperature)
     logits = [_logits(dist) for dist in (teacher, student)]
     if logits[0] is None or logits[1] is None:
         return kl(teacher, student)
