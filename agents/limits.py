@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import torch
 
-from klrl.config import Checked, Named, NonNegative, Positive, PositiveInt, Reads
+from klrl.config import Checked, Named, Needs, NonNegative, Positive, PositiveInt, Reads
 from klrl.errors import UsageError
 from klrl.kl import Coefficient, Direction, KLLimit, StateRule, at_most
 from klrl.kl.limit import Check, Overshoot
@@ -53,25 +53,25 @@ class KLConfig(KLTarget):
     """KL penalty in the loss. Its coefficient doubles after an update above 1.5 targets (above 1 where overshoots are
     undone or moved back) and halves after one below 1/1.5; climbs and falls with the excess; stays; follows a schedule;
     is 0; or is one of your own, a klrl.kl.Coefficient made from a klrl.kl.Start."""
-    coef: NonNegative = 1.0
+    coef: Annotated[NonNegative, Needs("penalty")] = 1.0
     """The penalty's coefficient at the start; an adaptive or lagrange one stays within 1e-4 to 1e4."""
-    anneal_to: NonNegative = 0.0
+    anneal_to: Annotated[NonNegative, Needs("penalty")] = 0.0
     """The coefficient of an annealed, cyclical or reciprocal penalty at its schedule's end; above 0 for the last."""
-    anneal_over: PositiveInt = 1000
+    anneal_over: Annotated[PositiveInt, Needs("penalty")] = 1000
     """How many updates that schedule takes."""
-    influence: NonNegative = 0.0
+    influence: Annotated[NonNegative, Needs("penalty")] = 0.0
     """Beyond this many targets, a state's KL pulls no harder in the penalty; 0, or no target, sets no bound."""
     per_state: RuleName = "none"
     """Where a state's own KL is above kl.state_limit, drop what of the surrogate would move it further (gate), turn
     it back (reverse), or learn by the nearest policy that is within it, and draw the network to that (project); or a
     rule of your own, a klrl.kl.StateRule made from kl.state_limit and kl.turn."""
-    state_limit: Positive = 0.05
+    state_limit: Annotated[Positive, Needs("per_state")] = 0.05
     """The KL of a single state, in nats, from which on kl.per_state acts."""
-    turn: Positive = 1.0
+    turn: Annotated[Positive, Needs("per_state")] = 1.0
     """How strongly kl.per_state reverse turns back, and project draws the network to the projected policy."""
     stop: NonNegative = 0.0
     """Stop an update once its KL, measured as kl.check says, exceeds this many times the target; 0 never stops."""
-    check: Check = "epoch"
+    check: Annotated[Check, Needs("stop")] = "epoch"
     """When the whole batch's exact KL is measured: after each epoch, each minibatch, or only after the update, which
     then cannot be stopped."""
     on_overshoot: Overshoot = "project"

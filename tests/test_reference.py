@@ -282,6 +282,9 @@ def test_a_reference_without_kl_to_the_policy_is_refused_before_anything_is_writ
         ({"reference": {"direction": "forward"}}, "--reference.direction does nothing without --reference.run"),
         ({"bottleneck": {"target": 1}}, "--bottleneck.target does nothing without --bottleneck.size"),
         ({"critic_kl": 0.1}, "--critic-kl does nothing without --critic bayesian"),
+        ({"kl": {"coef": 3.0}}, "--kl.coef does nothing without --kl.penalty"),
+        ({"kl": {"turn": 0.5}}, "--kl.turn does nothing without --kl.per-state"),
+        ({"kl": {"check": "minibatch"}}, "--kl.check does nothing without --kl.stop"),
     ],
 )
 def test_options_that_do_nothing_are_refused_before_anything_is_written(

@@ -56,7 +56,7 @@ def kl(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Ten
     Categorical, Bernoulli, normal, full-covariance normal, Beta, products and bijective transforms of these are
     computed here; what torch has registered besides (Gamma, Dirichlet, Poisson, ...) is its formula in float64, which
     leaves an error of about 1e-15 times the terms that it subtracts. A KL that a package of your own registered with
-    torch is taken as it is.
+    torch is taken as it is, and a subclass as its family, whatever its own ``log_prob`` says.
 
     Raises ValueError for different shapes, parameters that are nan, or a pair without a closed form, whose KL
     ``mc_kl`` estimates: also where a transform's own parameters differ, or, with gradients, learn.
