@@ -90,7 +90,7 @@ class KLConfig(KLTarget):
             except ValueError as problem:
                 raise UsageError(f"--kl.penalty {self.penalty}, with --kl.coef and --kl.anneal-to: {problem}") from None
         if ":" in self.per_state:
-            rule = make_own(self.per_state, StateRule, "rule", "kl.per_state", (), self.state_limit, self.turn)
+            rule: StateRule | None = _own_rule(self.per_state, self.state_limit, self.turn)
         else:
             rule = STATE_RULES[self.per_state](self.state_limit, self.turn)  # type: ignore[index]
         return {**options, "penalty": penalty, "rules": [] if rule is None else [rule]}
@@ -108,6 +108,20 @@ def _own_coefficient(name: str, start: Start) -> Coefficient:
             raise ValueError(f"its value is {made.value}, and {twin.value} once its state is loaded")
     except Exception as problem:
         raise unusable("coefficient", name, problem) from None
+    return made
+
+
+def _own_rule(name: str, limit: float, turn: float) -> StateRule:
+    """A rule of one's own, whose twin was seen to weigh two states."""
+    made: StateRule
+    made, twin = (make_own(name, StateRule, "rule", "kl.per_state", (), limit, turn) for _ in range(2))
+    two = torch.tensor([0.5, 2.0])
+    try:
+        weights = torch.as_tensor(twin.weight(two, two, limit * two) if twin.weighs else two)
+        if weights.shape not in (two.shape, ()) or not weights.isfinite().all():
+            raise ValueError(f"it weighs two states by {weights.tolist()}")
+    except Exception as problem:
+        raise unusable("rule", name, problem) from None
     return made
 
 

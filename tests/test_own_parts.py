@@ -83,6 +83,14 @@ class Forgetful(Growing):
         return {}
 
 
+class Tripled(StateRule):
+    def __init__(self, limit: float, turn: float) -> None:
+        pass
+
+    def factor(self, kl: Any, further: Any) -> Any:
+        return torch.ones(3)
+
+
 class Crooked(Laplace):
     def forward(self, output: Any) -> Any:
         return td.Normal(output, 1.0, validate_args=False)
@@ -172,6 +180,10 @@ def test_trpo_says_that_it_needs_a_fisher_information() -> None:
         ({"head": torch.nn.Linear}, "head torch.nn.modules.linear:Linear cannot be used: it has no method sample"),
         ({"kl": {"penalty": "adaptve"}}, r"--kl.penalty must be one of .* \(did you mean 'adaptive'\?\), got adaptve"),
         ({"kl": {"penalty": "nowhere:X"}}, "coefficient 'nowhere:X' is no imported class: --import nowhere, if you"),
+        (
+            {"kl": {"per_state": Tripled}},
+            r"rule .*:Tripled cannot be used: .* it weighs two states by \[1.0, 1.0, 1.0\]",
+        ),
         ({"kl": {"penalty": Forgetful}}, "coefficient .*:Forgetful cannot be used: KeyError: 'value'"),
         ({"kl": {"penalty": Halve}}, "coefficient .*:Halve cannot be used: it has no method adapt and no state_dict"),
         (
