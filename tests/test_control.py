@@ -90,6 +90,14 @@ def test_a_state_takes_numbers_of_any_type_and_nothing_else(name: str) -> None:
         MAKERS[name]().load_state_dict({"other": 1.0})
 
 
+@pytest.mark.parametrize("make", [Adaptive, Dual])
+def test_a_state_from_beyond_the_range_is_taken_to_its_edge(make: Any) -> None:
+    coefficient = make(1.0, minimum=0.1, maximum=10.0)
+    for saved, value in ((1000.0, 10.0), (-1000.0, 0.1), (0.0, 1.0)):
+        coefficient.load_state_dict({"log_value": saved})
+        assert coefficient.value == pytest.approx(value)
+
+
 def test_a_dual_takes_its_last_excess_as_a_number() -> None:
     dual = Dual(1.0, proportional=1.0)
     dual.load_state_dict({"log_value": np.float64(0.5), "last_excess": np.float32(0.25)})

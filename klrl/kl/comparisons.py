@@ -73,7 +73,7 @@ def js(old: td.Distribution, new: td.Distribution, units: Units = "nats") -> Ten
         middle = torch.logaddexp(log_p, log_q) - math.log(2)
         value = 0.5 * (categorical_kl_of(log_p, middle) + categorical_kl_of(log_q, middle))
         value = torch.where((log_p == log_q).all(-1), 0.0, value)  # where middle is them but for its rounding
-    return in_units(_checked(value, old, new), units).to(torch.get_default_dtype())
+    return in_units(_checked(value, old, new), units)
 
 
 def total_variation(old: td.Distribution, new: td.Distribution) -> Tensor:
@@ -83,7 +83,7 @@ def total_variation(old: td.Distribution, new: td.Distribution) -> Tensor:
     """
     log_p, log_q = _tables(old, new)
     value = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
-    return _checked(value, old, new).to(torch.get_default_dtype())
+    return _checked(value, old, new)
 
 
 def pinsker_bound(divergence: Tensor) -> Tensor:
@@ -112,8 +112,7 @@ def renyi(old: td.Distribution, new: td.Distribution, alpha: float, units: Units
         near = excess.isfinite() & (excess > -0.5)  # far apart nothing cancels, but powers may overflow
         whole = torch.where(near, torch.log1p(torch.where(near, excess, 0.0)), torch.logsumexp(powers, -1))
         value = whole / (alpha - 1)
-        value = _checked(value.clamp_min(0.0), old, new)
-        return in_units(_sum_parts(old, value), units).to(torch.get_default_dtype())
+        return in_units(_checked(_sum_parts(old, value.clamp_min(0.0)), old, new), units)
     (mean_p, log_std_p), (mean_q, log_std_q) = _normal(old, new), _normal(new, old)
     var_p, var_q = (2 * log_std_p).exp(), (2 * log_std_q).exp()
     mixed = alpha * var_q + (1 - alpha) * var_p
@@ -121,8 +120,8 @@ def renyi(old: td.Distribution, new: td.Distribution, alpha: float, units: Units
     ratio = 2 * (log_std_p - log_std_q)
     logarithm = torch.log1p((1 - alpha) * torch.expm1(ratio)) - (1 - alpha) * ratio
     value = 0.5 * alpha * (mean_q - mean_p) ** 2 / mixed + 0.5 * logarithm / (1 - alpha)
-    value = _checked(torch.where(mixed <= 0, math.inf, value.clamp_min(0.0)), old, new)
-    return in_units(_sum_parts(old, value), units).to(torch.get_default_dtype())
+    value = torch.where(mixed <= 0, math.inf, value.clamp_min(0.0))
+    return in_units(_checked(_sum_parts(old, value), old, new), units)
 
 
 def mutual_information(policy: td.Distribution, units: Units = "nats") -> Tensor:
@@ -141,9 +140,16 @@ def mutual_information(policy: td.Distribution, units: Units = "nats") -> Tensor
 
 
 def _checked(value: Tensor, old: td.Distribution, new: td.Distribution) -> Tensor:
+    """``value``, which is float64, in the parameters' type. Raises ValueError where it is nan."""
     if bool(value.isnan().any()):
         raise_nan(old, new)
-    return value
+    return value.to(torch.promote_types(*(_precision(dist) for dist in (old, new))))
+
+
+def _precision(dist: td.Distribution) -> torch.dtype:
+    logits = _log_probs(dist)
+    found: torch.dtype = _base(dist).loc.dtype if logits is None else logits.dtype
+    return found
 
 
 def _base(dist: Any) -> Any:

@@ -132,14 +132,13 @@ class Adaptive:
             step = math.log(self.shrink)
         elif measured <= bound.limit * self.high:
             return
-        lowest, highest = self._range
-        self._log_value = min(max(self._log_value + step, lowest), highest)
+        self._log_value = _clamped(self._log_value + step, self._range)
 
     def state_dict(self) -> dict[str, float]:
         return {"log_value": self._log_value}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self._log_value = _number(state, "log_value")
+        self._log_value = _clamped(_number(state, "log_value"), self._range)
 
 
 class Dual:
@@ -180,8 +179,7 @@ class Dual:
         if self.proportional and math.isfinite(excess):
             step += self.proportional * (excess - (excess if self._last_excess is None else self._last_excess))
             self._last_excess = excess
-        lowest, highest = self._range
-        self._log_value = min(max(self._log_value + min(max(step, -1.0), 1.0), lowest), highest)
+        self._log_value = _clamped(self._log_value + _clamped(step, (-1.0, 1.0)), self._range)
 
     def retrace(self, before: dict[str, float], kept: float) -> None:
         """Keep the fraction ``kept`` of the way in log value since ``before``, a state_dict; 0 goes back to it."""
@@ -193,7 +191,7 @@ class Dual:
         return {"log_value": self._log_value, **last}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self._log_value = _number(state, "log_value")
+        self._log_value = _clamped(_number(state, "log_value"), self._range)
         self._last_excess = _number(state, "last_excess") if "last_excess" in state else None
 
 
@@ -276,6 +274,10 @@ def _number(state: dict[str, Any], name: str) -> float:
     if not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name} of the state must be a finite number, got {value!r}")
     return float(value)
+
+
+def _clamped(value: float, allowed: tuple[float, float]) -> float:
+    return min(max(value, allowed[0]), allowed[1])
 
 
 def _positive(name: str, value: float, zero_allowed: bool = False) -> float:
