@@ -21,7 +21,7 @@ from klrl.buffers.protocol import Buffer
 from klrl.config import Seed, build, convert, field_types, to_dict
 from klrl.errors import UsageError, one_line
 from klrl.kl import ALONE, KLLimit, KLReport, NoClosedFormError, Ranks, concatenate, freeze
-from klrl.kl.divergence import parameters_of
+from klrl.kl.parameters import parameters_of
 from klrl.policies.encoder import Inputs
 from klrl.policies.memory import SEQUENCE
 from klrl.policies.networks import Array, OwnNetwork, name_of_network, named_network

@@ -17,8 +17,8 @@ from klrl.buffers.rollout import RolloutBuffer
 from klrl.config import NonNegative, Positive, PositiveInt, Range
 from klrl.errors import SkippedUpdateError, UsageError
 from klrl.kl import Move, fisher_vector_product
-from klrl.kl.divergence import parameters_of
 from klrl.kl.hold import as_leaves
+from klrl.kl.parameters import parameters_of
 from klrl.kl.trust_region import LineSearch, NaturalStep, line_search, natural_step
 from klrl.policies.jacobian import Pull, Push, jacobian
 from klrl.policies.memory import SEQUENCE

@@ -27,7 +27,7 @@ from klrl.envs.make import EnvConfig, make_vector
 from klrl.envs.native import CartPole, Pendulum, TorchVectorEnv
 from klrl.errors import Interrupted, NonFiniteError
 from klrl.kl import ALONE
-from klrl.kl.divergence import parameters_of
+from klrl.kl.parameters import parameters_of
 from klrl.rundir import checkpoint
 from klrl.training.captured import waiting_raises
 from klrl.training.device import DeviceEpisodes, rollouts_stay

@@ -7,7 +7,7 @@ import torch
 from torch import distributions as td
 
 from klrl.kl import fisher_vector_product, joint, kl
-from klrl.kl.divergence import map_parameters, parameters_of
+from klrl.kl.parameters import map_parameters, parameters_of
 from klrl.policies.distributions import DiagonalNormal, MultiCategorical
 
 
@@ -23,6 +23,7 @@ def masked() -> MultiCategorical:
 
 FAMILIES: dict[str, Any] = {
     "categorical": lambda: td.Categorical(logits=randn(5, 4)),
+    "one-hot": lambda: td.OneHotCategorical(logits=randn(5, 4)),
     "bernoulli": lambda: td.Bernoulli(logits=randn(5)),
     "normal": lambda: td.Normal(randn(5), randn(5).exp()),
     "joint normal": lambda: joint(td.Normal(randn(5, 3), randn(5, 3).exp())),
@@ -60,5 +61,5 @@ def test_what_does_not_fit_is_named() -> None:
         fisher_vector_product(td.Categorical(logits=randn(5, 4)), randn(5, 3))
     with pytest.raises(ValueError, match="given by probabilities"):
         fisher_vector_product(td.Categorical(probs=torch.ones(2, 2)), torch.ones(2, 2))
-    with pytest.raises(ValueError, match="not supported"):
+    with pytest.raises(ValueError, match="of Gamma is not known"):
         fisher_vector_product(td.Gamma(torch.ones(2), torch.ones(2)), torch.ones(2), torch.ones(2))

@@ -16,7 +16,7 @@ from klrl.agents.on_policy import Batch, value_loss
 from klrl.agents.ppo import PPO, PPOConfig, policy_loss
 from klrl.agents.trpo import TRPO, TRPOConfig
 from klrl.kl import SPO, Clip, Gate, KLLimit, Reverse, StateRule, at_most, freeze, kl
-from klrl.kl.divergence import parameters_of
+from klrl.kl.parameters import parameters_of
 from klrl.policies.encoder import ObservationEncoder
 from klrl.policies.heads import make_head
 from klrl.policies.jacobian import jacobian

@@ -18,7 +18,7 @@ from klrl.agents.ppo import PPOConfig
 from klrl.agents.trpo import TRPOConfig
 from klrl.errors import UsageError
 from klrl.kl import fisher_vector_product, geometric_mean, kl, measure
-from klrl.kl.divergence import parameters_of
+from klrl.kl.parameters import parameters_of
 from klrl.policies.beta import BetaHead, JointBeta
 from klrl.policies.distributions import DiagonalNormal, uniform_like
 from klrl.policies.encoder import ObservationEncoder

@@ -18,7 +18,7 @@ from klrl.agents.limits import OffPolicyKLConfig
 from klrl.agents.sac import SAC
 from klrl.buffers.replay import Transitions
 from klrl.kl import Clip, Gate, Product, Project, Reverse, StateRule, freeze, hold_states, joint, kl, reverse_kl
-from klrl.kl.divergence import map_parameters, parameters_of
+from klrl.kl.parameters import map_parameters, parameters_of
 from klrl.policies.distributions import DiagonalNormal, MultiCategorical
 from klrl.policies.parameters import gradients
 from klrl.policies.squashed import SquashedNormal
@@ -61,6 +61,7 @@ FAMILIES: dict[str, Any] = {
     "squashed": lambda seed: SquashedNormal(noise(40, 2, seed=seed), 0.5 * noise(40, 2, seed=seed + 1)),
     "padded": padded,
     "normal": lambda seed: joint(td.Normal(noise(40, 2, seed=seed), noise(40, 2, seed=seed + 1).exp())),
+    "dirichlet": lambda seed: td.Dirichlet(noise(40, 3, seed=seed).exp()),
     "numbers": lambda seed: td.Normal(noise(40, seed=seed), noise(40, seed=seed + 1).exp()),
     "correlated": lambda seed: td.MultivariateNormal(
         noise(40, 2, seed=seed), scale_tril=torch.eye(2).double() + 0.3 * noise(40, 2, 2, seed=seed + 1).tril()
@@ -97,6 +98,7 @@ def test_further_is_where_a_small_step_down_the_loss_raises_the_kl(family: str, 
 NORMALISED: dict[str, Any] = {  # what makes its parameters normalised when it is made
     "one": lambda x: td.Categorical(logits=x[:, 0]),
     "probabilities": lambda x: td.Categorical(probs=x[:, 0].softmax(-1)),
+    "one-hot": lambda x: td.OneHotCategorical(logits=x[:, 0]),
     "several": lambda x: joint(td.Categorical(logits=x)),
     "product": lambda x: Product([td.Categorical(logits=x[:, 0]), td.Categorical(logits=x[:, 1, :3])]),
 }

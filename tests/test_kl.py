@@ -1,12 +1,14 @@
 """The heart: exact KL, its semantics, its gradients, control and tracking."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import distributions as td
 
 from klrl.kl import (
+    KLLimit,
     NoClosedFormError,
     at_most,
     categorical_kl,
@@ -167,8 +169,8 @@ def test_what_cannot_be_compared_is_named() -> None:
         kl(td.Categorical(logits=torch.zeros(2, 3)), td.Categorical(logits=torch.zeros(4, 3)))
     with pytest.raises(ValueError, match="one shape"):
         kl(td.Categorical(logits=torch.zeros(2, 1)), td.Categorical(logits=torch.zeros(2, 3)))
-    with pytest.raises(ValueError, match="Gamma is not supported"):
-        freeze(td.Gamma(torch.ones(1), torch.ones(1)))
+    with pytest.raises(ValueError, match="StudentT is not supported"):
+        freeze(td.StudentT(torch.ones(1)))
 
 
 def test_freeze_does_not_follow_the_weights_and_select_takes_rows() -> None:
@@ -182,6 +184,36 @@ def test_freeze_does_not_follow_the_weights_and_select_takes_rows() -> None:
     assert not frozen.log_std.requires_grad
     assert torch.equal(select(dist, torch.tensor([1])).loc, mean[1:])
     assert torch.equal(concatenate([select(dist, slice(0, 1)), select(dist, slice(1, 2))]).loc, mean)
+
+
+TORCHS: dict[str, Any] = {
+    "one-hot": lambda x: td.OneHotCategorical(logits=x),
+    "one-hot of probabilities": lambda x: td.OneHotCategorical(probs=x.exp()),
+    "gamma": lambda x: joint(td.Gamma(x.exp(), 2 * x.exp())),
+    "dirichlet": lambda x: td.Dirichlet(x.exp()),
+    "laplace": lambda x: joint(td.Laplace(x, x.exp())),
+    "cauchy": lambda x: joint(td.Cauchy(x, x.exp())),
+    "exponential": lambda x: joint(td.Exponential(x.exp())),
+    "poisson": lambda x: joint(td.Poisson(x.exp())),
+    "log-normal": lambda x: joint(td.LogNormal(x, x.exp())),
+    "low-rank normal": lambda x: td.LowRankMultivariateNormal(x, x.unsqueeze(-1), x.exp()),
+}
+
+
+@pytest.mark.parametrize("family", TORCHS)
+def test_policies_of_torchs_other_families_are_held(family: str) -> None:
+    make = TORCHS[family]
+    weight = torch.randn(4, 3, generator=torch.manual_seed(0), requires_grad=True)
+    before = make(weight.detach().clone())
+    limit = KLLimit(at_most(0.01), on_overshoot="project")
+    with limit.update(lambda: make(weight), [weight]) as move, torch.no_grad():
+        weight += torch.linspace(0, 1, 3)
+    assert kl(move.old, before).tolist() == [0.0] * 4
+    assert move.report.attempted > 0.01 >= move.report.mean > 0.009
+    halves = [select(move.new, slice(0, 2)), select(move.new, torch.tensor([2, 3]))]
+    assert kl(concatenate(halves), move.new).tolist() == [0.0] * 4
+    value = before.sample()
+    assert torch.equal(move.old.log_prob(value), before.log_prob(value))
 
 
 def test_estimates_cover_the_exact_kl_and_k3_is_never_negative() -> None:

@@ -131,7 +131,8 @@ def test_autocast_rounds_nothing() -> None:
         (js, td.Categorical(torch.ones(4, 2)), td.Bernoulli(0.5 * torch.ones(4)), "different families"),
         (renyi, td.Categorical(torch.ones(4, 2)), td.Bernoulli(0.5 * torch.ones(4)), "different families"),
         (renyi, td.Categorical(torch.ones(4, 2)), td.Categorical(torch.ones(4, 1)), "one shape"),
-        (kl, td.Gamma(math.nan * ONE, ONE, validate_args=False), td.Gamma(ONE, ONE), "Gamma and Gamma is nan"),
+        (kl, td.Gamma(math.nan * ONE, ONE, validate_args=False), td.Gamma(ONE, ONE), "old is a Gamma with parameters"),
+        (kl, td.Gamma(-ONE, ONE, validate_args=False), td.Gamma(ONE, ONE), "Gamma and Gamma is nan"),
     ],
 )
 def test_what_cannot_be_compared_is_named(

@@ -17,7 +17,7 @@ from klrl.agents.on_policy import Batch
 from klrl.agents.ppo import policy_loss
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.kl import Clip, Gate, KLLimit, at_most, fisher_vector_product, freeze, kl, reverse_kl
-from klrl.kl.divergence import parameters_of
+from klrl.kl.parameters import parameters_of
 from klrl.policies.encoder import ObservationEncoder
 from klrl.policies.jacobian import jacobian
 from klrl.policies.parameters import gradients

@@ -14,12 +14,13 @@ from klrl.kl.comparisons import (
 )
 from klrl.kl.control import Adaptive, Annealed, Bound, Coefficient, Dual, Fixed, Penalty, at_least, at_most
 from klrl.kl.distillation import distillation_loss
-from klrl.kl.divergence import NoClosedFormError, Product, concatenate, freeze, joint, kl, reverse_kl, select
+from klrl.kl.divergence import NoClosedFormError, Product, joint, kl, reverse_kl
 from klrl.kl.estimators import Estimate, StateEstimates, kl_estimate, mc_entropy, mc_kl
 from klrl.kl.fisher import fisher_vector_product
 from klrl.kl.hold import hold_states
 from klrl.kl.limit import KLLimit, Move
 from klrl.kl.measure import Direction, KLReport, measure, state_mean
+from klrl.kl.parameters import concatenate, freeze, select
 from klrl.kl.projection import geometric_mean, project_states
 from klrl.kl.ranks import ALONE, Ranks
 from klrl.kl.rules import PENALTIES, RATIO_RULES, SPO, STATE_RULES, Clip, Gate, Project, Reverse, Start, StateRule

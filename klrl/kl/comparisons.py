@@ -21,10 +21,10 @@ from klrl.kl.divergence import (
     in_units,
     kl,
     logits_of,
-    name_of,
     raise_nan,
     same_shape,
 )
+from klrl.kl.parameters import name_of
 
 
 @runtime_checkable

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch import distributions as td
 
 from klrl.kl.closed_form import categorical_kl
-from klrl.kl.divergence import Product, kl, logits_of, parameters_of, raise_nan, same_shape
+from klrl.kl.divergence import Product, kl, logits_of, raise_nan, same_shape
+from klrl.kl.parameters import parameters_of
 
 
 def distillation_loss(teacher: td.Distribution, student: td.Distribution, temperature: float = 1.0) -> Tensor:

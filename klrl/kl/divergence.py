@@ -13,24 +13,17 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch import distributions as td
 
 from klrl.kl import closed_form, state
-from klrl.kl.state import NotSupportedError, copied, in_float64, map_state, same_state, tensors_of
+from klrl.kl.parameters import map_parameters, name_of, parameters_of
+from klrl.kl.state import NotSupportedError, in_float64, same_state, tensors_of
 
-D = TypeVar("D", bound=td.Distribution)
 Units = Literal["nats", "bits"]
-
-
-@runtime_checkable
-class Parametric(Protocol):
-    """A distribution of one's own that can be frozen, indexed and joined as torch's are."""
-
-    def map_parameters(self, function: Callable[[Tensor], Tensor]) -> Self: ...
 
 
 @runtime_checkable
@@ -162,85 +155,6 @@ def _kl_product(old: Product, new: Product) -> Tensor:
     return torch.stack([_kl(a, b) for a, b in zip(old.parts, new.parts, strict=True)]).sum(0)
 
 
-def parameters_of(dist: td.Distribution) -> list[Tensor]:
-    """The distribution's parameter tensors, in a fixed order."""
-    found: list[Tensor] = []
-
-    def collect(parameter: Tensor) -> Tensor:
-        found.append(parameter)
-        return parameter
-
-    map_parameters(dist, collect)
-    return found
-
-
-def freeze(dist: D) -> D:
-    """``dist`` as data: the same distribution on detached copies of its parameters, those of its transforms included.
-
-    Raises ValueError for a family whose parameters are not known, and for a transform whose state cannot be read.
-    """
-    return map_parameters(dist, copied)
-
-
-def select(dist: D, index: Tensor | slice) -> D:
-    """``dist`` on a minibatch: every parameter indexed along the first batch dimension.
-
-    A transform's own parameters are taken to be of all states, and stay as they are.
-    """
-    return map_parameters(dist, lambda parameter: parameter[index])
-
-
-def concatenate(dists: list[D]) -> D:
-    """The distributions of consecutive chunks of states as one distribution. All must be of one type."""
-    if len(dists) == 1:
-        return dists[0]
-    columns = [parameters_of(dist) for dist in dists]
-    whole = iter([torch.cat(column) for column in zip(*columns, strict=True)])
-    return map_parameters(dists[0], lambda _: next(whole))
-
-
-def _has(cls: Any, name: str) -> bool:  # asked for every KL: of a protocol, it takes as long as the KL
-    return getattr(cls, name, None) is not None
-
-
-def map_parameters(dist: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """``dist`` with ``function`` applied to each of its parameters."""
-    if _has(type(dist), "map_parameters"):
-        return dist.map_parameters(function)
-    if isinstance(dist, td.Independent):
-        return td.Independent(map_parameters(dist.base_dist, function), dist.reinterpreted_batch_ndims)
-    if isinstance(dist, td.Normal):
-        return td.Normal(function(dist.loc), function(dist.scale), validate_args=False)
-    if isinstance(dist, td.Categorical | td.Bernoulli):
-        name = "probs" if dist._param is dist.__dict__.get("probs") else "logits"
-        parameter = function(getattr(dist, name))
-        if isinstance(dist, td.Bernoulli):
-            return td.Bernoulli(**{name: parameter}, validate_args=False)
-        # Its constructor would normalise once more, which moves the last digit: a policy would differ from its copy.
-        copy = object.__new__(td.Categorical)
-        copy.__dict__ |= {name: parameter, "_param": parameter, "_num_events": parameter.shape[-1]}
-        td.Distribution.__init__(copy, parameter.shape[:-1], validate_args=False)
-        return copy
-    if isinstance(dist, td.MultivariateNormal):
-        loc, factor = function(dist.loc), function(dist.scale_tril)
-        return td.MultivariateNormal(loc, scale_tril=factor, validate_args=False)
-    if isinstance(dist, td.Beta):
-        return td.Beta(function(dist.concentration1), function(dist.concentration0), validate_args=False)
-    if isinstance(dist, td.MixtureSameFamily):
-        weights, parts = (map_parameters(d, function) for d in (dist.mixture_distribution, dist.component_distribution))
-        return td.MixtureSameFamily(weights, parts, validate_args=False)
-    if isinstance(dist, td.TransformedDistribution):
-        base, rebuilt = map_parameters(dist.base_dist, function), object.__new__(type(dist))
-        # The parameters of a transform are of no one state: an index leaves them, and only a copy takes them along.
-        transforms = map_state(dist.transforms, copied) if function is copied else dist.transforms
-        td.TransformedDistribution.__init__(rebuilt, base, transforms, validate_args=False)
-        return state.remember(rebuilt) if function is copied else rebuilt
-    raise NotSupportedError(
-        f"{name_of(dist)} is not supported: give a Normal (also multivariate or squashed), Categorical, Bernoulli, "
-        "Beta, a mixture of those, or a class with a method map_parameters(function)"
-    )
-
-
 def _normal(old: td.Normal, new: td.Normal) -> Tensor:
     return closed_form.normal_kl_of_scale(old.loc, old.scale, new.loc, new.scale)
 
@@ -339,10 +253,5 @@ def same_shape(old: td.Distribution, new: td.Distribution) -> None:
 def _choices(dist: Any) -> tuple[int, ...]:
     if isinstance(dist, td.Categorical):
         return tuple(dist.param_shape)
-    return tuple(dist.logits.shape) if _has(type(dist), "log_probs_64") else ()
-
-
-def name_of(dist: object) -> str:
-    if isinstance(dist, td.Independent):
-        return f"Independent({name_of(dist.base_dist)})"
-    return type(dist).__name__
+    # Not asked of the protocol Tabular, which takes as long as the KL.
+    return tuple(dist.logits.shape) if getattr(type(dist), "log_probs_64", None) is not None else ()

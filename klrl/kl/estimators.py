@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from klrl.kl.divergence import NoClosedFormError, name_of, raise_nan
+from klrl.kl.divergence import NoClosedFormError, raise_nan
+from klrl.kl.parameters import name_of
 
 
 class StateEstimates(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from klrl.kl.divergence import name_of, parameters_of
+from klrl.kl.parameters import name_of, parameters_of
 
 
 @runtime_checkable
@@ -25,12 +25,13 @@ def fisher_vector_product(dist: td.Distribution, *vectors: Tensor) -> tuple[Tens
 
     Parameters, in order: logits of a Categorical or Bernoulli; loc and scale of a Normal; loc and scale_tril of a
     MultivariateNormal; concentration1 and concentration0 of a Beta; of a class with a method of this name, its own.
-    Independent, and a transform of a base distribution, have their base's.
+    Independent, OneHotCategorical and a transform of a base distribution have their base's.
 
     Raises ValueError for another family, for probabilities in place of logits, and for vectors that do not fit.
     """
     while isinstance(dist, td.Independent | td.TransformedDistribution):
         dist = dist.base_dist
+    dist = dist._categorical if isinstance(dist, td.OneHotCategorical) else dist
     shapes = [tuple(parameter.shape) for parameter in parameters_of(dist)]
     if [tuple(vector.shape) for vector in vectors] != shapes:
         raise ValueError(f"{name_of(dist)} has parameters of shapes {shapes}, got {[tuple(v.shape) for v in vectors]}")

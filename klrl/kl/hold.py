@@ -9,8 +9,9 @@ from torch import Tensor
 from torch import distributions as td
 from torch.autograd.function import once_differentiable
 
-from klrl.kl.divergence import Product, kl, map_parameters, parameters_of, reverse_kl
+from klrl.kl.divergence import Product, kl, reverse_kl
 from klrl.kl.measure import Direction
+from klrl.kl.parameters import map_parameters, parameters_of
 from klrl.kl.rules import StateRule
 
 D = TypeVar("D", bound=td.Distribution)
@@ -79,6 +80,8 @@ def _outwards(dist: Any) -> list[Callable[[Tensor], Tensor] | None]:
         return _outwards(dist.base_dist)
     if isinstance(dist, td.MixtureSameFamily):
         return _outwards(dist.mixture_distribution) + _outwards(dist.component_distribution)
+    if isinstance(dist, td.OneHotCategorical):
+        return _outwards(dist._categorical)
     if isinstance(dist, td.Categorical):
         p = dist.probs.detach()
         if dist._param is dist.__dict__.get("logits"):

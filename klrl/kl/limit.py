@@ -13,8 +13,9 @@ from torch import Tensor
 from torch import distributions as td
 
 from klrl.kl.control import Bound, Coefficient, Fixed, Penalty, at_most
-from klrl.kl.divergence import NoClosedFormError, freeze, kl, reverse_kl
+from klrl.kl.divergence import NoClosedFormError, kl, reverse_kl
 from klrl.kl.measure import Direction, KLReport, Of, check_states, fraction, measure, states
+from klrl.kl.parameters import freeze
 from klrl.kl.ranks import ALONE, Ranks
 from klrl.kl.rules import PENALTIES, PenaltyRule, Start, StateRule, check_rules, pulled, weigh
 from klrl.kl.trust_region import project

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch import distributions as td
 
 from klrl.kl.control import Bound
-from klrl.kl.divergence import NoClosedFormError, kl, parameters_of, reverse_kl
+from klrl.kl.divergence import NoClosedFormError, kl, reverse_kl
 from klrl.kl.estimators import Estimate, kl_estimate, mc_entropy, mc_kl
+from klrl.kl.parameters import parameters_of
 from klrl.kl.ranks import ALONE, Ranks
 from klrl.kl.state import own_noise
 

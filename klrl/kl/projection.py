@@ -7,17 +7,9 @@ from torch import Tensor
 from torch import distributions as td
 
 from klrl.kl import state
-from klrl.kl.divergence import (
-    NoClosedFormError,
-    Product,
-    kl,
-    logits_of,
-    map_parameters,
-    name_of,
-    parameters_of,
-    reverse_kl,
-)
+from klrl.kl.divergence import NoClosedFormError, Product, kl, logits_of, reverse_kl
 from klrl.kl.measure import Direction
+from klrl.kl.parameters import map_parameters, name_of, parameters_of
 
 D = TypeVar("D", bound=td.Distribution)
 _FALSE_POSITIONS, _BISECTIONS = 10, 25

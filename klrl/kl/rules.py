@@ -14,8 +14,9 @@ from torch import Tensor
 from torch import distributions as td
 
 from klrl.kl.control import Adaptive, Annealed, Bound, Coefficient, Dual, Fixed
-from klrl.kl.divergence import freeze, kl
+from klrl.kl.divergence import kl
 from klrl.kl.measure import Direction
+from klrl.kl.parameters import freeze
 from klrl.kl.projection import project_states
 
 PenaltyRule = Literal["adaptive", "lagrange", "fixed", "annealed", "cyclical", "reciprocal", "none"]

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch import distributions as td
 
 from klrl.kl.control import Bound
-from klrl.kl.divergence import select
 from klrl.kl.limit import KLLimit, Move
 from klrl.kl.measure import Direction
+from klrl.kl.parameters import select
 
 
 @contextmanager

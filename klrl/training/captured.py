@@ -21,7 +21,7 @@ from klrl.agents.reference import FrozenPolicy, Reference
 from klrl.console import warn
 from klrl.errors import one_line
 from klrl.kl import KLLimit
-from klrl.kl.divergence import map_parameters
+from klrl.kl.parameters import map_parameters
 from klrl.kl.state import without_looking
 from klrl.policies.parameters import FlatParameters
 from klrl.training.randomness import random_state, random_state_kept
