@@ -56,7 +56,6 @@ PPO_ONLY = ("batch_size", "n_epochs", "learning_rate", "lr_schedule", "clip_rang
 ACTIONS = {"Ant-v5": 8, "HalfCheetah-v5": 6, "Hopper-v5": 3, "Humanoid-v5": 17, "Swimmer-v5": 2, "Walker2d-v5": 6}
 OWN: dict[str, dict[str, Any]] = {
     "Ant-v5": {"log_std_init": -1.5},
-    "HalfCheetah-v5": {"log_std_init": -1.5},
     "Swimmer-v5": {"gamma": 0.9999, "gae_lambda": 0.99, "log_std_init": 0.0},
 }
 MEAN = {"kl.penalty": "adaptive", "kl.stop": 1.5}
