@@ -61,5 +61,7 @@ def test_what_does_not_fit_is_named() -> None:
         fisher_vector_product(td.Categorical(logits=randn(5, 4)), randn(5, 3))
     with pytest.raises(ValueError, match="given by probabilities"):
         fisher_vector_product(td.Categorical(probs=torch.ones(2, 2)), torch.ones(2, 2))
+    with pytest.raises(ValueError, match="a transform folds it"):
+        fisher_vector_product(td.HalfNormal(torch.ones(2)), torch.ones(2), torch.ones(2))
     with pytest.raises(ValueError, match="of Gamma is not known"):
         fisher_vector_product(td.Gamma(torch.ones(2), torch.ones(2)), torch.ones(2), torch.ones(2))

@@ -216,6 +216,32 @@ def test_policies_of_torchs_other_families_are_held(family: str) -> None:
     assert torch.equal(move.old.log_prob(value), before.log_prob(value))
 
 
+def test_a_subclass_of_torchs_has_its_kl_in_float64() -> None:
+    class Portfolio(td.Dirichlet):
+        pass
+
+    concentration = 100 * torch.rand(4, 5, generator=torch.manual_seed(0)) + 1
+    plain, own = td.Dirichlet(1.0001 * concentration), Portfolio(1.0001 * concentration)
+    assert torch.equal(kl(td.Dirichlet(concentration), own), kl(td.Dirichlet(concentration), plain))
+    assert float(kl(own, td.Dirichlet(concentration)).min()) > 0
+
+
+def test_poissons_of_rate_zero_are_compared() -> None:
+    old, new = td.Poisson(torch.tensor([0.0, 0.0, 2.0, 2.0])), td.Poisson(torch.tensor([1.0, 0.0, 0.0, 1.0]))
+    # b - a + a log(a / b)
+    assert kl(old, new).tolist() == pytest.approx([1.0, 0.0, INF, 2 * math.log(2) - 1])
+
+
+def test_what_a_frozen_policy_would_lose_is_refused_and_straight_through_gradients_are_kept() -> None:
+    one = torch.ones(3)
+    for dist in (td.Pareto(one, one), td.Weibull(one, one)):
+        with pytest.raises(ValueError, match="is not supported"):
+            freeze(dist)
+    with pytest.raises(ValueError, match="a transform for each state"):
+        select(td.TransformedDistribution(td.Gamma(one, one), [td.AffineTransform(0.0, torch.arange(1.0, 4.0))]), [0])
+    assert freeze(td.OneHotCategoricalStraightThrough(logits=torch.zeros(2, 3))).rsample().shape == (2, 3)
+
+
 def test_estimates_cover_the_exact_kl_and_k3_is_never_negative() -> None:
     torch.manual_seed(0)
     old, new = td.Normal(0.0, 1.0), td.Normal(0.1, 1.1)

@@ -39,6 +39,8 @@ def families() -> dict[str, tuple[td.Distribution, td.Distribution]]:
         "categoricals": (MultiCategorical(x), MultiCategorical(x2)),
         "torch's normal": (joint(td.Normal(m, s.exp())), joint(td.Normal(m2, s2.exp()))),
         "torch's categorical": (td.Categorical(logits=p), td.Categorical(logits=p2)),
+        "one-hot": (td.OneHotCategorical(logits=p), td.OneHotCategorical(logits=p2)),
+        "Dirichlet": (td.Dirichlet(p.exp()), td.Dirichlet(p2.exp())),
         "torch's Bernoulli": (joint(td.Bernoulli(logits=b)), joint(td.Bernoulli(logits=b2))),
         "product": (
             Product([td.Categorical(logits=p), td.Normal(m[:, 0], 1.0)]),
@@ -111,6 +113,8 @@ def test_a_family_without_a_mean_is_refused_by_name() -> None:
     beta = td.Beta(torch.ones(2), torch.ones(2))
     with pytest.raises(NoClosedFormError, match="no geometric mean of Beta is known"):
         project_states(beta, td.Beta(torch.full((2,), 5.0), torch.ones(2)), 0.01)
+    with pytest.raises(NoClosedFormError, match="no geometric mean of Beta is known"):
+        project_states(beta, beta, 0.01)  # also before a state moved too far
     with pytest.raises(NoClosedFormError, match="of Beta and Normal"):
         geometric_mean(beta, td.Normal(torch.zeros(2), 1.0), torch.ones(2))
     with pytest.raises(ValueError, match="limit must be above 0"):

@@ -160,7 +160,8 @@ def _base(dist: Any) -> Any:
 
 def _same_family(old: td.Distribution, new: td.Distribution) -> tuple[Tensor, Tensor] | None:
     """Both sides' ``_log_probs`` where they are discrete. Raises ValueError for different families or shapes."""
-    if type(_base(old)) is not type(_base(new)):
+    families = [type(_base(dist)) for dist in (old, new)]
+    if not (issubclass(*families) or issubclass(*reversed(families))):
         raise ValueError(f"{name_of(old)} and {name_of(new)} are of different families")
     same_shape(old, new)
     first, second = _log_probs(old), _log_probs(new)
@@ -203,7 +204,7 @@ def _tables(old: td.Distribution, new: td.Distribution) -> list[Tensor]:
     """Every joint outcome's exact log-probability [*batch, outcomes], of both distributions."""
     both = _same_family(old, new)
     if both is None:
-        raise ValueError(f"no closed form between {name_of(old)} and {name_of(new)}: both must be discrete")
+        raise ValueError(f"no closed form between {name_of(old)} and {name_of(new)}: both need finitely many outcomes")
     tables = []
     for dist, logits in zip((old, new), both, strict=True):
         log_p = log_probs_64(logits)

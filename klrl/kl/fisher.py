@@ -25,11 +25,13 @@ def fisher_vector_product(dist: td.Distribution, *vectors: Tensor) -> tuple[Tens
 
     Parameters, in order: logits of a Categorical or Bernoulli; loc and scale of a Normal; loc and scale_tril of a
     MultivariateNormal; concentration1 and concentration0 of a Beta; of a class with a method of this name, its own.
-    Independent, OneHotCategorical and a transform of a base distribution have their base's.
+    Independent, OneHotCategorical and a bijective transform of a base distribution have their base's.
 
     Raises ValueError for another family, for probabilities in place of logits, and for vectors that do not fit.
     """
     while isinstance(dist, td.Independent | td.TransformedDistribution):
+        if isinstance(dist, td.TransformedDistribution) and not all(step.bijective for step in dist.transforms):
+            raise ValueError(f"the Fisher information of {name_of(dist)} is not its base's: a transform folds it")
         dist = dist.base_dist
     dist = dist._categorical if isinstance(dist, td.OneHotCategorical) else dist
     shapes = [tuple(parameter.shape) for parameter in parameters_of(dist)]

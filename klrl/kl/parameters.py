@@ -8,7 +8,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from klrl.kl import state
-from klrl.kl.state import NotSupportedError, copied, map_state
+from klrl.kl.state import NotSupportedError, copied, map_state, tensors_of
 
 D = TypeVar("D", bound=td.Distribution)
 # Of these the arguments are the parameters.
@@ -16,6 +16,8 @@ _BY_ARGUMENTS: tuple[Any, ...] = (
     *(td.Normal, td.Beta, td.Gamma, td.Dirichlet, td.Laplace, td.Cauchy, td.Exponential, td.Poisson),
     td.LowRankMultivariateNormal,
 )
+# What every transformed distribution consists of: a class that holds more, as Pareto does, would lose it.
+_TRANSFORMED = {"base_dist", "transforms", "_batch_shape", "_event_shape", "_validate_args", "_seen"}
 
 
 @runtime_checkable
@@ -40,7 +42,8 @@ def parameters_of(dist: td.Distribution) -> list[Tensor]:
 def freeze(dist: D) -> D:
     """``dist`` as data: the same distribution on detached copies of its parameters, those of its transforms included.
 
-    Raises ValueError for a family whose parameters are not known, and for a transform whose state cannot be read.
+    A subclass of one of torch's families becomes that family, unless it has ``map_parameters``. Raises ValueError for a
+    family whose parameters are not known, and for a transform whose state cannot be read.
     """
     return map_parameters(dist, copied)
 
@@ -48,8 +51,15 @@ def freeze(dist: D) -> D:
 def select(dist: D, index: Tensor | slice) -> D:
     """``dist`` on a minibatch: every parameter indexed along the first batch dimension.
 
-    A transform's own parameters are taken to be of all states, and stay as they are.
+    A transform's own parameters stay as they are: raises NotSupportedError where they are of single states.
     """
+    inner: Any = dist
+    while isinstance(inner, td.Independent):
+        inner = inner.base_dist
+    if isinstance(inner, td.TransformedDistribution):
+        of_states = [x for x in tensors_of(inner.transforms) if x.shape[:1] == inner.batch_shape[:1] != (1,)]
+        if any(x.dim() == len(inner.batch_shape + inner.event_shape) for x in of_states):
+            raise NotSupportedError(f"{name_of(dist)} has a transform for each state, of which none is selected")
     return map_parameters(dist, lambda parameter: parameter[index])
 
 
@@ -76,7 +86,8 @@ def map_parameters(dist: Any, function: Callable[[Tensor], Tensor]) -> Any:
         family = next(one for one in _BY_ARGUMENTS if isinstance(dist, one))
         return family(**{name: function(getattr(dist, name)) for name in family.arg_constraints}, validate_args=False)
     if isinstance(dist, td.OneHotCategorical):
-        one_hot: Any = object.__new__(td.OneHotCategorical)
+        through = isinstance(dist, td.OneHotCategoricalStraightThrough)
+        one_hot: Any = object.__new__(td.OneHotCategoricalStraightThrough if through else td.OneHotCategorical)
         one_hot._categorical = inner = map_parameters(dist._categorical, function)
         td.Distribution.__init__(one_hot, inner.batch_shape, inner.logits.shape[-1:], validate_args=False)
         return one_hot
@@ -96,15 +107,16 @@ def map_parameters(dist: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(dist, td.MixtureSameFamily):
         weights, parts = (map_parameters(d, function) for d in (dist.mixture_distribution, dist.component_distribution))
         return td.MixtureSameFamily(weights, parts, validate_args=False)
-    if isinstance(dist, td.TransformedDistribution):
+    if isinstance(dist, td.TransformedDistribution) and vars(dist).keys() <= _TRANSFORMED:
         base, rebuilt = map_parameters(dist.base_dist, function), object.__new__(type(dist))
         # The parameters of a transform are of no one state: an index leaves them, and only a copy takes them along.
         transforms = map_state(dist.transforms, copied) if function is copied else dist.transforms
         td.TransformedDistribution.__init__(rebuilt, base, transforms, validate_args=False)
         return state.remember(rebuilt) if function is copied else rebuilt
     raise NotSupportedError(
-        f"{name_of(dist)} is not supported: give a Normal (also multivariate or squashed), Categorical, Bernoulli, "
-        "Beta, Gamma, Dirichlet, a mixture of those, or a class with a method map_parameters(function)"
+        f"{name_of(dist)} is not supported: give a Normal (also multivariate or squashed), Categorical (also one-hot), "
+        "Bernoulli, Beta, Gamma, Dirichlet, Laplace, Cauchy, Exponential, Poisson, a mixture or transform of those, or "
+        "a class with a method map_parameters(function)"
     )
 
 

@@ -9,7 +9,7 @@ from torch import distributions as td
 from klrl.kl import state
 from klrl.kl.divergence import NoClosedFormError, Product, kl, logits_of, reverse_kl
 from klrl.kl.measure import Direction
-from klrl.kl.parameters import map_parameters, name_of, parameters_of
+from klrl.kl.parameters import map_parameters, name_of, parameters_of, select
 
 D = TypeVar("D", bound=td.Distribution)
 _FALSE_POSITIONS, _BISECTIONS = 10, 25
@@ -36,6 +36,7 @@ def project_states(old: td.Distribution, new: D, limit: float, direction: Direct
         reached = measure(old, new)
         moved = reached > limit
         if state.may_look() and not bool(moved.any()):
+            geometric_mean(select(old, slice(1)), select(new, slice(1)), torch.ones_like(reached[:1]))  # or it raises
             return new
         weight = torch.where(moved, _weight(old, new, limit, measure, reached), 1.0)
         if not any(parameter.requires_grad for parameter in parameters_of(new)):
@@ -83,11 +84,11 @@ def _detached(dist: D) -> D:
 def geometric_mean(old: td.Distribution, new: D, weight: Tensor) -> D:
     """old^(1 - weight) new^weight, normalised, for each state. weight: [B], between 0 and 1.
 
-    Raises NoClosedFormError where the two are not categoricals, Bernoullis or normals of one kind, products of these,
-    or of a class with a method ``between``.
+    Raises NoClosedFormError where the two are not categoricals, Bernoullis, Dirichlets or normals of one kind, products
+    of these, or of a class with a method ``between``.
     """
     result: Any
-    if type(old) is not type(new):
+    if not (isinstance(old, type(new)) or isinstance(new, type(old))):
         raise NoClosedFormError(f"no geometric mean of {name_of(old)} and {name_of(new)} is known")
     if getattr(type(new), "between", None) is not None:  # isinstance of a protocol takes as long as a KL
         result = new.between(old, weight)  # type: ignore[attr-defined]
@@ -96,6 +97,12 @@ def geometric_mean(old: td.Distribution, new: D, weight: Tensor) -> D:
     elif isinstance(new, td.Independent):
         wide = weight.view(*weight.shape, *[1] * new.reinterpreted_batch_ndims)
         result = td.Independent(geometric_mean(old.base_dist, new.base_dist, wide), new.reinterpreted_batch_ndims)  # type: ignore[attr-defined]
+    elif isinstance(new, td.OneHotCategorical):
+        logits = geometric_mean(old._categorical, new._categorical, weight).logits  # type: ignore[attr-defined]
+        result = td.OneHotCategorical(logits=logits, validate_args=False)
+    elif isinstance(new, td.Dirichlet):
+        concentration = torch.lerp(old.concentration, new.concentration, weight.unsqueeze(-1))  # type: ignore[attr-defined]
+        result = td.Dirichlet(concentration, validate_args=False)
     elif isinstance(new, td.Normal):
         mean, log_std = mix_normals(old.loc, old.scale.log(), new.loc, new.scale.log(), weight)  # type: ignore[attr-defined]
         result = td.Normal(mean, log_std.exp(), validate_args=False)
