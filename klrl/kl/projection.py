@@ -9,10 +9,11 @@ from torch import distributions as td
 from klrl.kl import state
 from klrl.kl.divergence import NoClosedFormError, Product, kl, logits_of, reverse_kl
 from klrl.kl.measure import Direction
-from klrl.kl.parameters import map_parameters, name_of, parameters_of, select
+from klrl.kl.parameters import map_parameters, name_of, parameters_of
 
 D = TypeVar("D", bound=td.Distribution)
 _FALSE_POSITIONS, _BISECTIONS = 10, 25
+_MIXED = td.Normal | td.Categorical | td.OneHotCategorical | td.Bernoulli | td.Dirichlet
 _SHORT = -1e-5  # by how much the root of a KL may stay below that of its limit, as a fraction
 
 
@@ -31,12 +32,13 @@ def project_states(old: td.Distribution, new: D, limit: float, direction: Direct
     """
     if not limit > 0:
         raise ValueError(f"limit must be above 0, got {limit}")
+    if not _has_mean(new):  # said in the first update, not in the first that moves a state too far
+        raise NoClosedFormError(f"no geometric mean of {name_of(new)} is known")
     measure = kl if direction == "forward" else reverse_kl
     with torch.no_grad():
         reached = measure(old, new)
         moved = reached > limit
         if state.may_look() and not bool(moved.any()):
-            geometric_mean(select(old, slice(1)), select(new, slice(1)), torch.ones_like(reached[:1]))  # or it raises
             return new
         weight = torch.where(moved, _weight(old, new, limit, measure, reached), 1.0)
         if not any(parameter.requires_grad for parameter in parameters_of(new)):
@@ -79,6 +81,14 @@ def _weight(old: td.Distribution, new: td.Distribution, limit: float, measure: A
 
 def _detached(dist: D) -> D:
     return map_parameters(dist, Tensor.detach)
+
+
+def _has_mean(dist: Any) -> bool:
+    if isinstance(dist, Product):
+        return all(_has_mean(part) for part in dist.parts)
+    if isinstance(dist, td.Independent):
+        return _has_mean(dist.base_dist)
+    return getattr(type(dist), "between", None) is not None or isinstance(dist, _MIXED)
 
 
 def geometric_mean(old: td.Distribution, new: D, weight: Tensor) -> D:
