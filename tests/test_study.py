@@ -49,4 +49,4 @@ def test_the_table_says_what_was_measured(study: ModuleType) -> None:
     assert 150 / 102 <= low < value < high <= 152 / 100
     assert "| 0.010 | 0.020 | 0.100 | 2.30 | 50% |" in rows[3]
     assert math.isnan(study.beside_clipping(lines, "spo")[0])
-    assert len(study.figure(lines, "final").axes) == 2
+    assert len(study.figure(lines, "final", ["clip"]).axes) == 2

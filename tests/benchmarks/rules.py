@@ -1,7 +1,7 @@
 """Which rule on the KL learns best: every rule on six MuJoCo tasks, rerun and gone on with by one command.
 
     python tests/benchmarks/rules.py [--stage screen | final] [--envs Ant-v5 ...] [--rules reverse ...] [--jobs 2]
-    python tests/benchmarks/rules.py --table [--figure FILE]
+    python tests/benchmarks/rules.py --table [--figure FILE [--rules default clip ...]]
 
 Finished runs become lines of rules.jsonl beside this file, which are not run again; stopped ones go on from their last
 checkpoint in ``--run-dir``. A run takes 2 to 6 minutes of one core for each 300,000 steps.
@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -199,10 +200,10 @@ def table(lines: list[dict[str, Any]], stage: str) -> str:
     return "\n".join(rows)
 
 
-def figure(lines: list[dict[str, Any]], stage: str) -> Figure:
+def figure(lines: list[dict[str, Any]], stage: str, rules: Sequence[str]) -> Figure:
     """Each run's return beside clipping's, and its largest KL of a state, task by task, of rules that ran on all."""
     here = [line for line in lines if line["stage"] == stage]
-    whole = [rule for rule in RULES if all(len(returns(here, rule, env)) for env in ENVS)]
+    whole = [rule for rule in rules if all(len(returns(here, rule, env)) for env in ENVS)]
     drawn = Figure(figsize=(8.4, 1.1 + 0.18 * len(ENVS) * (1 + len(whole))), layout="constrained")
     left, right = drawn.subplots(1, 2, sharey=True)
     for place, env in enumerate(ENVS):
@@ -249,7 +250,7 @@ def main() -> None:
         if (given.stage, env, rule, seed) not in known
     ]
     if given.figure is not None:
-        figure(finished(), given.stage).savefig(given.figure)
+        figure(finished(), given.stage, given.rules).savefig(given.figure)
     if given.table or given.figure is not None or not wanted:
         print(table(finished(), given.stage))
         return
