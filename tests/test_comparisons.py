@@ -134,7 +134,7 @@ def test_one_hot_actions_are_compared_as_their_numbers_are() -> None:
 
 def test_what_has_no_closed_form_is_refused() -> None:
     normal = DiagonalNormal(torch.zeros(2, 3), torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="both need finitely many outcomes"):
+    with pytest.raises(ValueError, match="both must be discrete, and of finitely many outcomes"):
         js(normal, normal)
     with pytest.raises(ValueError, match="alpha"):
         renyi(normal, normal, 0.0)

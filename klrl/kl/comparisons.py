@@ -204,7 +204,10 @@ def _tables(old: td.Distribution, new: td.Distribution) -> list[Tensor]:
     """Every joint outcome's exact log-probability [*batch, outcomes], of both distributions."""
     both = _same_family(old, new)
     if both is None:
-        raise ValueError(f"no closed form between {name_of(old)} and {name_of(new)}: both need finitely many outcomes")
+        raise ValueError(
+            f"no closed form between {name_of(old)} and {name_of(new)}: both must be discrete, and "
+            "of finitely many outcomes"
+        )
     tables = []
     for dist, logits in zip((old, new), both, strict=True):
         log_p = log_probs_64(logits)
