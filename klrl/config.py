@@ -102,14 +102,14 @@ class Reads:
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """A mark of a field that does nothing unless another of its class, ``name``, is ``value``, or is set at all."""
+    """A mark of a field that does nothing unless another of its class, ``field``, is ``value``, or is set at all."""
 
-    name: str
+    field: str  # not name: that is what tyro.conf.arg calls an option's own
     value: str = ""
 
     def met(self, config: Any) -> bool:
         """Whether the field does something in ``config``."""
-        found = getattr(config, self.name)
+        found = getattr(config, self.field)
         return found == self.value if self.value else found not in ("", "none", 0, False)
 
 
@@ -189,7 +189,7 @@ def idle(config: Any, usual: Mapping[str, Any] | None = None, path: str = "") ->
             found += idle(value, vars(default) if dataclasses.is_dataclass(default) else None, f"{path}{name}.")
         elif value != default:
             needs = [mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, Needs)]
-            found += [(path + name, path + it.name, it.value) for it in needs if not it.met(config)]
+            found += [(path + name, path + it.field, it.value) for it in needs if not it.met(config)]
     return found
 
 

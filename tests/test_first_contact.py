@@ -133,6 +133,7 @@ def test_the_shell_completes_commands_agents_environments_options_and_choices(
         "train ": {"ppo", "sac", "trpo", "student"},
         "train ppo Cart": {"CartPole-v1"},
         "train ppo CartPole-v1 --kl.pen": {"--kl.penalty"},
+        "train ppo CartPole-v1 --critic-k": {"--critic-kl"},
         "train trpo CartPole-v1 --kl.pen": set(),
         "train ppo CartPole-v1 --kl.penalty f": {"fixed"},
         "resume runs/x --qu": {"--quiet"},
