@@ -4,7 +4,7 @@
     python tests/benchmarks/rules.py --table [--figure FILE [--rules default clip ...]]
 
 Finished runs become lines of rules.jsonl beside this file, which are not run again; stopped ones go on from their last
-checkpoint in ``--run-dir``. A run takes 2 to 6 minutes of one core for each 300,000 steps.
+checkpoint in ``--run-dir``. A run takes half a minute to 6 minutes of one core for each 300,000 steps.
 """
 
 import argparse
