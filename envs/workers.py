@@ -1,6 +1,7 @@
 """Environments in worker processes, several in each, which are supervised: one that dies or hangs is named."""
 
 import atexit
+import gc
 import multiprocessing
 import os
 import signal
@@ -56,6 +57,7 @@ class Share(gym.Env[Any, Any]):
     def __init__(self, makers: Sequence[Maker], trainer: int) -> None:
         """``trainer``: the process that is no worker, which also makes one, to see its spaces."""
         if os.getpid() != trainer:
+            gc.freeze()  # what the trainer left uncollected may hold threads, which only the trainer can join
             for signum in STOP_SIGNALS:  # a group's signal reaches all; the trainer decides when to end
                 signal.signal(signum, signal.SIG_IGN)
         self.envs = Sync(makers, copy=False)

@@ -1,6 +1,9 @@
 """Ways to step many environments: the id's own vector environment, EnvPool's, and whichever is faster."""
 
+import gc
+import os
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +90,33 @@ def test_auto_takes_what_is_faster_and_says_so_in_the_config(monkeypatch: pytest
     assert settled("klrl/CartPole-v1", 4, auto).vectorization == "sync", "which is stepped in one way only"
     run = klrl.train("ppo", "CartPole-v1", total_timesteps=256, env={"vectorization": "auto"}, **SMALL)
     assert 'vectorization = "sync"' in (run.folder / "config.toml").read_text()
+
+
+def test_workers_leave_the_trainers_garbage_alone(tmp_path: Path) -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            (tmp_path / str(os.getpid())).touch()
+
+    class Collects(gym.Wrapper[Any, Any, Any, Any]):
+        def reset(self, **options: Any) -> Any:
+            gc.collect()
+            return super().reset(**options)
+
+    gc.disable()
+    try:
+        Cycle()
+        with closing(
+            make_vector(lambda: Collects(gym.make("CartPole-v1")), 2, EnvConfig(vectorization="async"))
+        ) as envs:
+            envs.reset(seed=0)
+            assert not list(tmp_path.iterdir())
+    finally:
+        gc.enable()
+    gc.collect()
+    assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "klrl.envs:klrl/Truncation-v0"])
