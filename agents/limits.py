@@ -25,7 +25,7 @@ class KLTarget(Checked):
 
     group = "kl."
 
-    target: NonNegative = 0.02
+    target: NonNegative = 0.04
     """Limit on the KL(old||new) of an update, in nats, action dimensions summed; 0 sets none."""
     of: Of = "mean"
     """What of the states' KLs the target is about: their mean, their 95th percentile or the largest."""

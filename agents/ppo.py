@@ -33,8 +33,8 @@ class PPOConfig(OnPolicyConfig):
     learning_rate: Positive = 3e-4
     """Adam's step size at the start."""
     lr_schedule: Literal["constant", "linear", "kl"] = "kl"
-    """Keep it, lower it linearly to 0 over the run, or let it follow the KL: a factor of 1.5 up after an update below
-    half a kl.target, down after one that had reached two, within a thirtieth and three times learning_rate."""
+    """Keep it, lower it linearly to 0 over the run, or let it follow the KL: a factor of 1.5 up after an update below a
+    quarter of kl.target, down after one that had gone beyond it, within a thirtieth and three times learning_rate."""
     critic_learning_rate: NonNegative = 0.0
     """Adam's step size for the critic, which a linear schedule lowers and no KL moves; 0 takes the policy's."""
     clip_range: NonNegative = 0.2
@@ -118,7 +118,8 @@ class PPO(OnPolicyAgent):
             # A compiled gradient would draw one noise for all steps, or be compiled anew for each length of sequences.
             self.compiles = self.captures = ()
         rate = self.config.learning_rate
-        self.learning_rate = Adaptive(rate, factor=1 / 1.5, low=0.5, high=2.0, minimum=rate / 30, maximum=3 * rate)
+        # What is moved back also lowers the rate: with a band reaching beyond the target, most updates are moved back.
+        self.learning_rate = Adaptive(rate, factor=1 / 1.5, low=0.25, high=1.0, minimum=rate / 30, maximum=3 * rate)
 
     @on_torchs_threads
     @torch.no_grad()

@@ -16,7 +16,7 @@ from klrl.agents.ppo import PPO, PPOConfig, policy_loss, reach
 from klrl.buffers.rollout import RolloutBuffer
 from klrl.envs.make import EnvConfig, make_vector
 from klrl.errors import NonFiniteError
-from klrl.kl import SPO, Clip, Gate, KLLimit, Project, Reverse, at_most, kl
+from klrl.kl import SPO, Clip, Gate, KLLimit, KLReport, Project, Reverse, at_most, kl
 from klrl.policies.distributions import MultiCategorical
 
 PROBE = PPOConfig(
@@ -283,6 +283,21 @@ def test_learning_rate_schedules(schedule: Any) -> None:
         rates.append(agent.update(buffer, progress).metrics["train/learning_rate"])
     expected = {"constant": [3e-3, 3e-3], "linear": [3e-3, 3e-3 * 0.25], "kl": [3e-3, 3e-3 * 1.5]}[schedule]
     assert rates == pytest.approx(expected)
+
+
+def test_the_kl_lowers_the_learning_rate_beyond_the_target_and_raises_it_below_a_quarter() -> None:
+    def first_update(target: float) -> tuple[KLReport, float]:
+        env = make_vector("CartPole-v1", 8, EnvConfig())
+        agent = PPO(env.single_observation_space, env.single_action_space, replace(PROBE, kl=KLConfig(target=target)))
+        buffer = agent.new_buffer(8)
+        collect(agent, env, buffer, env.reset(seed=0)[0])
+        return agent.update(buffer).kl, agent.learning_rate.value / PROBE.learning_rate
+
+    attempted = first_update(10.0)[0].attempted
+    for targets, factor in ((0.9, 1 / 1.5), (1.1, 1.0), (3.9, 1.0), (4.1, 1.5)):
+        report, moved = first_update(targets * attempted)
+        assert moved == pytest.approx(factor)
+        assert report.mean <= targets * attempted  # also where it was moved back
 
 
 def test_a_minibatch_that_is_shorter_than_the_others_counts_as_its_rows_say() -> None:
