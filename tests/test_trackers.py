@@ -5,6 +5,7 @@ import os
 import sqlite3
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def records(path: Path) -> Iterator[bytes]:
             at += left  # a block's end, too short for a header
             continue
         size, kind = struct.unpack_from("<HB", data, at + 4)
+        if at + 7 + size > len(data):
+            return
         whole += data[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (1, 4):  # a whole record, or the last part of one
@@ -59,7 +62,11 @@ def of_wandb(folder: Path) -> tuple[list[str], Logged]:
 
     ids, found = [], Logged()
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for record in map(Record.FromString, records(path)):
+        kept, until = list[Record](), time.monotonic() + 20
+        while not any(record.HasField("exit") for record in kept) and time.monotonic() < until:
+            time.sleep(0.1)  # wandb's own process goes on writing for a while after the run's end
+            kept = [*map(Record.FromString, records(path))]
+        for record in kept:
             if record.HasField("run"):
                 ids.append(record.run.run_id)
                 assert record.run.display_name == folder.name
