@@ -32,7 +32,7 @@ def test_cartpole_is_solved_on_every_seed(seed: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_penalty_settles_on_the_target(seed: int) -> None:
-    kl = {"penalty": "adaptive", "stop": 1.5, "on_overshoot": "keep"}
+    kl = {"target": 0.02, "penalty": "adaptive", "stop": 1.5, "on_overshoot": "keep"}
     run = klrl.train("ppo", "CartPole-v1", seed=seed, quiet=True, clip_range=0.0, lr_schedule="constant", kl=kl)
     assert run.score.mean >= 475
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
