@@ -158,6 +158,8 @@ def test_a_steady_run_and_an_empty_one_have_no_anomalies() -> None:
     rows = [{"step": 100 * (i + 1), "rollout/ep_rew_mean": i, **STEADY} for i in range(40)]
     assert find_anomalies(read_history(written("a", rows))) == []
     assert find_anomalies(read_history(written("b", []))) == []
+    within_the_band = [row | {"kl/of_limit": 0.26} for row in rows]  # where --lr-schedule kl leaves its rate alone
+    assert find_anomalies(read_history(written("c", within_the_band))) == []
 
 
 PPO = {"n_envs": 2, "n_steps": 64, "batch_size": 64, "n_epochs": 2, "eval_every": 2, "quiet": True}

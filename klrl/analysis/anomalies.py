@@ -80,7 +80,7 @@ def _idle_limit(run: History) -> Iterator[Anomaly]:
     late = _second_half(run, "kl/of_limit")
     if (_second_half(run, "kl/held_states") > 0).any():  # rules of single states hold the policy below the limit
         return
-    if len(late) >= 5 and (median := np.median(late)) < 0.25:  # above, --lr-schedule kl is content
+    if len(late) >= 5 and (median := np.median(late)) < 0.25:  # where --lr-schedule kl would raise its rate
         yield Anomaly(
             f"the KL limit does not act: in the second half, half of the updates reach under {median:.2g} of it",
             "the run behaves as without a limit; a lower --kl.target binds, a higher --learning-rate uses what is "
