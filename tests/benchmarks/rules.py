@@ -87,6 +87,7 @@ RULES: dict[str, dict[str, Any]] = {
     "reverse 0.05 + mean + project": at_state("reverse", 0.05) | MEAN | PROJECT,
     "held": at_state("reverse", 0.05) | MEAN | PROJECT | {"kl.max_target": 0.2},
     "clip + project": CLIP | PROJECT,
+    "clip + project 0.04": CLIP | PROJECT | {"kl.target": 0.04},
     "clip + project 0.05": CLIP | PROJECT | {"kl.target": 0.05},
     "clip, lr by KL": CLIP | BY_KL,
     "lr by KL + project": BY_KL | PROJECT,
