@@ -70,6 +70,19 @@ def test_a_signal_of_another_rank_is_everyones_at_the_next_meeting() -> None:
     assert stop.value.signum == signal.SIGTERM
 
 
+def test_a_signal_that_comes_while_ranks_meet_is_everyones_at_the_meeting_after() -> None:
+    ranks, _, meeting = meetings()
+
+    def numbers(*own: float) -> list[list[float]]:
+        meeting.signals.signum = signal.SIGTERM  # once this rank has said that it had none
+        return Two.numbers(ranks, *own)
+
+    ranks.numbers = numbers  # type: ignore[method-assign]
+    meeting.meet()
+    with pytest.raises(Interrupted):
+        meeting.meet()
+
+
 @pytest.mark.parametrize("when", [3, 6])
 def test_a_signal_in_an_update_loses_nothing_of_it(when: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = klrl.train("ppo", "CartPole-v1", run_dir="whole", **QUICK)

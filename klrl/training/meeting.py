@@ -56,13 +56,15 @@ class Meetings:
                 self._pace = (time.monotonic() - self._since) / self._count
             everyone = self.ranks.numbers(self.episodes.steps, self.signals.signum, self._pace, done)
         steps, signals, paces, ends = zip(*everyone, strict=True)
-        self.steps, self.signals.signum = int(sum(steps)), int(max(signals))
-        if check:
-            self.signals.check()
+        self.steps, stop = int(sum(steps)), int(max(signals))
+        if stop:  # else a signal that came since this rank told the others its own waits for their next meeting
+            self.signals.signum = stop
+            if check:
+                self.signals.check()
         if self.ranks.size > 1:
             left = math.ceil((self.total_timesteps - self.steps) / self.n_envs)
             known = min(2 * self._due, int(_SECONDS / max(*paces, 1e-6)))  # at first, a step's time is not known
-            self._due = 1 if self.signals.signum else max(1, min(left, known))
+            self._due = 1 if stop else max(1, min(left, known))
         self._count, self._since = -1, time.monotonic()  # the next call comes before a step, not after one
         return all(ends)
 
