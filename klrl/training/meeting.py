@@ -57,7 +57,7 @@ class Meetings:
             everyone = self.ranks.numbers(self.episodes.steps, self.signals.signum, self._pace, done)
         steps, signals, paces, ends = zip(*everyone, strict=True)
         self.steps, stop = int(sum(steps)), int(max(signals))
-        if stop:  # else a signal that came since this rank told the others its own waits for their next meeting
+        if stop:  # a signal that came while the ranks met is not among theirs, and is told at the next meeting
             self.signals.signum = stop
             if check:
                 self.signals.check()
